@@ -1,0 +1,91 @@
+"""The refiner R: a fully convolutional residual network that keeps the image's size (paper §3.1, §3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastsimgan.errors import InputError
+
+# Thresholds of the piecewise-linear path that `identity_init_` lays through the network, as grey values in [-1, 1].
+# They crowd at the ends, where atanh bends most.
+_KNOTS = (-0.998, -0.98, -0.92, -0.8, -0.55, 0.0, 0.55, 0.8, 0.92, 0.98)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions of equal width around a skip connection, ReLU after each (paper §3.1, Fig. 6)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``[B, width, H, W]`` in and out."""
+        return F.relu(features + self.conv2(F.relu(self.conv1(features))))
+
+
+class Refiner(nn.Module):
+    """R of the paper: one k×k convolution, residual blocks, one 1×1 convolution, tanh; no stride, no pooling.
+
+    The paper's gaze refiner is ``Refiner(1)`` (3×3 → 64, 4 blocks, 296 k parameters), its hand refiner
+    ``Refiner(1, blocks=10, first_kernel=7)``. Borders are padded with zeros.
+
+    Args:
+        channels: channels of the image, 1 (grey, depth) or more.
+        width: feature maps inside.
+        blocks: number of residual blocks.
+        first_kernel: odd size of the first convolution.
+    """
+
+    def __init__(self, channels: int = 1, *, width: int = 64, blocks: int = 4, first_kernel: int = 3) -> None:
+        super().__init__()
+        if first_kernel % 2 == 0:
+            raise InputError(f"first_kernel must be odd, so that the image keeps its size, got {first_kernel}")
+        self.first = nn.Conv2d(channels, width, first_kernel, padding=first_kernel // 2)
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
+        self.last = nn.Conv2d(width, channels, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Refine ``images`` ``[B, C, H, W]`` in [-1, 1]; the result has the same shape and range."""
+        features = F.relu(self.first(images))
+        for block in self.blocks:
+            features = block(features)
+        return torch.tanh(self.last(features))
+
+    @torch.no_grad()
+    def identity_init_(self) -> bool:
+        """Start R near the identity, so that pre-training on self-regularisation alone takes steps, not minutes.
+
+        The paper trains R alone for 1,000 steps "to learn the identity" (Algorithm 1). The same network can be
+        *set* there: ten channels per image channel carry ``relu(x - t_k)`` through the skip connections, and the last
+        layer sums them to the piecewise-linear ``atanh(x)`` that the tanh undoes. All other channels keep their random
+        values, so everything can still be learnt. The second convolution of each block starts at zero.
+
+        Returns:
+            False, with nothing changed, where the network is too narrow for it (``width < 20 * channels``).
+        """
+        channels, width = self.last.out_channels, self.last.in_channels
+        knots = torch.tensor(_KNOTS, dtype=torch.float64)
+        if width < 2 * len(knots) * channels:
+            return False
+        # atanh at the knots and at a point just short of 1, joined by straight lines.
+        ends = torch.cat([knots, torch.tensor([0.999], dtype=torch.float64)])
+        heights = torch.atanh(ends)
+        slopes = heights.diff() / ends.diff()
+        weights = torch.cat([slopes[:1], slopes.diff()])  # slope changes at each knot
+        centre = self.first.kernel_size[0] // 2
+        for channel in range(channels):
+            lane = slice(channel * len(knots), (channel + 1) * len(knots))
+            self.first.weight[lane] = 0
+            self.first.weight[lane, channel, centre, centre] = 1
+            self.first.bias[lane] = -knots.to(self.first.bias)  # type: ignore[index]
+            self.last.weight[:, lane] = 0
+            self.last.weight[channel, lane, 0, 0] = weights.to(self.last.weight)
+            self.last.bias[channel] = float(heights[0])  # type: ignore[index]
+        self.last.weight[:, channels * len(knots) :] = 0
+        for block in self.blocks:
+            block.conv2.weight.zero_()  # type: ignore[union-attr]
+            block.conv2.bias.zero_()  # type: ignore[union-attr]
+        return True
