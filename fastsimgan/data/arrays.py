@@ -1,0 +1,224 @@
+"""Images and labels in NumPy's own files: ``.npz`` (``images`` and any label arrays) and ``.npy`` (images alone).
+
+Nothing is ever unpickled. Every array's header is checked before its data is read.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from fastsimgan.data.files import printable
+from fastsimgan.data.values import WHITE
+from fastsimgan.errors import InputError
+
+IMAGES = "images.npy"  # the member of an .npz that holds the images
+MAX_CHANNELS = 4  # anything larger in last place is not channels: most likely the array is [N, C, H, W]
+
+
+class ArrayImages:
+    """An ``.npz`` or ``.npy`` file of images ``[N, H, W]`` or ``[N, H, W, C]``, C from 1 to 4.
+
+    Images are uint8, uint16, or float32 in [0, 1]. The other arrays of an ``.npz`` are its labels, each of length N.
+    A ``.npy`` is memory-mapped; the images of an ``.npz`` are read into memory the first time that they are asked for.
+
+    Raises InputError at once if the file breaks a rule that its headers show, and on reading if its data does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.archive = _is_archive(path)
+        self._images: np.ndarray | None = None
+        headers = self._headers()
+        if IMAGES not in headers:
+            raise InputError(f"{printable(path)}: must hold an array named images, got {_names(headers)}")
+        self._shape, self.stored_dtype = headers.pop(IMAGES)
+        self._check_images()
+        for name, (shape, dtype) in headers.items():
+            label = printable(name.removesuffix(".npy"))
+            if dtype.hasobject:
+                raise InputError(
+                    f"{printable(path)}: array {label} must hold plain values, got Python objects (pickled)"
+                )
+            if shape[:1] != self._shape[:1]:
+                raise InputError(
+                    f"{printable(path)}: array {label} must have length {len(self)}, as images has, got shape {shape}"
+                )
+        self.label_names = [name.removesuffix(".npy") for name in headers]
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
+        channels = self._shape[3] if len(self._shape) == 4 else 1
+        return channels, self._shape[1], self._shape[2]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The images' type in native byte order: uint8, uint16 or float32."""
+        return self.stored_dtype.newbyteorder("=")
+
+    @property
+    def bit_depth(self) -> int:
+        """Bits a channel: 8, 16 or 32."""
+        return self.dtype.itemsize * 8
+
+    def describe(self) -> str:
+        """What was found, in one line. Reads no pixels."""
+        channels, height, width = self.shape
+        labels = f"labels {', '.join(map(printable, self.label_names))}" if self.label_names else "no labels"
+        colour = "grey" if channels == 1 else f"{channels} channels"
+        return f"{printable(self.path)}: {len(self)} images, {height}x{width} {self.bit_depth}-bit {colour}, {labels}"
+
+    def load(self) -> np.ndarray:
+        """All images, ``[N, H, W]`` or ``[N, H, W, C]`` as stored, in native byte order.
+
+        Raises InputError if the file's data is damaged or a float is outside [0, 1].
+        """
+        images = self.stored_images().astype(self.dtype, copy=False)
+        check_range(images, self.path, 0)
+        return images
+
+    def stored_images(self) -> np.ndarray:
+        """The images as the file holds them, byte order included; floats unchecked. Raises InputError if damaged."""
+        if self._images is None:
+            with self._reading():
+                if self.archive:
+                    with zipfile.ZipFile(self.path) as archive:
+                        self._images = _read_member(archive, IMAGES)
+                else:
+                    self._images = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return self._images
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """The other arrays by name, each of length N; none in a ``.npy``. Raises InputError if they are damaged."""
+        if not self.archive:
+            return {}
+        with self._reading(), zipfile.ZipFile(self.path) as archive:
+            return {name: _read_member(archive, f"{name}.npy") for name in self.label_names}
+
+    def _headers(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of every array in the file, by member name."""
+        with self._reading():
+            if not self.archive:
+                with self.path.open("rb") as file:
+                    shape, dtype, offset = _read_header(file)
+                    self._check_size("images", shape, dtype, self.path.stat().st_size - offset)
+                return {IMAGES: (shape, dtype)}
+            headers = {}
+            with zipfile.ZipFile(self.path) as archive:
+                for member in archive.infolist():
+                    if not member.filename.endswith(".npy") or member.filename in headers:
+                        raise InputError(
+                            f"{printable(self.path)}: must hold only .npy arrays, each once, "
+                            f"got {printable(member.filename)}"
+                        )
+                    with archive.open(member) as file:
+                        shape, dtype, offset = _read_header(file)
+                    self._check_size(member.filename.removesuffix(".npy"), shape, dtype, member.file_size - offset)
+                    self._check_memory(member.filename.removesuffix(".npy"), member.file_size)
+                    headers[member.filename] = shape, dtype
+            return headers
+
+    def _check_images(self) -> None:
+        if self.dtype.name not in WHITE:
+            got = "Python objects (pickled)" if self.dtype.hasobject else self.dtype.name
+            raise InputError(f"{printable(self.path)}: images must be uint8, uint16 or float32 in [0, 1], got {got}")
+        if len(self._shape) not in (3, 4) or (len(self._shape) == 4 and not 1 <= self._shape[3] <= MAX_CHANNELS):
+            raise InputError(
+                f"{printable(self.path)}: images must be [N, H, W] or [N, H, W, C] with C from 1 to {MAX_CHANNELS}, "
+                f"got shape {self._shape}"
+            )
+        if 0 in self._shape:
+            raise InputError(f"{printable(self.path)}: images must not be empty, got shape {self._shape}")
+
+    def _check_size(self, name: str, shape: tuple[int, ...], dtype: np.dtype, held: int) -> None:
+        """A header may promise more than the file holds, and NumPy would allocate all of it first."""
+        promised = dtype.itemsize
+        for length in shape:
+            promised *= length  # Python integers do not overflow, NumPy's would
+        if not dtype.hasobject and promised != held:
+            raise InputError(
+                f"{printable(self.path)}: array {printable(name)} must hold {promised} bytes, as {dtype}{list(shape)} "
+                f"takes, got {held}"
+            )
+
+    def _check_memory(self, name: str, size: int) -> None:
+        """Compressed zeros shrink a thousandfold, so that a small file can fill the memory."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size > memory:
+            raise InputError(
+                f"{printable(self.path)}: array {printable(name)} must fit the memory of {memory} bytes, got {size}"
+            )
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what the zip and NumPy readers raise on damaged bytes into an InputError that names the file."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            # zipfile and NumPy's parser raise BadZipFile, zlib.error, ValueError, SyntaxError, RuntimeError, ...
+            reason = getattr(error, "strerror", None) or printable(str(error)) or type(error).__name__
+            raise InputError(f"{printable(self.path)}: cannot be read as NumPy arrays: {reason}") from error
+
+
+def check_range(images: np.ndarray, path: Path, first: int) -> None:
+    """Raise InputError if a float is outside [0, 1] or not a number. ``images[0]`` is image ``first`` of the file."""
+    if images.dtype.kind != "f":
+        return
+    good = ((images >= 0) & (images <= 1)).reshape(len(images), -1).all(axis=1)
+    if not good.all():
+        worst = int(np.argmin(good))
+        raise InputError(
+            f"{printable(path)}: float32 images must be in [0, 1], image {first + worst} has values from "
+            f"{images[worst].min():g} to {images[worst].max():g}"
+        )
+
+
+def _is_archive(path: Path) -> bool:
+    """Tell ``.npz`` from ``.npy`` by the file's first bytes, whatever its suffix."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(np.lib.format.MAGIC_PREFIX))
+    except OSError as error:
+        raise InputError(f"{printable(path)}: cannot be opened: {error.strerror}") from error
+    if start != np.lib.format.MAGIC_PREFIX and not start.startswith(b"PK"):
+        raise InputError(f"{printable(path)}: must be a folder of images, an .npz or an .npy, got something else")
+    return start.startswith(b"PK")
+
+
+_HEADER_READERS: dict[tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype]]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, type and the length in bytes of the header at the start of ``file``."""
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADER_READERS:
+        raise ValueError(f".npy format must be 1.0 or 2.0, got {'.'.join(map(str, version))}")
+    shape, _, dtype = _HEADER_READERS[version](file)
+    return shape, dtype, file.tell()
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(name) as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+        if file.read(1):  # reading to the end is what makes zipfile check the CRC
+            raise ValueError(f"{name} is longer than its header says")
+    return array
+
+
+def _names(headers: Iterable[str]) -> str:
+    return ", ".join(printable(name.removesuffix(".npy")) for name in headers) or "nothing"

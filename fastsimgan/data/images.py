@@ -1,0 +1,170 @@
+"""One image file: what it holds, its pixels, and writing such a file again. PNG, JPEG and TIFF, through Pillow.
+
+Only files whose pixels come through exactly as stored are read: grey or RGB, 8 or 16 bits a channel. Anything else
+(CMYK, palettes, transparency, animations, 16-bit colour TIFF) is refused by name, and EXIF orientation is ignored, so
+that a label's (row, column) still points at the same pixel.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fastsimgan.data.files import printable
+from fastsimgan.errors import InputError
+
+#: The file suffixes that are read as images, in lower case, and Pillow's name of the format that each must hold.
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+
+JPEG_QUALITY = 95
+_LOSSLESS_TIFF = {"raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits"}
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_ORIENTATION = 258, 262, 274
+_PNG_BIT_DEPTH_AT = 24  # byte offset: signature 8, chunk length and name 8, width and height 8
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image file's header says. ``shape`` is (height, width), or (height, width, 3) for RGB."""
+
+    shape: tuple[int, ...]
+    dtype: str  # "uint8" or "uint16"
+    format: str  # "PNG", "JPEG" or "TIFF"
+
+    def __str__(self) -> str:
+        colour = "grey" if len(self.shape) == 2 else "RGB"
+        return f"{self.shape[0]}x{self.shape[1]} {np.dtype(self.dtype).itemsize * 8}-bit {colour}"
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A file's pixels, uint8 or uint16 ``[H, W]`` or ``[H, W, 3]``, and what it takes to write such a file again."""
+
+    pixels: np.ndarray
+    header: Header
+    extras: dict[str, Any] = field(
+        default_factory=dict
+    )  # Pillow's save options: EXIF, colour profile, resolution, compression
+
+
+def read_header(path: Path) -> Header:
+    """Read the header alone; the pixels may still turn out to be damaged.
+
+    Raises InputError if the file cannot be opened or is not one of the kinds this module reads.
+    """
+    with _refusing(path), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+        return _check(image, path)
+
+
+def read_image(path: Path) -> StoredImage:
+    """Decode one file. Raises InputError as `read_header` does, and if the pixels are truncated or damaged."""
+    with _refusing(path), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+        header = _check(image, path)
+        tiles = list(image.tile)
+        pixels = np.array(image, dtype=header.dtype)
+        if header.dtype == "uint16" and image.mode == "RGB":
+            # Pillow keeps only the upper byte of 16-bit colour. Told that the bytes are swapped, it keeps the lower one.
+            with Image.open(path, formats=("PNG",)) as again:
+                again.tile = [tile._replace(args="RGB;16L") for tile in tiles]
+                pixels = pixels << 8 | np.asarray(again)
+        if pixels.shape != header.shape:
+            raise InputError(f"decoded to shape {pixels.shape}, its header says {header.shape}")
+        extras = {key: image.info[key] for key in ("exif", "icc_profile", "dpi") if image.info.get(key)}
+        if header.format == "TIFF":
+            compression = image.info.get("compression")
+            extras["compression"] = compression if compression in _LOSSLESS_TIFF else "tiff_adobe_deflate"
+        return StoredImage(pixels, header, extras)
+
+
+def write_image(path: Path, image: StoredImage) -> None:
+    """Write ``image`` in its own format. PNG and TIFF keep every pixel; JPEG has quality 95 and full-resolution colour.
+
+    EXIF, colour profile and resolution are written too, other embedded text is not. Raises OSError if it cannot write.
+    """
+    if image.header.format == "PNG" and image.header.dtype == "uint16" and image.pixels.ndim == 3:
+        path.write_bytes(_encode_rgb16_png(image))
+        return
+    options = dict(image.extras)
+    if image.header.format == "JPEG":
+        options |= {"quality": JPEG_QUALITY, "subsampling": 0}
+    Image.fromarray(image.pixels).save(path, format=image.header.format, **options)
+
+
+def _check(image: Image.Image, path: Path) -> Header:
+    """The header of an opened image. Raises InputError, without the file's name, if it breaks a rule."""
+    expected = FORMATS[path.suffix.lower()]
+    # A JPEG with more than one picture is called MPO by Pillow.
+    if getattr(image, "n_frames", 1) != 1:
+        raise InputError(f"must hold one picture, got {image.n_frames} (animated or multi-page)")  # type: ignore[attr-defined]
+    if image.format != expected:
+        raise InputError(f"suffix {path.suffix} must hold {expected}, got {image.format}")
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or np.inf):
+        raise InputError(f"must have at most {Image.MAX_IMAGE_PIXELS} pixels, got {image.width}x{image.height}")
+    if "transparency" in image.info or image.mode not in ("L", "RGB", "I;16", "I;16B"):
+        mode = f"{image.mode} with transparency" if "transparency" in image.info else image.mode
+        raise InputError(f"must be 8- or 16-bit grey or RGB, got Pillow mode {mode}")
+
+    bits = 8
+    if image.format == "PNG":
+        with path.open("rb") as file:
+            bits = file.read(_PNG_BIT_DEPTH_AT + 1)[_PNG_BIT_DEPTH_AT]
+    elif image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        bits = tags.get(_TIFF_BITS, (1,))[0]
+        if tags.get(_TIFF_PHOTOMETRIC) == 0:
+            raise InputError("TIFF must store black as 0, got photometric interpretation WhiteIsZero")
+        if tags.get(_TIFF_ORIENTATION, 1) != 1:
+            # Pillow turns a TIFF as it decodes it, and the labels would no longer fit.
+            raise InputError(f"TIFF orientation must be 1 (as stored), got {tags[_TIFF_ORIENTATION]}")
+        if bits == 16 and image.mode == "RGB":
+            raise InputError(
+                "16-bit colour must be PNG or an array, got TIFF, of which Pillow reads only the upper 8 bits"
+            )
+    if bits not in (8, 16):
+        raise InputError(f"must have 8 or 16 bits a channel, got {bits}")
+    channels = (3,) if image.mode == "RGB" else ()
+    return Header((image.height, image.width, *channels), f"uint{bits}", expected)
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Put a file's name before every reason not to read it: ours, the operating system's and the decoder's."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{printable(path)}: {error}") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{printable(path)}: must be PNG, JPEG or TIFF, got something else") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{printable(path)}: must have fewer pixels: {error}") from None
+    except Exception as error:
+        # Damaged bytes make Pillow's decoders raise almost anything (SyntaxError, IndexError, struct.error, ...).
+        reason = getattr(error, "strerror", None) or printable(str(error)) or type(error).__name__
+        raise InputError(f"{printable(path)}: cannot be decoded: {reason}") from error
+
+
+def _encode_rgb16_png(image: StoredImage) -> bytes:
+    """16-bit RGB as PNG, which Pillow cannot write: one unfiltered, zlib-compressed block of big-endian rows."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    height, width, _ = image.pixels.shape
+    rows = image.pixels.astype(">u2").reshape(height, width * 3).view(np.uint8)
+    filtered = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1)  # each row begins with filter type 0
+    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))]
+    if profile := image.extras.get("icc_profile"):
+        parts.append(chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(profile)))
+    if dpi := image.extras.get("dpi"):
+        parts.append(chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in dpi), 1)))
+    if exif := image.extras.get("exif"):
+        parts.append(chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")))
+    parts += [chunk(b"IDAT", zlib.compress(filtered.tobytes())), chunk(b"IEND", b"")]
+    return b"".join(parts)
