@@ -1,0 +1,177 @@
+"""Every setting of training, as one frozen dataclass, and the presets. Imports no torch, so that --help is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastsimgan.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run. Where the paper gives no value, the default is ours and the help says so."""
+
+    synthetic: Path | None = None
+    """Synthetic images: a folder, an .npz with `images`, or an .npy. Left out with --real: the built-in eyes."""
+    real: Path | None = None
+    """Unlabelled real images, in any of the same forms."""
+    out: Path = Path("runs/refiner")
+    """Folder of the run. It must not exist, unless --resume."""
+    preset: Literal["gaze", "quick", "paper", "hand"] | None = None
+    """Defaults that other flags override: `gaze` (two folders on a small machine), `quick` (built-in eyes, minutes on
+    two cores), `paper` (§3.1's schedule, batch 512: for a GPU), `hand` (§3.2). Without data: quick; with data: gaze."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in --out."""
+    dry_run: bool = False
+    """Read the data, build everything, run one iteration, write nothing."""
+
+    steps: int = 2000
+    """Iterations of Algorithm 1 (T)."""
+    batch_size: int = 32
+    """Images in each half of D's batch and in R's batch (b, even)."""
+    lam: Annotated[float, tyro.conf.arg(name="lambda")] = 0.05
+    """Weight of self-regularisation, the paper's sum form (Eq. 4); it does not depend on the batch size."""
+    psi: Literal["identity", "channel_mean", "gradients"] = "identity"
+    """Feature in which refined and synthetic images are held together (Eq. 4)."""
+    local: bool = True
+    """Patch-wise adversarial loss (§2.2); --no-local is the global one."""
+    k_g: int = 1
+    """Updates of R in an iteration."""
+    k_d: int = 1
+    """Updates of D in an iteration."""
+    history: int = 2048
+    """Capacity of the history of refined images (§2.3), in images; 0 turns it off."""
+    pretrain_refiner: int = 0
+    """Steps of R alone on self-regularisation. R starts at the identity already, see --identity-init."""
+    pretrain_discriminator: int = 100
+    """Steps of D alone, before Algorithm 1."""
+    identity_init: bool = True
+    """Set R's first weights so that it starts as the identity (the paper trains it there in 1,000 steps)."""
+
+    learning_rate_refiner: float = 2e-4
+    """Adam's learning rate for R."""
+    learning_rate_discriminator: float = 2e-4
+    """Adam's learning rate for D."""
+    decay: bool = True
+    """Hold the learning rates for half of the steps, then take them linearly to zero."""
+    ema: float = 0.995
+    """Decay of the moving average of R's weights, which is what is saved as the refiner; 0 turns it off."""
+
+    network: Literal["gaze", "hand"] = "gaze"
+    """Architecture of D, and of R's first layer (§3.1 or §3.2)."""
+    width: int = 64
+    """Feature maps in R."""
+    blocks: int = 4
+    """Residual blocks in R."""
+
+    histogram: Literal["auto", "keep", "equalise"] = "auto"
+    """Equalise each grey image's histogram before refining; auto does so where the real images are equalised."""
+
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    impl: Literal["auto", "reference"] = "auto"
+    """Implementation of the fused losses and the history: the fastest that works here, or the plain reference."""
+    seed: int = 0
+    """Seed of the weights and of everything drawn."""
+    picture_every: int = 250
+    """Iterations between contact sheets (and lines of progress in a log)."""
+    checkpoint_every: int = 500
+    """Iterations between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept, the newest."""
+
+    def validate(self) -> None:
+        """Raise InputError on the first setting that breaks its rule."""
+        for name in ("steps", "batch_size", "k_g", "k_d", "width", "picture_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("blocks", "pretrain_refiner", "pretrain_discriminator", "history", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{_flag(name)} must be at least 0, got {getattr(self, name)}")
+        if self.batch_size % 2:
+            raise InputError(f"--batch-size must be even (half of D's batch is history, §2.3), got {self.batch_size}")
+        if 0 < self.history < self.batch_size // 2:
+            raise InputError(
+                f"--history must be 0 or at least half the batch size ({self.batch_size // 2}), got {self.history}"
+            )
+        for name in ("learning_rate_refiner", "learning_rate_discriminator"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"--{_flag(name)} must be between 0 and 1, got {getattr(self, name)}")
+        if not self.lam >= 0:
+            raise InputError(f"--lambda must be at least 0, got {self.lam}")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"--ema must be at least 0 and below 1, got {self.ema}")
+        if (self.synthetic is None) != (self.real is None):
+            given, missing = ("synthetic", "real") if self.real is None else ("real", "synthetic")
+            raise InputError(f"--{given} needs --{missing} beside it (or give neither for the built-in eyes)")
+
+    def to_json(self) -> str:
+        """The settings as JSON, one key a line."""
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """Settings from `to_json`; unknown names are an InputError."""
+        values: dict[str, Any] = json.loads(text)
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"config has unknown settings: {', '.join(unknown)}")
+        for name in ("synthetic", "real", "out"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        return cls(**values)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The defaults themselves: chosen on the rendered and real eyes of the README, within 30 minutes on two cores.
+    "gaze": {},
+    # Minutes on two cores: the built-in eyes.
+    "quick": {"steps": 400, "width": 32},
+    # §3.1 and Algorithm 1 as printed; what the paper leaves out (optimiser, λ, capacity, T) keeps our values.
+    "paper": {
+        "steps": 10_000,
+        "batch_size": 512,
+        "k_g": 2,
+        "history": 51_200,
+        "pretrain_refiner": 1000,
+        "pretrain_discriminator": 200,
+        "identity_init": False,
+        "learning_rate_refiner": 1e-3,
+        "learning_rate_discriminator": 1e-3,
+        "decay": False,
+        "ema": 0.0,
+        "histogram": "keep",
+    },
+    # §3.2: depth images of hands, 224x224.
+    "hand": {
+        "steps": 10_000,
+        "batch_size": 512,
+        "k_g": 2,
+        "history": 8_192,
+        "pretrain_refiner": 500,
+        "pretrain_discriminator": 200,
+        "identity_init": False,
+        "learning_rate_refiner": 1e-3,
+        "learning_rate_discriminator": 1e-3,
+        "decay": False,
+        "ema": 0.0,
+        "network": "hand",
+        "blocks": 10,
+        "histogram": "keep",
+    },
+}
+
+
+def preset(name: str, **settings: Any) -> TrainConfig:
+    """The settings of a preset, with ``settings`` over them."""
+    return TrainConfig(**{**PRESETS[name], "preset": name, **settings})

@@ -1,0 +1,144 @@
+"""A trained refiner as a function of images, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fastsimgan.checkpoint import write_atomically
+from fastsimgan.config import TrainConfig
+from fastsimgan.data.histogram import equalise
+from fastsimgan.data.values import from_float, to_float
+from fastsimgan.device import choose_device
+from fastsimgan.errors import InputError
+from fastsimgan.models import refiner as network
+
+FILE = "refiner.safetensors"
+_FORMAT = "fastsimgan.refiner/1"
+
+
+class Refiner:
+    """R, with everything that has to happen before and after it (equalisation, normalisation, rounding).
+
+    Made by :func:`load_refiner`. Attributes: ``channels``, ``device``, ``sha256`` of the file, ``settings``.
+    """
+
+    def __init__(self, module: network.Refiner, settings: dict[str, Any], sha256: str, device: torch.device) -> None:
+        self.module = module.to(device, memory_format=torch.channels_last).eval()
+        self.settings = settings
+        self.sha256 = sha256
+        self.device = device
+        self.channels: int = settings["channels"]
+
+    @overload
+    def __call__(self, images: np.ndarray[Any, Any], batch_size: int = 64) -> np.ndarray[Any, Any]: ...
+    @overload
+    def __call__(self, images: Tensor, batch_size: int = 64) -> Tensor: ...
+    @torch.inference_mode()
+    def __call__(self, images: Any, batch_size: int = 64) -> Any:
+        """Refine images; what comes back has the same type, shape, dtype and (tensors) device.
+
+        Args:
+            images: an array ``[N, H, W]`` or ``[N, H, W, C]``, or a tensor ``[N, C, H, W]``; uint8, uint16, or
+                floats in [-1, 1] (black = -1, white = 1).
+            batch_size: images refined at a time.
+
+        Raises:
+            InputError: wrong number of channels or dimensions, another dtype, or floats outside [-1, 1].
+        """
+        if isinstance(images, Tensor):
+            planes = images
+            if planes.ndim != 4:
+                raise InputError(f"images must be a tensor [N, C, H, W], got {list(images.shape)}")
+        else:
+            planes = torch.from_numpy(np.ascontiguousarray(images))
+            if planes.ndim not in (3, 4):
+                raise InputError(f"images must be an array [N, H, W] or [N, H, W, C], got {list(images.shape)}")
+            planes = planes[:, None] if planes.ndim == 3 else planes.permute(0, 3, 1, 2)
+        if planes.shape[1] != self.channels:
+            raise InputError(f"images must have {self.channels} channel(s), as the refiner has, got {planes.shape[1]}")
+        out = torch.empty_like(planes)
+        for start in range(0, len(planes), batch_size):
+            part = slice(start, start + batch_size)
+            out[part] = self._refine(planes[part].to(self.device)).to(out.device)
+        if isinstance(images, Tensor):
+            return out
+        return (out[:, 0] if images.ndim == 3 else out.permute(0, 2, 3, 1)).contiguous().numpy()
+
+    def _refine(self, images: Tensor) -> Tensor:
+        if self.settings["histogram"] == "equalise":
+            # equalisation counts grey values, so floats take 8 bits on the way in
+            levels = from_float(images, torch.uint8) if images.is_floating_point() else images
+            values = to_float(equalise(levels))
+        else:
+            values = images.float() if images.is_floating_point() else to_float(images)
+        if images.is_floating_point() and images.numel() and not bool((values.abs() <= 1).all()):
+            raise InputError(
+                f"float images must lie in [-1, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}"
+            )
+        refined = self.module(values.contiguous(memory_format=torch.channels_last))
+        return refined.to(images.dtype) if images.is_floating_point() else from_float(refined, images.dtype)
+
+
+def save_refiner(path: Path, module: network.Refiner, *, histogram: str, training: TrainConfig) -> None:
+    """Write R's weights and its settings (in the header) to ``path``, at once or not at all.
+
+    Args:
+        path: a .safetensors file.
+        module: R.
+        histogram: "keep" or "equalise", what happens to an image before R.
+        training: settings it was trained with, kept for the record.
+    """
+    settings = {
+        "channels": module.last.out_channels,
+        "width": module.last.in_channels,
+        "blocks": len(module.blocks),
+        "first_kernel": module.first.kernel_size[0],
+        "histogram": histogram,
+    }
+    header = {"format": _FORMAT, "settings": json.dumps(settings), "training": training.to_json()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    write_atomically(path, save(tensors, header))
+
+
+def load_refiner(path: str | Path, device: str = "auto") -> Refiner:
+    """Load a trained refiner.
+
+    Args:
+        path: the folder of a run, or its ``refiner.safetensors``.
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+
+    Raises:
+        InputError: not there, or not a refiner of this package.
+        UnavailableError: the device asked for is not there.
+    """
+    path = Path(path)
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{file}: no such refiner (a run's folder holds one after its first checkpoint)")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+        data = file.read_bytes()
+        tensors = load(data)
+    except SafetensorError as error:
+        raise InputError(f"{file}: not a safetensors file: {error}") from error
+    if header.get("format") != _FORMAT:
+        raise InputError(f"{file}: format must be {_FORMAT!r}, got {header.get('format')!r}")
+    settings = json.loads(header["settings"])
+    module = network.Refiner(
+        settings["channels"],
+        width=settings["width"],
+        blocks=settings["blocks"],
+        first_kernel=settings["first_kernel"],
+    )
+    module.load_state_dict(tensors)
+    return Refiner(module, settings, hashlib.sha256(data).hexdigest(), choose_device(device))
