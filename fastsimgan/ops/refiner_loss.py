@@ -148,7 +148,12 @@ def _pending_scale(refined: Tensor, lam: float) -> float:
 def _op(
     logits: Tensor, refined: Tensor, synthetic: Tensor, lam: float, psi: str, real_target: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return reference(logits, refined, synthetic, lam, psi, real_target)
+    if impl == "reference":
+        return reference(logits, refined, synthetic, lam, psi, real_target)
+    from fastsimgan.kernels.refiner_loss import launch
+
+    stored_scale = _stored_scale(refined, lam)
+    return launch(logits, refined, synthetic, lam, real_target, stored_scale, memory_format(refined))
 
 
 @_op.register_fake
@@ -167,20 +172,36 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits, refined, synthetic, lam, *_ = inputs
+    logits, refined, synthetic, lam, _, _, impl = inputs
     _, adversarial, self_regularisation, grad_logits, grad_refined = output
     ctx.mark_non_differentiable(adversarial, self_regularisation, grad_logits, grad_refined)
     ctx.save_for_backward(grad_logits, grad_refined)
     ctx.logits_dtype, ctx.synthetic_dtype = logits.dtype, synthetic.dtype
-    ctx.pending_scale = _pending_scale(refined, lam)
+    ctx.pending_scale, ctx.impl = _pending_scale(refined, lam), impl
+
+
+def _owns_saved(grad_loss: Tensor) -> bool:
+    """Whether backward may hand out the saved gradient itself, scaled in place, instead of a scaled copy.
+
+    That spares a pass over the images: the kernel leaves at once if the incoming gradient is 1, as in a plain
+    ``loss.backward()``, and no host needs to know. Not if the graph is kept for another backward. Not while
+    torch.compile traces (grad_loss is then a subclass): a plain product fuses there with tanh's derivative.
+    """
+    return type(grad_loss) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _backward(ctx, grad_loss: Tensor, *_: Tensor):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
         raise NotImplementedError("refiner_loss is differentiable once: create_graph must be False")
     grad_logits, grad_refined = ctx.saved_tensors
-    grad_logits = (grad_logits * grad_loss).to(ctx.logits_dtype)
-    grad_refined = (grad_refined * (grad_loss * ctx.pending_scale)).to(grad_refined.dtype)
+    if ctx.impl == "triton" and _owns_saved(grad_loss):
+        from fastsimgan.kernels.refiner_loss import scale_
+
+        grad_logits = scale_(grad_loss, grad_logits, grad_refined, ctx.pending_scale, ctx.logits_dtype)
+        torch.autograd.graph.increment_version(grad_refined)
+    else:
+        grad_logits = (grad_logits * grad_loss).to(ctx.logits_dtype)
+        grad_refined = (grad_refined * (grad_loss * ctx.pending_scale)).to(grad_refined.dtype)
     # psi is linear: what pulls refined one way pulls synthetic the other.
     grad_synthetic = -grad_refined.to(ctx.synthetic_dtype) if ctx.needs_input_grad[2] else None
     return grad_logits, grad_refined, grad_synthetic, None, None, None, None

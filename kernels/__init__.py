@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, nothing else. Reached through ``fastsimgan.ops``; needs triton."""
