@@ -38,6 +38,11 @@ class Refiner:
         self.device = device
         self.channels: int = settings["channels"]
 
+    @classmethod
+    def from_module(cls, module: network.Refiner, histogram: str, device: torch.device) -> Refiner:
+        """A refiner that has no file yet (``sha256`` is empty)."""
+        return cls(module, describe(module, histogram), "", device)
+
     @overload
     def __call__(self, images: np.ndarray[Any, Any], batch_size: int = 64) -> np.ndarray[Any, Any]: ...
     @overload
@@ -48,11 +53,11 @@ class Refiner:
 
         Args:
             images: an array ``[N, H, W]`` or ``[N, H, W, C]``, or a tensor ``[N, C, H, W]``; uint8, uint16, or
-                floats in [-1, 1] (black = -1, white = 1).
+                float32 in [0, 1].
             batch_size: images refined at a time.
 
         Raises:
-            InputError: wrong number of channels or dimensions, another dtype, or floats outside [-1, 1].
+            InputError: wrong number of channels or dimensions, another dtype, or floats outside [0, 1].
         """
         if isinstance(images, Tensor):
             planes = images
@@ -63,6 +68,8 @@ class Refiner:
             if planes.ndim not in (3, 4):
                 raise InputError(f"images must be an array [N, H, W] or [N, H, W, C], got {list(images.shape)}")
             planes = planes[:, None] if planes.ndim == 3 else planes.permute(0, 3, 1, 2)
+        if planes.dtype not in (torch.uint8, torch.uint16, torch.float32):
+            raise InputError(f"images must be uint8, uint16 or float32 in [0, 1], got {planes.dtype}")
         if planes.shape[1] != self.channels:
             raise InputError(f"images must have {self.channels} channel(s), as the refiner has, got {planes.shape[1]}")
         out = torch.empty_like(planes)
@@ -74,18 +81,31 @@ class Refiner:
         return (out[:, 0] if images.ndim == 3 else out.permute(0, 2, 3, 1)).contiguous().numpy()
 
     def _refine(self, images: Tensor) -> Tensor:
-        if self.settings["histogram"] == "equalise":
-            # equalisation counts grey values, so floats take 8 bits on the way in
-            levels = from_float(images, torch.uint8) if images.is_floating_point() else images
-            values = to_float(equalise(levels))
-        else:
-            values = images.float() if images.is_floating_point() else to_float(images)
-        if images.is_floating_point() and images.numel() and not bool((values.abs() <= 1).all()):
+        if images.dtype == torch.float32 and not bool(((images >= 0) & (images <= 1)).all()):
             raise InputError(
-                f"float images must lie in [-1, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}"
+                f"float images must lie in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}"
             )
-        refined = self.module(values.contiguous(memory_format=torch.channels_last))
-        return refined.to(images.dtype) if images.is_floating_point() else from_float(refined, images.dtype)
+        return from_float(self.module(prepare(images, self.settings["histogram"])), images.dtype)
+
+
+def prepare(images: Tensor, histogram: str) -> Tensor:
+    """Stored images ``[N, C, H, W]`` to what R sees: equalised if ``histogram`` is "equalise", then in [-1, 1]."""
+    if histogram == "equalise":
+        # equalisation counts grey values, so floats take 16 bits on the way in
+        levels = from_float(to_float(images), torch.uint16) if images.is_floating_point() else images
+        images = equalise(levels)
+    return to_float(images).contiguous(memory_format=torch.channels_last)
+
+
+def describe(module: network.Refiner, histogram: str) -> dict[str, Any]:
+    """The settings from which `load_refiner` builds the network again."""
+    return {
+        "channels": module.last.out_channels,
+        "width": module.last.in_channels,
+        "blocks": len(module.blocks),
+        "first_kernel": module.first.kernel_size[0],
+        "histogram": histogram,
+    }
 
 
 def save_refiner(path: Path, module: network.Refiner, *, histogram: str, training: TrainConfig) -> None:
@@ -97,13 +117,7 @@ def save_refiner(path: Path, module: network.Refiner, *, histogram: str, trainin
         histogram: "keep" or "equalise", what happens to an image before R.
         training: settings it was trained with, kept for the record.
     """
-    settings = {
-        "channels": module.last.out_channels,
-        "width": module.last.in_channels,
-        "blocks": len(module.blocks),
-        "first_kernel": module.first.kernel_size[0],
-        "histogram": histogram,
-    }
+    settings = describe(module, histogram)
     header = {"format": _FORMAT, "settings": json.dumps(settings), "training": training.to_json()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     write_atomically(path, save(tensors, header))
