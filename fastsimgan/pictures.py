@@ -42,7 +42,7 @@ def save_contact_sheet(path: Path, synthetic: Tensor, refined: Tensor, real: Ten
 def save_rows(path: Path, rows: dict[str, NDArray[np.uint8]]) -> None:
     """Write a PNG with one named row of images, each ``[N, H, W]`` or ``[N, H, W, 3]`` uint8, under the other."""
     height, width = next(iter(rows.values())).shape[1:3]
-    zoom = max(1, 110 // width)  # small images are shown larger, without smoothing
+    zoom = max(1, round(120 / width))  # small images are shown larger, without smoothing
     count = max(len(images) for images in rows.values())
     sheet = Image.new("RGB", (_LABEL_WIDTH + count * (width * zoom + 2), len(rows) * (height * zoom + 2)), "white")
     draw = ImageDraw.Draw(sheet)

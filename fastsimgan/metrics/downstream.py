@@ -1,0 +1,147 @@
+"""What refined images are for: the same task network trained on either set and tested on real images (§3.1.3).
+
+One training run of a small network proves little: on one and the same set of eyes its share within 7° wandered from
+37 to 69 % with the seed. What is done about it, for every set alike: a learning rate that rises over the first steps
+and falls to zero by a half cosine, an average over the weights of the last steps, several seeds, and beside their mean
+and spread the prediction averaged over the seeds.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastsimgan.data.sampler import Sampler
+from fastsimgan.data.values import to_float
+from fastsimgan.errors import InputError
+from fastsimgan.metrics.gaze_error import gaze_summary, gaze_vectors, pitch_yaw
+from fastsimgan.models.classifier import Classifier
+from fastsimgan.models.gaze import GazeNetwork
+
+Task = Literal["gaze", "class"]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images ``[N, H, W]`` or ``[N, H, W, C]`` with ``pitch_yaw`` ``[N, 2]`` (radians) or ``label`` ``[N]`` (ints)."""
+
+    images: Array
+    labels: Array
+    task: Task
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Array], name: str) -> Labelled:
+        """Take ``images`` and whichever label is there; InputError naming ``name`` if it breaks a rule."""
+        labels: Array
+        if "pitch_yaw" in arrays:
+            task: Task = "gaze"
+            labels = arrays["pitch_yaw"]
+            if labels.ndim != 2 or labels.shape[1] != 2 or not np.isfinite(labels).all():
+                raise InputError(f"{name}: pitch_yaw must be finite radians [N, 2], got shape {list(labels.shape)}")
+            if np.abs(labels).max() > math.pi:
+                raise InputError(f"{name}: pitch_yaw must be radians within ±π, got {np.abs(labels).max():.3g}")
+        elif "label" in arrays:
+            task, labels = "class", arrays["label"]
+            if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min() < 0:
+                raise InputError(f"{name}: label must be integers >= 0 [N], got {labels.dtype} {list(labels.shape)}")
+        else:
+            raise InputError(f"{name}: must hold pitch_yaw or label, got {', '.join(sorted(arrays))}")
+        return cls(arrays["images"], labels, task)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How a task network is trained; the same for every set that is compared.
+
+    ``steps`` fixes the work, whatever the size of the set; ``average`` is the decay of the weights' moving average.
+    """
+
+    steps: int = 375
+    batch_size: int = 64
+    learning_rate: float = 5e-4
+    average: float = 0.98
+
+
+def train_and_predict(
+    train: Labelled, test_images: Array, *, classes: int, seed: int, judge: Judge, device: torch.device,
+    progress: Callable[[], None] = lambda: None,
+) -> Array:  # fmt: skip
+    """Train a fresh task network on ``train`` and predict for ``test_images`` (stored values, same size).
+
+    Args:
+        classes: number of classes (ignored for gaze).
+        seed: of the weights and the order; the same for two sets pairs them.
+        progress: called after each step.
+
+    Returns:
+        Unit gaze vectors ``[N, 3]``, or class probabilities ``[N, classes]``.
+    """
+    torch.manual_seed(seed)
+    height, width = train.images.shape[1:3]
+    channels = 1 if train.images.ndim == 3 else train.images.shape[3]
+    network: nn.Module
+    if train.task == "gaze":
+        network, targets = GazeNetwork(height, width, channels), torch.from_numpy(gaze_vectors(train.labels)).float()
+    else:
+        network, targets = Classifier(classes, channels), torch.from_numpy(train.labels.astype(np.int64))
+    network = network.to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(network).requires_grad_(False)
+    optimiser = torch.optim.Adam(network.parameters(), judge.learning_rate, fused=True)
+    sampler = Sampler(len(train.images), seed)
+    for step in range(judge.steps):
+        warm, turn = min(1.0, (step + 1) / 20), 0.5 * (1 + math.cos(math.pi * step / judge.steps))
+        for group in optimiser.param_groups:
+            group["lr"] = judge.learning_rate * warm * turn
+        chosen = sampler.draw(judge.batch_size)
+        output = network(_batch(train.images[chosen.numpy()], device))
+        loss = _loss(train.task, output, targets[chosen].to(device))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            decay = min(judge.average, step / (step + 10))
+            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+        progress()
+    with torch.inference_mode():
+        outputs = torch.cat(
+            [average(_batch(test_images[i : i + 256], device)).cpu() for i in range(0, len(test_images), 256)]
+        )
+    normal = F.normalize(outputs) if train.task == "gaze" else outputs.softmax(1)
+    return normal.numpy()
+
+
+def _batch(images: Array, device: torch.device) -> Tensor:
+    floats: Tensor = torch.from_numpy(to_float(np.ascontiguousarray(images)))
+    return floats.to(device).contiguous(memory_format=torch.channels_last)
+
+
+def _loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """Euclidean loss on gaze vectors (§3.1), cross-entropy on classes."""
+    if task == "gaze":
+        return (output - target).square().sum(1).mean()
+    return F.cross_entropy(output, target)
+
+
+def summarise(task: Task, prediction: Array, labels: Array) -> dict[str, float]:
+    """The reported numbers of one prediction, as `train_and_predict` gives it."""
+    if task == "gaze":
+        return gaze_summary(pitch_yaw(prediction), labels)
+    return {"accuracy": float((prediction.argmax(1) == labels).mean() * 100)}
+
+
+def constant_prediction(train: Labelled, count: int, classes: int) -> Array:
+    """What the labels alone predict: the mean gaze of the training labels, or their most frequent class."""
+    if train.task == "gaze":
+        return np.repeat(gaze_vectors(train.labels.mean(0, keepdims=True)), count, 0)
+    frequencies = np.bincount(train.labels, minlength=classes)
+    return np.repeat((frequencies == frequencies.max())[None].astype(np.float64), count, 0)
