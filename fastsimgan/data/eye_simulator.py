@@ -1,4 +1,4 @@
-"""A procedural eye simulator: labelled grey eyes from geometry and a camera, in plain numpy, with no assets.
+"""A procedural eye simulator: labelled grey eyes from geometry and a camera, in vectorised numpy, with no assets.
 
 Each eye is a sphere of about 12 mm with a flat iris disc in it, both turned by the gaze and seen by an
 orthographic camera; two lids hang in front, turn with the head, and open and close with the gaze. So the labels
@@ -26,8 +26,10 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from fastsimgan.data.histogram import equalise
 from fastsimgan.errors import InputError
 
 Population: TypeAlias = Literal["synthetic", "stand_in_real"]
@@ -158,8 +160,8 @@ def simulate_eyes(
         eye = _Eye(_draw(_POPULATIONS[population], chunk.stop - chunk.start, parameter_stream), height, width)
         picture = eye.render()
         if population == "stand_in_real":
-            picture = _photograph(picture, eye, texture_stream, noise_stream)
-            eyes["images"][chunk] = equalise_histogram(_to_uint8(picture))
+            photograph = _to_uint8(_photograph(picture, eye, texture_stream, noise_stream))
+            eyes["images"][chunk] = equalise(torch.from_numpy(photograph)[:, None])[:, 0].numpy()
         else:
             eyes["images"][chunk] = _to_uint8(picture)
         eyes["pitch_yaw"][chunk] = eye.pitch_yaw
@@ -182,33 +184,6 @@ def population_seed(base_seed: int, role: Role) -> int:
     _one_of("role", role, roles)
     sequence = np.random.SeedSequence(base_seed, spawn_key=(roles.index(role),))
     return int(sequence.generate_state(1, np.uint64)[0])
-
-
-def equalise_histogram(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Equalise each image's histogram by its own cumulative distribution, as OpenCV's ``equalizeHist`` does.
-
-    Args:
-        images: uint8 [N, H, W].
-
-    Returns:
-        uint8 [N, H, W]; each image's darkest level becomes 0 and its brightest 255. An image of one level is
-        returned unchanged.
-
-    Raises:
-        InputError: ``images`` is not uint8 with three dimensions.
-    """
-    if images.dtype != np.uint8 or images.ndim != 3:
-        raise InputError(f"images must be uint8 [N, H, W], got {images.dtype} {list(images.shape)}")
-    count, pixels = len(images), images[0].size if len(images) else 0
-    bins = images.astype(np.intp) + 256 * np.arange(count)[:, None, None]  # image i owns bins [256 i, 256 i + 256)
-    histogram = np.bincount(bins.ravel(), minlength=256 * count).reshape(count, 256)
-    cumulative = histogram.cumsum(axis=1)
-    darkest = np.take_along_axis(histogram, (histogram > 0).argmax(axis=1)[:, None], axis=1)
-    above = pixels - darkest  # [N, 1] pixels brighter than the darkest level
-    levels = np.rint((cumulative - darkest) * (255 / np.maximum(above, 1)))
-    levels = np.where(above > 0, levels.clip(0, 255), np.arange(256)).astype(np.uint8)
-    equalised: NDArray[np.uint8] = levels.ravel()[bins]
-    return equalised
 
 
 class _Eye:
