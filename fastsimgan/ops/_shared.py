@@ -17,9 +17,9 @@ _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def implementations() -> dict[str, str | None]:
-    """Name of each implementation → None if it can run on this machine, else the reason why not."""
+    """Each implementation, in the order "auto" prefers them: None where it can run, otherwise why it cannot."""
     no_device = None if INTERPRETED or torch.cuda.is_available() else "no CUDA device"
-    return {"reference": None, "triton": _TRITON_MISSING or no_device}
+    return {"triton": _TRITON_MISSING or no_device, "reference": None}
 
 
 def choose(op: str, impl: str, tensors: tuple[Tensor, ...], unmet: str | None = None) -> str:

@@ -1,6 +1,6 @@
 """The discriminator's loss (Eq. 2, patch-wise as in §2.2), value, gradients and patch accuracies in one pass.
 
-    L_D = mean_i sum_patches -log D(x~_i) + mean_j sum_patches -log(1 - D(y_j))
+L_D = mean_i sum_patches -log D(x~_i) + mean_j sum_patches -log(1 - D(y_j))
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     L_R = mean_i [ sum_patches -log(1 - D(x~_i)) + lam * sum_pixels |psi(x~_i) - psi(x_i)| ]
 
 The sums run within one image and the mean over the images, so lam means the same at every batch size. A port that
-averages over the C*H*W pixels of an image instead uses lam_mean = lam * C*H*W for the same loss.
+sums the cross-entropy over patches but averages the L1 over an image's C*H*W values means lam_mean = lam * C*H*W.
 """
 
 from __future__ import annotations
