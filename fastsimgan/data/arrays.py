@@ -105,6 +105,39 @@ class ArrayImages:
         with self._reading(), zipfile.ZipFile(self.path) as archive:
             return {name: _read_member(archive, f"{name}.npy") for name in self.label_names}
 
+    def write_again(self, path: Path, images: Iterable[np.ndarray]) -> None:
+        """Write this file at ``path`` with other images of the same shape and type; all else is copied byte for byte.
+
+        ``images`` are consecutive pieces ``[n, H, W(, C)]`` that add up to all N; they are written as they come.
+        Raises InputError if an array to be copied is damaged, OSError if ``path`` cannot be written.
+        """
+        if not self.archive:
+            with path.open("xb") as file:
+                self._write_images(file, images)
+            return
+        with zipfile.ZipFile(self.path) as old, zipfile.ZipFile(path, "x") as new:
+            for member in old.infolist():
+                info = zipfile.ZipInfo(member.filename, member.date_time)
+                info.compress_type = member.compress_type
+                info.external_attr = member.external_attr
+                with new.open(info, "w", force_zip64=True) as file:
+                    if member.filename == IMAGES:
+                        self._write_images(file, images)
+                    else:
+                        file.writelines(self._chunks(old, member))
+
+    def _write_images(self, file: IO[bytes], images: Iterable[np.ndarray]) -> None:
+        descr = np.lib.format.dtype_to_descr(self.stored_dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": self._shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in images:
+            file.write(piece.astype(self.stored_dtype, copy=False).tobytes())
+
+    def _chunks(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+        with self._reading(), archive.open(member) as file:
+            while chunk := file.read(1 << 20):
+                yield chunk
+
     def _headers(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and type of every array in the file, by member name."""
         with self._reading():

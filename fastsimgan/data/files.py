@@ -32,34 +32,25 @@ def natural_key(path: Path) -> tuple[tuple[tuple[bytes | int, ...], ...], bytes]
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals (disk full, no permission) into a one-line InputError naming ``path``."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{printable(path)}: cannot be written: {error.strerror or error}") from error
-
-
-@contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """Yield a path beside ``output`` for the caller to create; rename it to ``output`` at the end.
+    """Yield a path beside ``output`` for the caller to create, file or folder; rename it to ``output`` at the end.
 
     Whatever goes wrong in between, nothing is left at ``output`` nor beside it (only an outright kill leaves a hidden
     ``.fastsimgan-*`` folder). Missing parent folders are made, and removed again on failure.
-    Raises InputError if ``output`` exists, before or after, or cannot be written.
+    Raises InputError if ``output`` exists, before or after, and if the system refuses to write (disk full, permission).
     """
     refuse_existing(output)
     made = [parent for parent in output.absolute().parents if not parent.exists()]  # innermost first
     work: Path | None = None
     try:
-        with writing(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=".fastsimgan-", dir=output.parent))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".fastsimgan-", dir=output.parent))
         yield work / output.name
         refuse_existing(output)
-        with writing(output):
-            (work / output.name).rename(output)
+        (work / output.name).rename(output)
         made = []
+    except OSError as error:
+        raise InputError(f"{printable(output)}: cannot be written: {error.strerror or error}") from error
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
@@ -72,3 +63,13 @@ def refuse_existing(output: Path) -> None:
     """Raise InputError if anything, even a broken link, is at ``output``."""
     if os.path.lexists(output):
         raise InputError(f"{printable(output)}: output must not exist yet; nothing is ever overwritten")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy byte for byte. Raises InputError if ``source`` cannot be read, OSError if ``target`` cannot be written."""
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise InputError(f"{printable(source)}: cannot be read: {error.strerror}") from error
+    with file, target.open("xb") as copy:
+        shutil.copyfileobj(file, copy)

@@ -40,9 +40,9 @@ class FolderImages:
             raise InputError(
                 f"{printable(path)}: must hold at least one image ({' '.join(FORMATS)}), got {len(files)} other files"
             )
-        stems: dict[Path, Path] = {}
+        self._by_stem: dict[Path, Path] = {}
         for image in self.images:
-            twin = stems.setdefault(image.with_suffix(""), image)
+            twin = self._by_stem.setdefault(image.with_suffix(""), image)
             if twin is not image:
                 raise InputError(
                     f"{printable(path)}: images in one folder must differ in stem, "
@@ -51,6 +51,12 @@ class FolderImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def owner(self, other: Path) -> Path | None:
+        """The image that ``other`` is a sidecar of: ``d/a.mask.npy`` is ``d/a.mask.png``'s, or else ``d/a.png``'s."""
+        pieces = other.name.split(".")
+        stems = (other.parent / ".".join(pieces[:end]) for end in range(len(pieces) - 1, 0, -1))
+        return next((self._by_stem[stem] for stem in stems if stem in self._by_stem), None)
 
     @cached_property
     def headers(self) -> list[Header | InputError]:
@@ -90,7 +96,7 @@ class FolderImages:
         return None if self.dtype is None else self.dtype.itemsize * 8
 
     def describe(self) -> str:
-        """What was found, in one line: count, size, bit depth, other files, bad ones with reasons. Reads headers only."""
+        """What was found, in one line: count, size, bit depth, other files, bad ones and why. Reads headers only."""
         kinds = Counter(f"{header} {header.format}" for header in self._good())
         listed = ", ".join(kind if len(kinds) == 1 else f"{count} {kind}" for kind, count in kinds.most_common(SHOWN))
         if len(kinds) > SHOWN:

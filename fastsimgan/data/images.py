@@ -7,6 +7,7 @@ that a label's (row, column) still points at the same pixel.
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ JPEG_QUALITY = 95
 _LOSSLESS_TIFF = {"raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits"}
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_ORIENTATION = 258, 262, 274
 _PNG_BIT_DEPTH_AT = 24  # byte offset: signature 8, chunk length and name 8, width and height 8
+_PNG_TAIL = 4096  # bytes in which the last chunk is looked for, since some programs append bytes of their own
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def read_image(path: Path) -> StoredImage:
         tiles = list(image.tile)
         pixels = np.array(image, dtype=header.dtype)
         if header.dtype == "uint16" and image.mode == "RGB":
-            # Pillow keeps only the upper byte of 16-bit colour. Told that the bytes are swapped, it keeps the lower one.
+            # Pillow keeps the upper byte of 16-bit colour alone. Told that bytes are swapped, it keeps the lower one.
             with Image.open(path, formats=("PNG",)) as again:
                 again.tile = [tile._replace(args="RGB;16L") for tile in tiles]
                 pixels = pixels << 8 | np.asarray(again)
@@ -115,6 +117,9 @@ def _check(image: Image.Image, path: Path) -> Header:
     if image.format == "PNG":
         with path.open("rb") as file:
             bits = file.read(_PNG_BIT_DEPTH_AT + 1)[_PNG_BIT_DEPTH_AT]
+            file.seek(-min(_PNG_TAIL, path.stat().st_size), os.SEEK_END)
+            if b"IEND" not in file.read():
+                raise InputError("PNG must end with an IEND chunk, got a truncated file")
     elif image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
         bits = tags.get(_TIFF_BITS, (1,))[0]
@@ -141,7 +146,7 @@ def _refusing(path: Path) -> Iterator[None]:
     except InputError as error:
         raise InputError(f"{printable(path)}: {error}") from None
     except UnidentifiedImageError:
-        raise InputError(f"{printable(path)}: must be PNG, JPEG or TIFF, got something else") from None
+        raise InputError(f"{printable(path)}: cannot be recognised as PNG, JPEG or TIFF") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"{printable(path)}: must have fewer pixels: {error}") from None
     except Exception as error:
