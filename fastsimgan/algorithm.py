@@ -169,7 +169,7 @@ class SimGAN:
             state: dict[int, dict[str, Any]] = {}
             for key, value in select(name, tensors).items():
                 index, _, field = key.partition(".")
-                state.setdefault(int(index), {})[field] = value
+                state.setdefault(int(index), {})[field] = value.clone()  # the optimiser would share and change it
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
         if self.history is not None:
             self.history.load_state_dict(select("history", tensors))

@@ -7,15 +7,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from fastsimgan import cli
 from fastsimgan.errors import InputError
 
 if TYPE_CHECKING:
-    from fastsimgan.metrics.downstream import Judge, Labelled
+    from fastsimgan.metrics.downstream import Labelled
 
 DESCRIPTION = """Train the same task network on the synthetic and on the refined images, test both on labelled real
 images, and print a table: mean ± standard deviation over the seeds, and the prediction averaged over them.
@@ -63,15 +62,18 @@ def evaluate_command(config: EvaluateConfig) -> None:
             raise InputError(f"{path}: must not exist yet; nothing is ever overwritten")
     if config.refined is not None and config.refiner is not None:
         raise InputError(f"give --refined or --refiner, not both: got {config.refined} and {config.refiner}")
-    if config.plot is not None:
-        _matplotlib()
 
+    from fastsimgan.comparison import compare, draw, equalised, pyplot, table
     from fastsimgan.metrics.downstream import Judge
 
+    if config.plot is not None:
+        pyplot()  # missing matplotlib is better said now than after the training
     synthetic, refined, real = _sets(config)
-    judge = Judge() if config.steps is None else Judge(steps=config.steps)
     sets = {"synthetic": synthetic, "refined": refined}
-    result, predictions = compare(sets, real, config, judge)
+    if config.equalised:
+        sets["equalised"] = equalised(synthetic)
+    judge = Judge() if config.steps is None else Judge(steps=config.steps)
+    result, predictions = compare(sets, real, seeds=config.seeds, judge=judge, device=config.device)
     print(table(result))
     if config.json is not None:
         from fastsimgan.checkpoint import write_atomically
@@ -79,101 +81,8 @@ def evaluate_command(config: EvaluateConfig) -> None:
         write_atomically(config.json, (json.dumps(result, indent=2) + "\n").encode())
         print(f"numbers: {config.json}")
     if config.plot is not None:
-        _draw(config.plot, result["task"], predictions, real.labels)
+        draw(config.plot, result["task"], predictions, real.labels)
         print(f"plot: {config.plot}")
-
-
-def evaluate(
-    synthetic: dict[str, Any], refined: dict[str, Any], real: dict[str, Any], *, seeds: int = 5, steps: int = 375,
-    device: str = "auto",
-) -> dict[str, Any]:  # fmt: skip
-    """Compare two labelled sets by the networks they train.
-
-    Args:
-        synthetic, refined, real: ``images`` (``[N, H, W]`` or ``[N, H, W, C]``) with ``pitch_yaw`` or ``label``.
-        seeds: networks for each set.
-        steps: training steps of each.
-        device: where.
-
-    Returns:
-        What ``--json`` writes: ``task`` and ``rows``, each row's numbers with mean and std over the seeds.
-    """
-    from fastsimgan.metrics.downstream import Judge, Labelled
-
-    sets = {"synthetic": Labelled.from_arrays(synthetic, "synthetic"), "refined": Labelled.from_arrays(refined, "refined")}
-    config = EvaluateConfig(seeds=seeds, device=device)
-    return compare(sets, Labelled.from_arrays(real, "real"), config, Judge(steps=steps))[0]
-
-
-def compare(
-    sets: dict[str, Labelled], real: Labelled, config: EvaluateConfig, judge: Judge
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train on each set with each seed; the result as written to json, and each set's ensemble prediction."""
-    from tqdm import tqdm
-
-    from fastsimgan.device import choose_device
-    from fastsimgan.metrics.downstream import constant_prediction, summarise, train_and_predict
-
-    _check(sets, real, config)
-    device = choose_device(config.device)
-    if config.equalised:
-        sets = {"synthetic": sets["synthetic"], "equalised": _equalise(sets["synthetic"]), **sets}
-    classes = 0 if real.task == "gaze" else 1 + int(max(part.labels.max() for part in (real, *sets.values())))
-    constant = constant_prediction(sets["synthetic"], len(real.images), classes)
-    rows: dict[str, Any] = {"constant": _statistics([summarise(real.task, constant, real.labels)])}
-    predictions = {"constant": constant}
-    bar = tqdm(total=len(sets) * config.seeds * judge.steps, desc="task networks", unit="step", dynamic_ncols=True)
-    runs: dict[str, list[Any]] = {name: [] for name in sets}
-    for seed in range(config.seeds):  # sets inside seeds: an interrupted look at the bar compares like with like
-        for name, part in sets.items():
-            bar.set_postfix_str(f"{name}, seed {seed}")
-            runs[name].append(
-                train_and_predict(
-                    part, real.images, classes=classes, seed=seed, judge=judge, device=device, progress=bar.update
-                )
-            )
-    bar.close()
-    for name, outputs in runs.items():
-        predictions[name] = np.mean(outputs, 0)
-        rows[name] = _statistics([summarise(real.task, output, real.labels) for output in outputs])
-        rows[name]["ensemble"] = summarise(real.task, predictions[name], real.labels)
-    result = {
-        "task": real.task,
-        "rows": rows,
-        "seeds": config.seeds,
-        "steps": judge.steps,
-        "batch_size": judge.batch_size,
-        "test_images": len(real.images),
-    }
-    return result, predictions
-
-
-def table(result: dict[str, Any]) -> str:
-    """The rows as text, for a terminal."""
-    columns = (
-        {
-            "mean_deg": "mean error °",
-            "median_deg": "median °",
-            "within_7deg": "within 7° %",
-            "bias_pitch_deg": "bias pitch °",
-            "bias_yaw_deg": "bias yaw °",
-            "bias_free_mean_deg": "bias-free °",
-            "bias_free_within_7deg": "bias-free 7° %",
-        }
-        if result["task"] == "gaze"
-        else {"accuracy": "accuracy %"}
-    )
-    lines = [f"{'trained on':<22}" + "".join(f"{title:>16}" for title in columns.values())]
-    for name, row in result["rows"].items():
-        cells = [f"{row[key]['mean']:.2f}" + (f" ± {row[key]['std']:.2f}" if name != "constant" else "") for key in columns]
-        lines.append(f"{name:<22}" + "".join(f"{cell:>16}" for cell in cells))
-        if "ensemble" in row:
-            lines.append(f"{'  ensemble':<22}" + "".join(f"{row['ensemble'][key]:>16.2f}" for key in columns))
-    lines.append(
-        f"{result['test_images']} real test images; mean ± standard deviation over {result['seeds']} seeds; "
-        "ensemble: the seeds' predictions averaged; constant: the training labels' mean or commonest"
-    )
-    return "\n".join(lines)
 
 
 def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
@@ -208,85 +117,16 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
     return synthetic, refined_set, real_set
 
 
-def _check(sets: dict[str, Labelled], real: Labelled, config: EvaluateConfig) -> None:
-    if config.seeds < 1:
-        raise InputError(f"--seeds must be at least 1, got {config.seeds}")
-    if config.steps is not None and config.steps < 1:
-        raise InputError(f"--steps must be at least 1, got {config.steps}")
-    for name, part in sets.items():
-        if part.task != real.task:
-            raise InputError(f"{name} images must carry the same label as the real ones ({real.task}), got {part.task}")
-        if part.images.shape[1:] != real.images.shape[1:]:
-            raise InputError(
-                f"{name} images must have the real images' size {list(real.images.shape[1:])}, "
-                f"got {list(part.images.shape[1:])}"
-            )
-        if len(part.images) != len(part.labels):
-            raise InputError(f"{name} must have one label an image, got {len(part.labels)} for {len(part.images)}")
+class _Callable(ModuleType):
+    """`fastsimgan.evaluate` names both this command and the function of the Python API: the module answers a call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        from fastsimgan.comparison import evaluate
+
+        return evaluate(*args, **kwargs)
 
 
-def _equalise(part: Labelled) -> Labelled:
-    import dataclasses
-
-    import torch
-
-    from fastsimgan.data.histogram import equalise
-
-    if part.images.ndim != 3 or part.images.dtype == np.float32:
-        raise InputError(f"--equalised needs grey 8- or 16-bit images, got {part.images.dtype} {list(part.images.shape)}")
-    equal = equalise(torch.from_numpy(np.ascontiguousarray(part.images))[:, None])[:, 0].numpy()
-    return dataclasses.replace(part, images=equal)
-
-
-def _statistics(summaries: list[dict[str, float]]) -> dict[str, Any]:
-    """Mean and sample standard deviation over the seeds (0 for a single one)."""
-    return {
-        key: {
-            "mean": float(np.mean([s[key] for s in summaries])),
-            "std": float(np.std([s[key] for s in summaries], ddof=1)) if len(summaries) > 1 else 0.0,
-            "each": [s[key] for s in summaries],
-        }
-        for key in summaries[0]
-    }
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        from fastsimgan.errors import UnavailableError
-
-        raise UnavailableError('--plot needs matplotlib: pip install "fastsimgan[eval]"') from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _draw(path: Path, task: str, predictions: dict[str, Any], labels: Any) -> None:
-    """Cumulative error curves of the ensembles (Fig. 7); for classes, accuracy against the share of images answered."""
-    import io
-
-    from fastsimgan.checkpoint import write_atomically
-    from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
-
-    if task != "gaze":
-        raise InputError("--plot draws gaze errors; classes have no such curve")
-    pyplot = _matplotlib()
-    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
-    degrees = np.linspace(0, 25, 251)
-    for name, prediction in predictions.items():
-        errors = angular_errors(pitch_yaw(prediction), labels)
-        style = "--" if name == "constant" else "-"
-        axes.plot(degrees, (errors[:, None] <= degrees).mean(0) * 100, style, label=name)
-    axes.set(xlabel="angular error, degrees", ylabel="real test images within it, %", xlim=(0, 25), ylim=(0, 100))
-    axes.axvline(7, color="0.8", zorder=0)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
-    write_atomically(path, buffer.getvalue())
-
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> None:
             print(f"{name}: {source.describe()}")
         synthetic, real = (source.load() for source in sources)
 
-    from fastsimgan.fit import fit
+    from fastsimgan.training import fit
 
     fit(synthetic, real, config)
 

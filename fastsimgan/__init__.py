@@ -1,0 +1,38 @@
+"""fastsimgan: train a refiner that makes synthetic images look real while their labels stay true.
+
+    import fastsimgan
+    refiner = fastsimgan.fit(synthetic, real)            # two arrays of images
+    refiner = fastsimgan.load_refiner("runs/refiner")
+    refined = refiner(images)
+    fastsimgan.evaluate(synthetic, refined, real)["rows"]
+
+Importing it does not import torch; the first use does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastsimgan import evaluate as evaluate
+    from fastsimgan.config import TrainConfig as TrainConfig
+    from fastsimgan.runtime import load_refiner as load_refiner
+    from fastsimgan.training import fit as fit
+
+__version__ = "0.1.0"
+__all__ = ["TrainConfig", "evaluate", "fit", "load_refiner"]
+
+_HOMES = {
+    "TrainConfig": "fastsimgan.config",
+    "fit": "fastsimgan.training",
+    "load_refiner": "fastsimgan.runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "evaluate":
+        return importlib.import_module("fastsimgan.evaluate")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fastsimgan' has no attribute {name!r}")

@@ -1,0 +1,14 @@
+"""`python -m fastsimgan` lists the commands."""
+
+COMMANDS = {
+    "train": "two folders of images in, a refiner out",
+    "refine": "refine a folder or an array of images, labels carried along",
+    "evaluate": "does refined data train a better model than synthetic data?",
+    "demo": "all three on the built-in eyes",
+    "env": "versions, devices, and which implementation of each op runs here",
+}
+
+if __name__ == "__main__":
+    print("python -m fastsimgan.COMMAND --help\n")
+    for name, what in COMMANDS.items():
+        print(f"  {name:<10}{what}")
