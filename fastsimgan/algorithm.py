@@ -166,10 +166,15 @@ class SimGAN:
             module.load_state_dict(select(name, tensors))
         for name in ("refiner_optimiser", "discriminator_optimiser"):
             optimiser: torch.optim.Optimizer = getattr(self, name)
+            parameters = optimiser.param_groups[0]["params"]
             state: dict[int, dict[str, Any]] = {}
             for key, value in select(name, tensors).items():
                 index, _, field = key.partition(".")
-                state.setdefault(int(index), {})[field] = value.clone()  # the optimiser would share and change it
+                like = parameters[int(index)]
+                # A copy, since the optimiser works in place, and in the parameter's own memory format: the fused
+                # update walks both as flat memory, and checkpoints are contiguous while weights are channels_last.
+                own = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value)
+                state.setdefault(int(index), {})[field] = own.copy_(value)
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
         if self.history is not None:
             self.history.load_state_dict(select("history", tensors))

@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from fastsimgan.checkpoint import write_atomically
 from fastsimgan.data.histogram import equalise
-from fastsimgan.device import choose_device
+from fastsimgan.device import choose_device, keep_freed_memory
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.metrics.downstream import Judge, Labelled, constant_prediction, summarise, train_and_predict
 from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
 
 
 def evaluate(
-    synthetic: dict[str, Any], refined: dict[str, Any], real: dict[str, Any], *, seeds: int = 5, steps: int = 375,
+    synthetic: dict[str, Any], refined: dict[str, Any], real: dict[str, Any], *, seeds: int = 5, steps: int = 250,
     device: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Compare two labelled sets by the networks they train.
@@ -60,6 +60,7 @@ def compare(
     """
     _check(sets, real, seeds, judge)
     place = choose_device(device)
+    keep_freed_memory()
     classes = 0 if real.task == "gaze" else 1 + int(max(part.labels.max() for part in (real, *sets.values())))
     constant = constant_prediction(sets["synthetic"], len(real.images), classes)
     rows: dict[str, Any] = {"constant": _statistics([summarise(real.task, constant, real.labels)])}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import torch
 
 from fastsimgan.errors import InputError, UnavailableError
@@ -23,3 +26,19 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError(f"device {name!r} was asked for, and torch {torch.__version__} sees no CUDA device here")
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks instead of giving them back to the system; does nothing elsewhere.
+
+    Training on a CPU allocates and frees the same large activations in every step, and by default each one is mapped
+    and zeroed by the kernel anew: a fifth of a step's time for the gaze refiner on two cores.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: and the heap's end stays

@@ -23,7 +23,7 @@ from fastsimgan.config import TrainConfig
 from fastsimgan.data.histogram import non_uniformity
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.data.values import to_float
-from fastsimgan.device import choose_device
+from fastsimgan.device import choose_device, keep_freed_memory
 from fastsimgan.errors import InputError, TrainingError
 from fastsimgan.guard import GuardRails
 from fastsimgan.pictures import save_contact_sheet
@@ -62,6 +62,7 @@ def fit(
     config = config or TrainConfig()
     config.validate()
     device = choose_device(config.device)
+    keep_freed_memory()
     pools = _on_device(synthetic, real, config, device, say)
     trainer = SimGAN(config, pools.image_shape, device)
     if config.dry_run:

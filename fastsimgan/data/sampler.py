@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,9 +31,9 @@ class Sampler:
         while missing:
             epoch, offset = divmod(self.position, self.count)
             if epoch != self._epoch:
-                # Two 32-bit halves of one 64-bit seed: epochs of one sampler never repeat another seed's.
-                generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
-                self._order, self._epoch = torch.randperm(self.count, generator=generator), epoch
+                # NumPy mixes both numbers into its state; torch's CPU generator keeps the low 32 bits of a seed only.
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
+                self._order, self._epoch = torch.from_numpy(order), epoch
             part = self._order[offset : offset + missing]
             parts.append(part)
             self.position += len(part)

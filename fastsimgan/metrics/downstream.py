@@ -68,9 +68,9 @@ class Judge:
     each batch is shifted by up to ``shift`` pixels each way, the border repeated.
     """
 
-    steps: int = 375
+    steps: int = 250
     batch_size: int = 64
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     average: float = 0.98
     shift: int = 2
 
