@@ -51,6 +51,17 @@ def rgb16_png(pixels: np.ndarray) -> bytes:
     return png_bytes(pixels.shape[1], pixels.shape[0], 16, 2, rows)
 
 
+def tiff16(pixels: np.ndarray) -> bytes:
+    """A big-endian TIFF of 16 bits, grey or RGB, by hand."""
+    height, width = pixels.shape[:2]
+    samples = pixels.size // (height * width)
+    tags = {256: width, 257: height, 258: 16, 259: 1, 262: 1 if samples == 1 else 2}  # size, bits, raw, photometric
+    tags |= {273: 8, 277: samples, 278: height, 279: pixels.nbytes}  # one strip
+    table = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags.items())
+    offset = struct.pack(">I", 8 + pixels.nbytes)
+    return b"MM\0*" + offset + pixels.astype(">u2").tobytes() + struct.pack(">H", len(tags)) + table + bytes(4)
+
+
 def encode(pixels: np.ndarray, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, **options)
@@ -204,15 +215,7 @@ def test_an_image_is_read_as_stored_and_written_as_the_same_kind(name: str, tmp_
 
 
 def test_big_endian_tiff(tmp_path: Path) -> None:
-    entries = [(256, 3, 1, 7), (257, 3, 1, 5), (258, 3, 1, 16), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8)]
-    entries += [(277, 3, 1, 1), (278, 3, 1, 5), (279, 4, 1, 70)]
-    table = b"".join(
-        struct.pack(">HHI", tag, kind, count)
-        + (struct.pack(">HH", value, 0) if kind == 3 else struct.pack(">I", value))
-        for tag, kind, count, value in entries
-    )
-    content = b"MM\0*" + struct.pack(">I", 8 + 70) + GREY16.astype(">u2").tobytes()
-    (tmp_path / "big.tif").write_bytes(content + struct.pack(">H", len(entries)) + table + bytes(4))
+    (tmp_path / "big.tif").write_bytes(tiff16(GREY16))
     image = read_image(tmp_path / "big.tif")
     assert image.pixels.dtype == np.uint16
     assert np.array_equal(image.pixels, GREY16)
@@ -294,6 +297,7 @@ BAD_IMAGES = {
         "TIFF must store black as 0, got photometric interpretation WhiteIsZero",
     ),
     "turned.tif": (encode(GREY8, "TIFF", tiffinfo={274: 6}), "TIFF orientation must be 1 (as stored), got 6"),
+    "colour16.tif": (tiff16(RGB16), "16-bit colour must be PNG or an array, got TIFF"),
     "animated.png": (animated(), "must hold one picture, got 2 (animated or multi-page)"),
     "pages.tif": (pages(), "must hold one picture, got 2 (animated or multi-page)"),
 }

@@ -50,7 +50,8 @@ def staged(output: Path) -> Iterator[Path]:
         (work / output.name).rename(output)
         made = []
     except OSError as error:
-        raise InputError(f"{printable(output)}: cannot be written: {error.strerror or error}") from error
+        where = f" ({printable(error.filename)})" if isinstance(error.filename, str) else ""
+        raise InputError(f"{printable(output)}: cannot be written: {error.strerror or error}{where}") from error
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)

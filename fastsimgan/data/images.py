@@ -115,11 +115,14 @@ def _check(image: Image.Image, path: Path) -> Header:
 
     bits = 8
     if image.format == "PNG":
-        with path.open("rb") as file:
-            bits = file.read(_PNG_BIT_DEPTH_AT + 1)[_PNG_BIT_DEPTH_AT]
-            file.seek(-min(_PNG_TAIL, path.stat().st_size), os.SEEK_END)
-            if b"IEND" not in file.read():
-                raise InputError("PNG must end with an IEND chunk, got a truncated file")
+        file = image.fp  # type: ignore[attr-defined]
+        position = file.tell()  # where Pillow will go on reading
+        file.seek(_PNG_BIT_DEPTH_AT)
+        bits = file.read(1)[0]
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _PNG_TAIL))
+        if b"IEND" not in file.read():
+            raise InputError("PNG must end with an IEND chunk, got a truncated file")
+        file.seek(position)
     elif image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
         bits = tags.get(_TIFF_BITS, (1,))[0]
