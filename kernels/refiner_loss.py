@@ -18,6 +18,31 @@ BLOCK_BYTES = 8192  # of one image tensor: 4 warps with four 16-byte loads in fl
 TILE = 4096  # partial sums the second launch reads at a time
 SCALE_PROGRAMS = 1024  # of the backward launch; few, since as a rule each looks at one number and leaves
 
+# The last block of a batch is rarely whole. The two helpers below are called with ``count``, its length, and with the
+# constant BLOCK for all others: a mask the compiler sees through, without which accesses would be one element wide.
+
+
+@triton.jit
+def _pixel_block(refined, synthetic, grad_refined, scale, count, BLOCK: tl.constexpr):
+    """Write scale * sign(refined - synthetic) to ``grad_refined``; return |refined - synthetic|, 0 from ``count`` on."""
+    local = tl.arange(0, BLOCK)
+    present = local < count
+    a = tl.load(refined + local, mask=present, other=0.0).to(tl.float32)
+    b = tl.load(synthetic + local, mask=present, other=0.0).to(tl.float32)
+    difference = a - b
+    slope = tl.where(difference > 0, scale, tl.where(difference < 0, -scale, 0.0))
+    tl.store(grad_refined + local, slope.to(grad_refined.dtype.element_ty), mask=present)
+    return tl.abs(difference)
+
+
+@triton.jit
+def _scale_block(source, target, factor, count, BLOCK: tl.constexpr):
+    """target = source * factor, for ``count`` values."""
+    local = tl.arange(0, BLOCK)
+    present = local < count
+    value = tl.load(source + local, mask=present, other=0.0).to(tl.float32) * factor
+    tl.store(target + local, value.to(target.dtype.element_ty), mask=present)
+
 
 @triton.jit
 def forward_kernel(
@@ -56,17 +81,17 @@ def forward_kernel(
     else:
         block = (program - images).to(tl.int64)
         start = block * BLOCK
-        local = tl.arange(0, BLOCK)
-        present = start + local < total
-        a = tl.load(refined + start + local, mask=present, other=0.0).to(tl.float32)
-        b = tl.load(synthetic + start + local, mask=present, other=0.0).to(tl.float32)
-        difference = a - b
-        slope = tl.where(difference > 0, refined_scale, tl.where(difference < 0, -refined_scale, 0.0))
-        tl.store(grad_refined + start + local, slope.to(grad_refined.dtype.element_ty), mask=present)
+        refined += start
+        synthetic += start
+        grad_refined += start
+        if start + BLOCK <= total:
+            distance = _pixel_block(refined, synthetic, grad_refined, refined_scale, BLOCK, BLOCK)
+        else:
+            count = (total - start).to(tl.int32)
+            distance = _pixel_block(refined, synthetic, grad_refined, refined_scale, count, BLOCK)
 
-        distance = tl.abs(difference)
         next_image = (start // elements + 1) * elements - start
-        is_first = local < tl.minimum(next_image, BLOCK).to(tl.int32)
+        is_first = tl.arange(0, BLOCK) < tl.minimum(next_image, BLOCK).to(tl.int32)
         tl.store(partial + 2 * block, tl.sum(tl.where(is_first, distance, 0.0)))
         tl.store(partial + 2 * block + 1, tl.sum(tl.where(is_first, 0.0, distance)))
 
@@ -123,18 +148,17 @@ def scale_kernel(
     scale = tl.load(grad_loss).to(tl.float32)
     mine = tl.program_id(0).to(tl.int64) * BLOCK
     step = tl.num_programs(0).to(tl.int64) * BLOCK
-    local = tl.arange(0, BLOCK)
     for start in range(mine, logits_total, step):
-        present = start + local < logits_total
-        value = tl.load(grad_logits + start + local, mask=present) * scale
-        tl.store(scaled_logits + start + local, value.to(scaled_logits.dtype.element_ty), mask=present)
+        count = tl.minimum(logits_total - start, BLOCK)
+        _scale_block(grad_logits + start, scaled_logits + start, scale, count, BLOCK)
 
     factor = scale * pending_scale
     if factor != 1.0:
         for start in range(mine, total, step):
-            present = start + local < total
-            value = tl.load(grad_refined + start + local, mask=present).to(tl.float32) * factor
-            tl.store(grad_refined + start + local, value.to(grad_refined.dtype.element_ty), mask=present)
+            if start + BLOCK <= total:
+                _scale_block(grad_refined + start, grad_refined + start, factor, BLOCK, BLOCK)
+            else:
+                _scale_block(grad_refined + start, grad_refined + start, factor, total - start, BLOCK)
 
 
 def launch(

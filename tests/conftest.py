@@ -1,4 +1,4 @@
-"""Without a CUDA device the Triton kernels run in Triton's interpreter, which must be chosen before they are imported."""
+"""With no CUDA device, Triton kernels run in its interpreter, which must be chosen before they are imported."""
 
 from __future__ import annotations
 

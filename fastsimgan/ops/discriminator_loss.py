@@ -100,8 +100,9 @@ def _(
     refined_logits: Tensor, real_logits: Tensor, real_target: float, refined_target: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(refined_logits)
-    scalars = [refined_logits.new_empty((), dtype=dtype) for _ in range(3)]
-    return (*scalars, refined_logits.new_empty(refined_logits.numel() + real_logits.numel(), dtype=dtype))
+    loss, refined_accuracy, real_accuracy = (refined_logits.new_empty((), dtype=dtype) for _ in range(3))
+    gradients = refined_logits.new_empty(refined_logits.numel() + real_logits.numel(), dtype=dtype)
+    return loss, refined_accuracy, real_accuracy, gradients
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
