@@ -222,10 +222,17 @@ def _fake(storage: Tensor, state: Tensor, fresh: Tensor, n: int) -> Tensor:
     return torch.empty_like(fresh, memory_format=torch.contiguous_format)
 
 
-_op = torch.library.custom_op("fastsimgan::history_swap", reference, mutates_args=("storage", "state"))
-_op.register_fake(_fake)
-# The reference by name, for an explicit request: the op above may be served by a compiled kernel instead.
-_reference_op = torch.library.custom_op(
-    "fastsimgan::history_swap_reference", reference, mutates_args=("storage", "state")
-)
-_reference_op.register_fake(_fake)
+# Defined here rather than through torch.library.custom_op: no gradient passes, so its Python layers for autograd and
+# views would do nothing but add some 30 us a call, several times the kernel's own time at the paper's eye size.
+# _C registers the CPU and CUDA kernels of `history_swap`; every other device, and all where it is missing, gets the
+# reference. `history_swap_reference` is the reference by name, for an explicit request.
+_library = torch.library.Library("fastsimgan", "FRAGMENT")
+for _name in ("history_swap", "history_swap_reference"):
+    _library.define(
+        f"{_name}(Tensor(a!) storage, Tensor(b!) state, Tensor fresh, int n) -> Tensor",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+    _library.impl(_name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastsimgan::{_name}", _fake, lib=_library)
+_op = torch.ops.fastsimgan.history_swap.default
+_reference_op = torch.ops.fastsimgan.history_swap_reference.default
