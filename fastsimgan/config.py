@@ -35,7 +35,7 @@ class TrainConfig:
     """Iterations of Algorithm 1 (T)."""
     batch_size: int = 32
     """Images in each half of D's batch and in R's batch (b, even)."""
-    lam: Annotated[float, tyro.conf.arg(name="lambda")] = 0.3
+    lam: Annotated[float, tyro.conf.arg(name="lambda")] = 0.15
     """Weight of self-regularisation, the paper's sum form (Eq. 4); it does not depend on the batch size."""
     psi: Literal["identity", "channel_mean", "gradients"] = "identity"
     """Feature in which refined and synthetic images are held together (Eq. 4)."""
