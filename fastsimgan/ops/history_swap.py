@@ -30,10 +30,10 @@ try:
     from fastsimgan import _C
 
     BUILD_INFO: dict[str, Any] | None = _C.build_info()
-    _NOT_LOADED = None
+    NOT_LOADED: str | None = None
 except ImportError as error:
     BUILD_INFO = None
-    _NOT_LOADED = f"fastsimgan._C is not there: {error}"
+    NOT_LOADED = f"fastsimgan._C is not there: {error}"
 
 STORAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -93,12 +93,12 @@ def history_swap(storage: Tensor, state: Tensor, fresh: Tensor, n: int, impl: st
 
 def implementations() -> dict[str, str | None]:
     """Each implementation, in the order ``"auto"`` prefers them: None where it can run, otherwise why it cannot."""
-    no_cuda = _NOT_LOADED
+    no_cuda = NOT_LOADED
     if BUILD_INFO is not None and not BUILD_INFO["cuda"]:
         no_cuda = f"fastsimgan._C was built without CUDA, against torch {BUILD_INFO['torch']}"
     elif no_cuda is None and not torch.cuda.is_available():
         no_cuda = "no CUDA device"
-    return {"cuda": no_cuda, "cpp": _NOT_LOADED, "reference": None}
+    return {"cuda": no_cuda, "cpp": NOT_LOADED, "reference": None}
 
 
 def reference(storage: Tensor, state: Tensor, fresh: Tensor, n: int) -> Tensor:

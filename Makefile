@@ -1,0 +1,60 @@
+# make test, make demo: on a fresh clone these set up .venv and run. Needs Python >= 3.11, a C++ compiler and make.
+.PHONY: help install test demo lint types aot bench bench-smoke gpu clean
+.DEFAULT_GOAL := help
+
+# The first Python of 3.11 or later; `make BASE_PYTHON=... install` chooses another.
+BASE_PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+PYTHON := .venv/bin/python
+# A machine with a GPU may have no network, and with it no .venv: then the Python that has torch with CUDA.
+PYTHON_GPU ?= $(if $(wildcard $(PYTHON)),$(PYTHON),python3)
+PART ?= ops
+
+help:
+	@echo "make install      .venv with fastsimgan in it, editable (every target below does this first)"
+	@echo "make test         the tests"
+	@echo "make demo         train, refine and evaluate on the built-in eyes, into runs/demo"
+	@echo "make lint types   ruff, mypy"
+	@echo "make aot          compile every kernel for sm_80, sm_90, sm_100; needs no GPU"
+	@echo "make bench        all benchmarks; bench-smoke: the short ones, each once"
+	@echo "make gpu [PART=ops|train|infer|refine]   build, GPU tests and benchmarks on a machine with a GPU"
+	@echo "make clean        remove what was built, and .venv"
+
+install: .venv/installed
+
+# What the install depends on. Python files do not: the install is editable.
+.venv/installed: pyproject.toml setup.py CMakeLists.txt requirements-dev.txt $(wildcard csrc/*)
+	@test -n "$(BASE_PYTHON)" || { echo "error: Python >= 3.11 is needed, none found; give BASE_PYTHON=..."; exit 1; }
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv .venv
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	@touch $@
+
+test: install
+	$(PYTHON) -m pytest tests
+
+demo: install
+	$(PYTHON) -m fastsimgan.demo
+
+lint: install
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types: install
+	$(PYTHON) -m mypy
+
+aot: install
+	$(PYTHON) -m bench.aot
+
+bench: install
+	$(PYTHON) -m pytest bench --benchmark-only
+
+# Each benchmark that is not marked large once, untimed: it proves that they run and that what they time is right.
+bench-smoke: install
+	$(PYTHON) -m pytest bench -m "not large" --benchmark-disable
+
+gpu:
+	$(PYTHON_GPU) -m bench.gpu $(PART)
+
+clean:
+	rm -rf .venv build dist *.egg-info fastsimgan/_C*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -1,0 +1,104 @@
+"""`python -m fastsimgan.env`: versions, devices, how the compiled ops were built, and what will run here and why."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+from fastsimgan import __version__, cli
+
+DESCRIPTION = "Versions, devices, how fastsimgan._C was built, and which implementation of each op runs here."
+
+OPS = ("refiner_loss", "discriminator_loss", "history_swap")
+# Each with what it is needed for, as the extras of pyproject.toml group them.
+PACKAGES = {
+    "torch": "core",
+    "numpy": "core",
+    "pillow": "core",
+    "safetensors": "core",
+    "tyro": "core",
+    "triton": "Triton kernels",
+    "simplejpeg": "[fast]",
+    "opencv-python-headless": "[fast]",
+    "scipy": "[eval]",
+    "matplotlib": "[eval]",
+    "h5py": "[eval]",
+    "onnx": "[onnx]",
+    "onnxscript": "[onnx]",
+    "onnxruntime": "[onnx]",
+    "onnxruntime-gpu": "[gpu]",
+    "tensorrt-cu13": "[trt]",
+    "tensorrt-rtx-cu13": "[rtx]",
+    "ray": "[ray]",
+    "tensorboard": "[tb]",
+}
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Nothing to set."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; return the exit code."""
+    return cli.run(report, EnvConfig, prog="python -m fastsimgan.env", description=DESCRIPTION, argv=argv)
+
+
+def report(config: EnvConfig) -> None:
+    """Print it all."""
+    import torch
+
+    print("versions")
+    print(f"  {'fastsimgan':<24}{__version__}")
+    print(f"  {'python':<24}{platform.python_version()} on {platform.platform()}")
+    for package, need in PACKAGES.items():
+        print(f"  {package:<24}{_version(package)}  ({need})")
+
+    print("devices")
+    print(f"  cpu: {torch.get_num_threads()} threads")
+    if not torch.cuda.is_available():
+        built = f"was built with CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
+        print(f"  cuda: none; torch {built}")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        print(f"  cuda:{index}: {properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}")
+
+    print("fastsimgan._C")
+    from fastsimgan.ops import history_swap
+
+    if history_swap.BUILD_INFO is None:
+        print(f"  {history_swap.NOT_LOADED}")
+        print("  build it with torch installed: pip install --no-build-isolation -e .")
+    else:
+        for name, value in history_swap.BUILD_INFO.items():
+            print(f"  {name:<24}{value if value != '' else '-'}")
+
+    for op in OPS:
+        reasons = importlib.import_module(f"fastsimgan.ops.{op}").implementations()
+        print(op)
+        for name, reason in reasons.items():
+            print(f"  {name:<24}{'can run' if reason is None else reason}")
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            print(f"  on {device:<21}{_chosen(op, reasons, device)}")
+
+
+def _chosen(op: str, reasons: dict[str, str | None], device: str) -> str:
+    """What impl="auto" takes: the kernel made for the device where it can run, otherwise the reference."""
+    preferred = {"cpu": "cpp", "cuda": "cuda" if op == "history_swap" else "triton"}[device]
+    return preferred if preferred in reasons and reasons[preferred] is None else "reference"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
