@@ -68,7 +68,7 @@ class Judge:
     each batch is shifted by up to ``shift`` pixels each way, the border repeated.
     """
 
-    steps: int = 250
+    steps: int = 200
     batch_size: int = 64
     learning_rate: float = 1e-3
     average: float = 0.98
