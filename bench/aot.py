@@ -152,7 +152,7 @@ def all_launches() -> list[Launch]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description="Compile every kernel ahead of time.")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--only", default="", help="kernels whose label contains this")
+    parser.add_argument("--only", default="", help="Triton kernels whose label contains this, and no .cu file")
     arguments = parser.parse_args(argv)
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is nothing to compile")
@@ -160,20 +160,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [
         launch.compile(arch) for launch in all_launches() if arguments.only in launch.label for arch in arguments.arch
     ]
-    skipped = shutil.which("nvcc") is None
+    skipped = "--only" if arguments.only else "" if shutil.which("nvcc") else "no nvcc"
     if not skipped:
         from bench import aot_cuda
 
-        architectures = {f"sm_{arch}" for arch in arguments.arch}
-        cuda_rows = [Row(*row) for row in aot_cuda.rows()]
-        rows += [row for row in cuda_rows if arguments.only in row.kernel and row.arch in architectures]
+        rows += [Row(*row) for row in aot_cuda.rows(arguments.arch)]
 
     width = max((len(row.kernel) for row in rows), default=0)
     print(f"{'kernel':{width}}  arch    registers  shared  spills")
     for row in rows:
         print(f"{row.kernel:{width}}  {row.arch:6}  {row.registers:9}  {row.shared:6}  {row.spills:6}")
     if skipped:
-        print(".cu files skipped: no nvcc")
+        print(f".cu files skipped: {skipped}")
     spilling = [row for row in rows if row.spills]
     print(f"{len(rows)} compiled with triton {triton.__version__}, {len(spilling)} spill")
     return 1 if spilling or not rows else 0

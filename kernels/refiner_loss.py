@@ -24,7 +24,7 @@ SCALE_PROGRAMS = 1024  # of the backward launch; few, since as a rule each looks
 
 @triton.jit
 def _pixel_block(refined, synthetic, grad_refined, scale, count, BLOCK: tl.constexpr):
-    """Write scale * sign(refined - synthetic) to ``grad_refined``; return |refined - synthetic|, 0 from ``count`` on."""
+    """Write scale * sign(refined - synthetic) to ``grad_refined``; return |refined - synthetic|, 0 beyond ``count``."""
     local = tl.arange(0, BLOCK)
     present = local < count
     a = tl.load(refined + local, mask=present, other=0.0).to(tl.float32)

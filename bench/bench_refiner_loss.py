@@ -1,0 +1,72 @@
+"""refiner_loss, forward and backward, against eager PyTorch and torch.compile of the same formula.
+
+Ours is the public call with ``impl="auto"``: the Triton kernels on CUDA; on a CPU the reference, which computes value
+and gradients by hand in one forward pass.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsimgan.ops.refiner_loss import refiner_loss
+
+LAM = 0.5
+# Images [B, C, H, W], patch map, and the batch on a CPU: the paper's two sizes, and one of several times any cache.
+SIZES = {
+    "gaze": ((512, 1, 35, 55), (9, 14), 512),
+    "hand": ((512, 1, 224, 224), (7, 7), 16),
+    "large": ((2048, 1, 224, 224), (7, 7), 128),
+}
+DTYPES = [torch.float32, torch.bfloat16] if torch.cuda.is_available() else [torch.float32]
+
+
+def eager(logits: Tensor, refined: Tensor, synthetic: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 4 as one would write it, reporting terms included."""
+    real = torch.zeros(logits.shape[0], *logits.shape[2:], dtype=torch.long, device=logits.device)
+    adversarial = F.cross_entropy(logits.float(), real, reduction="none").sum((1, 2))
+    self_regularisation = (refined.float() - synthetic.float()).abs().sum((1, 2, 3))
+    return (adversarial + LAM * self_regularisation).mean(), adversarial.detach(), self_regularisation.detach()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_refiner_loss(race, size, dtype):
+    shape, patches, cpu_batch = SIZES[size]
+    if race.smoke and size != "gaze":
+        pytest.skip("the smoke run takes the smallest size")
+    batch = 4 if race.smoke else shape[0] if race.device.type == "cuda" else cpu_batch
+    shape = (batch, *shape[1:])
+    torch.manual_seed(0)
+    logits = torch.randn(batch, 2, *patches, device=race.device).to(dtype).requires_grad_()
+    refined = (torch.rand(shape, device=race.device) * 2 - 1).to(dtype).requires_grad_()
+    synthetic = (torch.rand(shape, device=race.device) * 2 - 1).to(dtype)
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+
+    def step(loss) -> tuple[Tensor, ...]:
+        value = loss(logits, refined, synthetic)[0]
+        return value.detach(), *torch.autograd.grad(value, (logits, refined))
+
+    sides = {
+        "ours": lambda: step(lambda *tensors: refiner_loss(*tensors, lam=LAM)),
+        "torch.compile": lambda: step(compiled),
+        "eager": lambda: step(eager),
+    }
+    check = min(batch, 64)  # float64 truth of all would not fit beside the large size
+    errors = {}
+    for name, side in sides.items():
+        value, logits_gradient, refined_gradient = side()
+        truth_z = (logits[:, 1] - logits[:, 0]).detach().double()
+        distance = torch.stack([(a.double() - b.double()).abs().sum() for a, b in zip(refined, synthetic, strict=True)])
+        truth = F.softplus(truth_z).sum() / batch + LAM * distance.mean()
+        slope = LAM / batch * (refined[:check].double() - synthetic[:check].double()).sign()
+        errors[name] = max(
+            ((value - truth) / truth).abs().item(),
+            ((logits_gradient[:, 1].double() - truth_z.sigmoid() / batch).abs().max() * batch).item(),
+            ((refined_gradient[:check].double() - slope).abs().max() / (LAM / batch)).item(),
+        )
+    assert errors["ours"] <= errors["eager"] + 1e-6 + torch.finfo(dtype).eps
+    bytes_moved = refined.element_size() * (3 * refined.numel() + 2 * logits.numel())
+    race.run(f"refiner_loss {size} {str(dtype)[6:]} b={batch}", sides, errors, bytes_moved)

@@ -1,0 +1,123 @@
+"""What the benchmarks share: sides timed in turn, their errors beside their speeds, and a short table at the end.
+
+``pytest bench --benchmark-disable`` is the smoke run: small sizes, each side once, results checked and nothing timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from bench import limits
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_table: list[str] = []
+
+
+@cache
+def measured_copy_bandwidth() -> float:
+    return limits.copy_bandwidth(DEVICE)
+
+
+def synchronise() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """``call`` as a CUDA graph: what is left is the device's own time, with no Python and no launch gaps."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@dataclass
+class Race:
+    """Times several ways to do one thing, in turn, so that a slow minute of the machine is slow for all of them."""
+
+    benchmark: Any
+    device: torch.device = DEVICE
+    smoke: bool = False
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(
+        self, title: str, sides: dict[str, Callable[[], object]], errors: dict[str, float], bytes_moved: int
+    ) -> None:
+        """Time ``sides`` (name → the public call, forward and backward), ours first; synchronised within the time.
+
+        errors: each side's largest relative error against float64. bytes_moved: what the task cannot do without,
+        every input read once and every output written once.
+        """
+        calls = dict(sides)
+        if self.device.type == "cuda" and not self.smoke:
+            calls |= {f"{name}, graph": captured(call) for name, call in sides.items()}
+        ours, *others = calls
+        for _ in range(1 if self.smoke else 3):
+            for call in calls.values():
+                call()
+        synchronise()
+
+        def time_others() -> None:
+            for name in others:
+                self._time(name, calls[name])
+
+        rounds = 1 if self.smoke else 50 if self.device.type == "cuda" else 10
+        self.benchmark.pedantic(lambda: self._time(ours, calls[ours]), setup=time_others, rounds=rounds, iterations=1)
+        if self.smoke:
+            return
+        bandwidth = measured_copy_bandwidth()
+        rows = {}
+        for name in calls:
+            low, median, high = statistics.quantiles(self.seconds[name], n=4)
+            rate = bytes_moved / median
+            rows[name] = {
+                "median_us": median * 1e6,
+                "iqr_us": (high - low) * 1e6,
+                "GB_per_s": rate / 1e9,
+                "share_of_copy": rate / bandwidth,
+                "error": errors[name.removesuffix(", graph")],
+            }
+            _table.append(
+                f"{title:34} {name:18} {median * 1e6:10.1f} us ± {(high - low) * 1e6:8.1f}  {rate / 1e9:8.2f} GB/s  "
+                f"{rate / bandwidth:6.1%} of copy  error {rows[name]['error']:.1e}"
+            )
+        self.benchmark.extra_info |= {"title": title, "copy_GB_per_s": bandwidth / 1e9, "sides": rows}
+
+    def _time(self, name: str, call: Callable[[], object]) -> None:
+        begin = time.perf_counter()
+        call()
+        synchronise()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
+
+
+@pytest.fixture
+def race(benchmark, request: pytest.FixtureRequest) -> Race:
+    return Race(benchmark, smoke=request.config.getoption("benchmark_disable"))
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info["torch"] = torch.__version__
+    machine_info["cuda"] = torch.version.cuda
+    machine_info["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    machine_info["threads"] = torch.get_num_threads()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _table:
+        terminalreporter.section("sides in turn: median ± interquartile range, largest relative error against float64")
+        for line in _table:
+            terminalreporter.write_line(line)
