@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastsimgan.checkpoint import flatten, select
 from fastsimgan.config import TrainConfig
+from fastsimgan.device import channels_last
 from fastsimgan.history import HistoryBuffer
 from fastsimgan.losses import discriminator_objective, refiner_objective
 from fastsimgan.models.discriminator import Discriminator
@@ -40,17 +41,11 @@ class SimGAN:
         refiner = Refiner(channels, width=config.width, blocks=config.blocks, first_kernel=first_kernel)
         if config.identity_init:
             refiner.identity_init_()
-        # channels_last: convolutions are faster in it, on CPU and GPU alike
-        self.refiner = refiner.to(device, memory_format=torch.channels_last)
-        self.discriminator = Discriminator(channels, kind=config.network, local=config.local).to(
-            device, memory_format=torch.channels_last
-        )
+        self.refiner = channels_last(refiner, device)
+        self.discriminator = channels_last(Discriminator(channels, kind=config.network, local=config.local), device)
         self.average = copy.deepcopy(self.refiner).requires_grad_(False)
-        fused = {"fused": True, "betas": (0.5, 0.999)}  # first moment 0.5: the usual choice for adversarial training
-        self.refiner_optimiser = torch.optim.Adam(self.refiner.parameters(), config.learning_rate_refiner, **fused)
-        self.discriminator_optimiser = torch.optim.Adam(
-            self.discriminator.parameters(), config.learning_rate_discriminator, **fused
-        )
+        self.refiner_optimiser = _adam(self.refiner, config.learning_rate_refiner)
+        self.discriminator_optimiser = _adam(self.discriminator, config.learning_rate_discriminator)
         self.history = (
             HistoryBuffer(
                 capacity=config.history,
@@ -179,6 +174,11 @@ class SimGAN:
         if self.history is not None:
             self.history.load_state_dict(select("history", tensors))
         self.step = step
+
+
+def _adam(module: nn.Module, rate: float) -> torch.optim.Adam:
+    # first moment 0.5: the usual choice for adversarial training, where gradients turn quickly
+    return torch.optim.Adam(module.parameters(), rate, betas=(0.5, 0.999), fused=True)
 
 
 def _update(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:

@@ -28,7 +28,8 @@ def run(
     """
     import tyro
 
-    parsed = tyro.cli(config, prog=prog, description=description, args=argv, default=default)
+    given = {} if default is None else {"default": default}
+    parsed = tyro.cli(config, prog=prog, description=description, args=argv, **given)
     try:
         return command(parsed) or 0
     except FastSimGANError as error:

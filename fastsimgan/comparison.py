@@ -108,7 +108,9 @@ def table(result: dict[str, Any]) -> str:
     )
     lines = [f"{'trained on':<22}" + "".join(f"{title:>16}" for title in columns.values())]
     for name, row in result["rows"].items():
-        cells = [f"{row[key]['mean']:.2f}" + (f" ± {row[key]['std']:.2f}" if name != "constant" else "") for key in columns]
+        cells = [
+            f"{row[key]['mean']:.2f}" + (f" ± {row[key]['std']:.2f}" if name != "constant" else "") for key in columns
+        ]
         lines.append(f"{name:<22}" + "".join(f"{cell:>16}" for cell in cells))
         if "ensemble" in row:
             lines.append(f"{'  ensemble':<22}" + "".join(f"{row['ensemble'][key]:>16.2f}" for key in columns))
@@ -139,7 +141,9 @@ def _check(sets: dict[str, Labelled], real: Labelled, seeds: int, judge: Judge) 
 def equalised(part: Labelled) -> Labelled:
     """The same set with each grey image's histogram equalised."""
     if part.images.ndim != 3 or part.images.dtype == np.float32:
-        raise InputError(f"--equalised needs grey 8- or 16-bit images, got {part.images.dtype} {list(part.images.shape)}")
+        raise InputError(
+            f"--equalised needs grey 8- or 16-bit images, got {part.images.dtype} {list(part.images.shape)}"
+        )
     equal = equalise(torch.from_numpy(np.ascontiguousarray(part.images))[:, None])[:, 0].numpy()
     return dataclasses.replace(part, images=equal)
 

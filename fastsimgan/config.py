@@ -66,7 +66,7 @@ class TrainConfig:
     network: Literal["gaze", "hand"] = "gaze"
     """Architecture of D, and of R's first layer (§3.1 or §3.2)."""
     width: int = 32
-    """Feature maps in R. The paper has 64; 32 take a quarter of the time, and 20 a channel are needed to start at the identity."""
+    """Feature maps in R. The paper has 64; 32 take a quarter of the time; --identity-init needs 20 an image channel."""
     blocks: int = 4
     """Residual blocks in R."""
 

@@ -110,7 +110,9 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
     else:
         assert config.refined is not None
         refined = read(config.refined)
-    names = [str(path) for path in (config.synthetic or "built-in", config.refined or "refined", config.real or "built-in")]
+    names = [
+        str(path) for path in (config.synthetic or "built-in", config.refined or "refined", config.real or "built-in")
+    ]
     synthetic, refined_set, real_set = (
         Labelled.from_arrays(part, name) for part, name in zip((arrays, refined, real), names, strict=True)
     )

@@ -45,8 +45,9 @@ class GuardRails:
             step,
             "D cannot tell refined from real",
             accuracy < _ACCURACY[0],
-            f"right on {accuracy:.1%} of patches (band from {_ACCURACY[0]:.0%}): either R has won or D is not learning; "
-            "look at the contact sheet, raise --learning-rate-discriminator or --k-d",
+            f"right on {accuracy:.1%} of patches (band from {_ACCURACY[0]:.0%}): "
+            "either R has won or D is not learning; look at the contact sheet, "
+            "raise --learning-rate-discriminator or --k-d",
         )
         self._judge(
             step,

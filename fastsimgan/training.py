@@ -76,16 +76,16 @@ def fit(
     guard = GuardRails(say)
     bar = tqdm(total=config.steps, initial=trainer.step, desc="Algorithm 1", unit="it", dynamic_ncols=True)
     while trainer.step < config.steps:
-        metrics = _read(trainer.iteration(pools.draw_synthetic, pools.draw_real))
+        numbers = _read(trainer.iteration(pools.draw_synthetic, pools.draw_real))
         if trainer.history is not None and trainer.step % 10 == 0:
-            metrics["history_age"] = trainer.history.statistics()["mean_age"]
-        run.record("train", trainer.step, metrics)
-        guard.watch(trainer.step, metrics)
+            numbers["history_age"] = trainer.history.statistics()["mean_age"]
+        run.record("train", trainer.step, numbers)
+        guard.watch(trainer.step, numbers)
         bar.update()
         if trainer.step % 10 == 0:
-            bar.set_postfix_str(_line(metrics))
+            bar.set_postfix_str(_line(numbers))
         if trainer.step % config.picture_every == 0:
-            say(f"{trainer.step}/{config.steps}: {_line(metrics)}; {run.picture()}")
+            say(f"{trainer.step}/{config.steps}: {_line(numbers)}; {run.picture()}")
         if trainer.step % config.checkpoint_every == 0 or trainer.step == config.steps:
             run.checkpoint()
     bar.close()
@@ -171,7 +171,7 @@ def _on_device(
         histogram,
         Sampler(len(first), int(seeds[0])),
         Sampler(len(second), int(seeds[1])),
-        {name: hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for name, a in
+        {name: hashlib.sha256(np.ascontiguousarray(a).data).hexdigest() for name, a in
          (("synthetic", synthetic), ("real", real))},
     )  # fmt: skip
 
@@ -246,7 +246,7 @@ class _Run:
             refined = self.trainer.average(shown)
         path = self.folder / "pictures" / f"{self.trainer.step:08d}.png"
         raw = to_float(_take(synthetic, spread))
-        save_contact_sheet(path, raw, refined, to_float(real[: 20_000]))
+        save_contact_sheet(path, raw, refined, to_float(real[:20_000]))
         return path
 
     def checkpoint(self) -> None:
@@ -258,9 +258,7 @@ class _Run:
         }
         state = self.trainer.state()
         save_checkpoint(self.folder / "checkpoints", self.trainer.step, state, facts, keep=self.config.keep)
-        save_refiner(
-            self.folder / FILE, self.trainer.average, histogram=self.pools.histogram, training=self.config
-        )
+        save_refiner(self.folder / FILE, self.trainer.average, histogram=self.pools.histogram, training=self.config)
 
     def finish(self) -> Refiner:
         """Draw the last contact sheet and load what was trained."""
@@ -279,7 +277,8 @@ def _read(metrics: Metrics) -> dict[str, float]:
 
 def _line(metrics: dict[str, float]) -> str:
     return (
-        f"R {metrics['loss_refiner']:.1f} (adversarial {metrics['adversarial']:.1f}), D {metrics['loss_discriminator']:.1f}, "
+        f"R {metrics['loss_refiner']:.1f} (adversarial {metrics['adversarial']:.1f}), "
+        f"D {metrics['loss_discriminator']:.1f}, "
         f"D right on refined {metrics['accuracy_refined']:.0%} real {metrics['accuracy_real']:.0%}, "
         f"change {metrics['change']:.1f} grey levels"
     )

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.data.values import to_float
+from fastsimgan.device import channels_last
 from fastsimgan.errors import InputError
 from fastsimgan.metrics.gaze_error import gaze_summary, gaze_vectors, pitch_yaw
 from fastsimgan.models.classifier import Classifier
@@ -97,7 +98,7 @@ def train_and_predict(
         network, targets = GazeNetwork(height, width, channels), torch.from_numpy(gaze_vectors(train.labels)).float()
     else:
         network, targets = Classifier(classes, channels), torch.from_numpy(train.labels.astype(np.int64))
-    network = network.to(device, memory_format=torch.channels_last)
+    network = channels_last(network, device)
     average = copy.deepcopy(network).requires_grad_(False)
     optimiser = torch.optim.Adam(network.parameters(), judge.learning_rate, fused=True)
     sampler, shifts = Sampler(len(train.images), seed), torch.Generator().manual_seed(seed)

@@ -86,6 +86,7 @@ class Refiner(nn.Module):
             self.last.bias[channel] = float(heights[0])  # type: ignore[index]
         self.last.weight[:, channels * len(knots) :] = 0
         for block in self.blocks:
-            block.conv2.weight.zero_()  # type: ignore[union-attr]
-            block.conv2.bias.zero_()  # type: ignore[union-attr]
+            assert isinstance(block, ResidualBlock)
+            for parameter in block.conv2.parameters():
+                parameter.zero_()
         return True

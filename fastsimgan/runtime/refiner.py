@@ -17,7 +17,7 @@ from fastsimgan.checkpoint import write_atomically
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.histogram import equalise
 from fastsimgan.data.values import from_float, to_float
-from fastsimgan.device import choose_device
+from fastsimgan.device import channels_last, choose_device
 from fastsimgan.errors import InputError
 from fastsimgan.models import refiner as network
 
@@ -32,7 +32,7 @@ class Refiner:
     """
 
     def __init__(self, module: network.Refiner, settings: dict[str, Any], sha256: str, device: torch.device) -> None:
-        self.module = module.to(device, memory_format=torch.channels_last).eval()
+        self.module = channels_last(module, device).eval()
         self.settings = settings
         self.sha256 = sha256
         self.device = device
