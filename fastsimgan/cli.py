@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastsimgan.errors import FastSimGANError
 
@@ -28,7 +28,7 @@ def run(
     """
     import tyro
 
-    given = {} if default is None else {"default": default}
+    given: dict[str, Any] = {} if default is None else {"default": default}
     parsed = tyro.cli(config, prog=prog, description=description, args=argv, **given)
     try:
         return command(parsed) or 0
