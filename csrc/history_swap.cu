@@ -96,14 +96,15 @@ __global__ void __launch_bounds__(kThreads)
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t at = base + u * stride;
       if (at >= end) continue;
-      Pack<Stored, kVector> stored;
-      Pack<Image, kVector> outgoing;
       if (write) {
+        Pack<Stored, kVector> stored;
         for (int i = 0; i < kVector; ++i) convert(incoming[u].value[i], stored.value[i]);
         *reinterpret_cast<Pack<Stored, kVector>*>(slot + at) = stored;
+        if (task.appended) held[u] = stored;  // drawn in the same swap, if at all, as it is stored
       }
       if (draw) {
-        for (int i = 0; i < kVector; ++i) convert(read ? held[u].value[i] : stored.value[i], outgoing.value[i]);
+        Pack<Image, kVector> outgoing;
+        for (int i = 0; i < kVector; ++i) convert(held[u].value[i], outgoing.value[i]);
         *reinterpret_cast<Pack<Image, kVector>*>(target + at) = outgoing;
       }
     }
