@@ -35,12 +35,10 @@ def eager(refined: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["gaze", *(pytest.param(s, marks=pytest.mark.large) for s in ("hand", "large"))])
 def test_discriminator_loss(race, size, dtype):
     batch, patches, cpu_batch = SIZES[size]
-    if race.smoke and size != "gaze":
-        pytest.skip("the smoke run takes the smallest size")
-    batch = 4 if race.smoke else batch if race.device.type == "cuda" else cpu_batch
+    batch = batch if race.device.type == "cuda" else cpu_batch
     torch.manual_seed(0)
     refined, real = (torch.randn(batch, 2, *patches, device=race.device).to(dtype).requires_grad_() for _ in range(2))
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)

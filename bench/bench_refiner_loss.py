@@ -32,12 +32,10 @@ def eager(logits: Tensor, refined: Tensor, synthetic: Tensor) -> tuple[Tensor, T
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["gaze", *(pytest.param(s, marks=pytest.mark.large) for s in ("hand", "large"))])
 def test_refiner_loss(race, size, dtype):
     shape, patches, cpu_batch = SIZES[size]
-    if race.smoke and size != "gaze":
-        pytest.skip("the smoke run takes the smallest size")
-    batch = 4 if race.smoke else shape[0] if race.device.type == "cuda" else cpu_batch
+    batch = shape[0] if race.device.type == "cuda" else cpu_batch
     shape = (batch, *shape[1:])
     torch.manual_seed(0)
     logits = torch.randn(batch, 2, *patches, device=race.device).to(dtype).requires_grad_()

@@ -1,6 +1,6 @@
 """What the benchmarks share: sides timed in turn, their errors beside their speeds, and a short table at the end.
 
-``pytest bench --benchmark-disable`` is the smoke run: small sizes, each side once, results checked and nothing timed.
+Under ``--benchmark-disable`` each side runs once, its result is checked and nothing is timed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Race:
 
     benchmark: Any
     device: torch.device = DEVICE
-    smoke: bool = False
+    disabled: bool = False
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def run(
@@ -63,10 +63,10 @@ class Race:
         every input read once and every output written once.
         """
         calls = dict(sides)
-        if self.device.type == "cuda" and not self.smoke:
+        if self.device.type == "cuda" and not self.disabled:
             calls |= {f"{name}, graph": captured(call) for name, call in sides.items()}
         ours, *others = calls
-        for _ in range(1 if self.smoke else 3):
+        for _ in range(1 if self.disabled else 3):
             for call in calls.values():
                 call()
         synchronise()
@@ -75,9 +75,9 @@ class Race:
             for name in others:
                 self._time(name, calls[name])
 
-        rounds = 1 if self.smoke else 50 if self.device.type == "cuda" else 10
+        rounds = 1 if self.disabled else 50 if self.device.type == "cuda" else 10
         self.benchmark.pedantic(lambda: self._time(ours, calls[ours]), setup=time_others, rounds=rounds, iterations=1)
-        if self.smoke:
+        if self.disabled:
             return
         bandwidth = measured_copy_bandwidth()
         rows = {}
@@ -106,7 +106,7 @@ class Race:
 
 @pytest.fixture
 def race(benchmark, request: pytest.FixtureRequest) -> Race:
-    return Race(benchmark, smoke=request.config.getoption("benchmark_disable"))
+    return Race(benchmark, disabled=request.config.getoption("benchmark_disable"))
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
