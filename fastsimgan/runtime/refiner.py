@@ -147,12 +147,24 @@ def load_refiner(path: str | Path, device: str = "auto") -> Refiner:
         raise InputError(f"{file}: not a safetensors file: {error}") from error
     if header.get("format") != _FORMAT:
         raise InputError(f"{file}: format must be {_FORMAT!r}, got {header.get('format')!r}")
-    settings = json.loads(header["settings"])
-    module = network.Refiner(
-        settings["channels"],
-        width=settings["width"],
-        blocks=settings["blocks"],
-        first_kernel=settings["first_kernel"],
-    )
-    module.load_state_dict(tensors)
+    try:
+        settings = json.loads(header["settings"])
+        if settings["histogram"] not in ("keep", "equalise"):
+            raise ValueError(f"histogram must be keep or equalise, got {settings['histogram']!r}")
+        if list(tensors["last.weight"].shape[:2]) != [settings["channels"], settings["width"]]:
+            raise ValueError("the header's channels and width are not those of the weights")
+        with torch.device("meta"):  # no memory is taken on the header's word
+            module = network.Refiner(
+                settings["channels"],
+                width=settings["width"],
+                blocks=settings["blocks"],
+                first_kernel=settings["first_kernel"],
+            )
+        module.load_state_dict(tensors, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{file}: not a whole refiner: {type(error).__name__}: {reason}") from error
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{file}: weights must be finite, got NaN or Inf in {name}")
     return Refiner(module, settings, hashlib.sha256(data).hexdigest(), choose_device(device))

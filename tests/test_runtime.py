@@ -1,0 +1,150 @@
+"""A trained refiner as a function: types in and out, its file, and files that are not one."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastsimgan.config import TrainConfig
+from fastsimgan.data.histogram import equalise, non_uniformity
+from fastsimgan.errors import InputError, UnavailableError
+from fastsimgan.models import refiner as network
+from fastsimgan.runtime import load_refiner, save_refiner
+
+
+@pytest.fixture
+def identity(tmp_path):
+    torch.manual_seed(0)
+    module = network.Refiner(1, width=20, blocks=1)
+    assert module.identity_init_()
+    save_refiner(tmp_path / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
+    return load_refiner(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_what_comes_back_is_of_the_same_kind(identity, dtype):
+    rng = np.random.default_rng(0)
+    images = rng.random((5, 12, 17)).astype(np.float32)
+    if dtype != np.float32:
+        images = (images * np.iinfo(dtype).max).astype(dtype)
+    refined = identity(images, batch_size=2)
+    assert refined.shape == images.shape and refined.dtype == images.dtype
+    top = 1.0 if dtype == np.float32 else float(np.iinfo(dtype).max)
+    assert np.abs(refined.astype(np.float64) - images).max() / top < 0.02  # it is the identity, nearly
+    tensor = identity(torch.from_numpy(images)[:, None])
+    assert np.array_equal(tensor[:, 0].numpy(), refined)
+    with_channel = identity(images[..., None])
+    assert np.array_equal(with_channel[..., 0], refined)
+
+
+def test_the_batch_size_does_not_matter(identity):
+    images = np.random.default_rng(0).integers(0, 256, (7, 9, 11), dtype=np.uint8)
+    assert np.array_equal(identity(images, batch_size=1), identity(images, batch_size=7))
+
+
+def test_equalisation_happens_inside(tmp_path):
+    module = network.Refiner(1, width=20, blocks=1)
+    module.identity_init_()
+    save_refiner(tmp_path / "refiner.safetensors", module, histogram="equalise", training=TrainConfig())
+    dark = np.random.default_rng(0).integers(10, 60, (3, 30, 40), dtype=np.uint8)
+    expected = equalise(torch.from_numpy(dark)[:, None])[:, 0].numpy()
+    assert np.abs(load_refiner(tmp_path, "cpu")(dark).astype(int) - expected).max() <= 5
+    floats = load_refiner(tmp_path, "cpu")((dark / 255).astype(np.float32))
+    assert np.abs(floats * 255 - expected).max() <= 6
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 8, 8, 3), np.uint8), r"must have 1 channel\(s\), as the refiner has, got 3"),
+        (np.zeros((8, 8), np.uint8), r"must be an array \[N, H, W\] or \[N, H, W, C\], got \[8, 8\]"),
+        (torch.zeros(2, 8, 8), r"must be a tensor \[N, C, H, W\]"),
+        (np.zeros((2, 8, 8), np.int64), "must be uint8, uint16 or float32"),
+        (np.full((2, 8, 8), -1, np.float32), r"must lie in \[0, 1\], got -1 to -1"),
+        (np.full((2, 8, 8), np.nan, np.float32), r"must lie in \[0, 1\], got nan"),
+    ],
+)
+def test_images_that_break_a_rule(identity, images, message):
+    with pytest.raises(InputError, match=message):
+        identity(images)
+
+
+def broken(tmp_path, **changes):
+    module = network.Refiner(1, width=20, blocks=1)
+    file = tmp_path / "refiner.safetensors"
+    save_refiner(file, module, histogram="keep", training=TrainConfig())
+    settings = {"channels": 1, "width": 20, "blocks": 1, "first_kernel": 3, "histogram": "keep"} | changes
+    header = {"format": "fastsimgan.refiner/1", "settings": json.dumps(settings), "training": "{}"}
+    save_file(module.state_dict(), file, header)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 10**9}, "not those of the weights"),
+        ({"blocks": 2}, "not a whole refiner: RuntimeError"),
+        ({"first_kernel": 4}, "first_kernel must be odd"),
+        ({"histogram": "rm -rf"}, "histogram must be keep or equalise"),
+        ({"channels": None}, "not a whole refiner"),
+    ],
+)
+def test_files_whose_header_lies(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_refiner(broken(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_refiner(tmp_path):
+    with pytest.raises(InputError, match="no such refiner"):
+        load_refiner(tmp_path)
+    (tmp_path / "refiner.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="not a safetensors file"):
+        load_refiner(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "refiner.safetensors")
+    with pytest.raises(InputError, match="format must be"):
+        load_refiner(tmp_path)
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    module = network.Refiner(1, width=20, blocks=1)
+    with torch.no_grad():
+        module.last.bias.fill_(float("nan"))
+    save_refiner(tmp_path / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
+    with pytest.raises(InputError, match="weights must be finite.*last.bias"):
+        load_refiner(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(UnavailableError, match="sees no CUDA device"):
+        load_refiner(broken(tmp_path), device="cuda")
+
+
+def test_equalise_is_the_usual_rule():
+    rng = np.random.default_rng(0)
+    images = rng.integers(30, 90, (4, 20, 30), dtype=np.uint8)
+    expected = np.empty_like(images)
+    for i, image in enumerate(images):
+        cdf = np.bincount(image.ravel(), minlength=256).cumsum()
+        first = cdf[image.min()]
+        table = np.clip((cdf - first) / (image.size - first) * 255, 0, 255)
+        expected[i] = np.rint(table[image]).astype(np.uint8)
+    got = equalise(torch.from_numpy(images)[:, None])[:, 0].numpy()
+    assert np.abs(got.astype(int) - expected).max() <= 1 and (got != expected).mean() < 0.01
+    assert got.min() == 0 and got.max() == 255
+    flat = torch.full((1, 1, 5, 5), 77, dtype=torch.uint8)
+    assert torch.equal(equalise(flat), flat)
+
+
+def test_non_uniformity_tells_equalised_from_ordinary():
+    rng = np.random.default_rng(0)
+    plain = torch.from_numpy(rng.normal(110, 30, (20, 1, 36, 60)).clip(0, 255).astype(np.uint8))
+    assert non_uniformity(plain) > 0.15
+    assert non_uniformity(equalise(plain)) < 0.05
+    wide = (plain.int() * 257).to(torch.uint16)
+    assert non_uniformity(wide) > 0.15 and non_uniformity(equalise(wide)) < 0.05
+    with pytest.raises(InputError, match="must be uint8 or uint16 of shape"):
+        equalise(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
