@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -55,16 +55,21 @@ class Race:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def run(
-        self, title: str, sides: dict[str, Callable[[], object]], errors: dict[str, float], bytes_moved: int
+        self,
+        title: str,
+        sides: dict[str, Callable[[], object]],
+        errors: dict[str, float],
+        bytes_moved: int,
+        not_capturable: Collection[str] = (),
     ) -> None:
         """Time ``sides`` (name → the public call, forward and backward), ours first; synchronised within the time.
 
         errors: each side's largest relative error against float64. bytes_moved: what the task cannot do without,
-        every input read once and every output written once.
+        every input read once and every output written once. not_capturable: sides that no CUDA graph can hold.
         """
         calls = dict(sides)
         if self.device.type == "cuda" and not self.disabled:
-            calls |= {f"{name}, graph": captured(call) for name, call in sides.items()}
+            calls |= {f"{name}, graph": captured(call) for name, call in sides.items() if name not in not_capturable}
         ours, *others = calls
         for _ in range(1 if self.disabled else 3):
             for call in calls.values():
@@ -75,7 +80,7 @@ class Race:
             for name in others:
                 self._time(name, calls[name])
 
-        rounds = 1 if self.disabled else 50 if self.device.type == "cuda" else 10
+        rounds = 1 if self.disabled else 50 if self.device.type == "cuda" else 20
         self.benchmark.pedantic(lambda: self._time(ours, calls[ours]), setup=time_others, rounds=rounds, iterations=1)
         if self.disabled:
             return

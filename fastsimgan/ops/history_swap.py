@@ -10,9 +10,9 @@ The whole state of the buffer lives in two tensors on the training device:
              each slot the swap that wrote it. Made by :func:`new_state`.
 
 Slots are chosen by a keyed bijection: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011) turns (seed, swap) into round keys, a Feistel network with these keys permutes the smallest power of two
-that holds the slots (64 at least), and cycle walking (Black & Rogaway, "Ciphers with arbitrary finite domains", 2002) brings the
-result back into range. Distinct indices therefore give distinct slots with no sort and no table, every
+SC 2011) turns (seed, swap) into round keys, a Feistel network with these keys permutes the smallest power of two, 64
+or more, that holds the slots, and cycle walking (Black & Rogaway, "Ciphers with arbitrary finite domains", 2002) brings
+the result back into range. Distinct indices therefore give distinct slots with no sort and no table, every
 implementation picks the same ones, and because the counter advances on the device a replayed CUDA graph draws anew.
 """
 
