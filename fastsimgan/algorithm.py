@@ -53,6 +53,7 @@ class SimGAN:
                 dtype=torch.uint8,
                 device=device,
                 seed=config.seed,
+                impl=config.impl,
             )
             if config.history
             else None
