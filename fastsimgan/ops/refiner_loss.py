@@ -118,7 +118,7 @@ def reference(
 
     loss = (adversarial + lam * self_regularisation).mean()
     grad_refined = torch.empty_like(refined, memory_format=memory_format(refined))
-    grad_refined.copy_(slope * _stored_scale(refined, lam))
+    torch.mul(slope, _stored_scale(refined, lam), out=grad_refined)
     return loss, adversarial, self_regularisation, grad_logits / images, grad_refined
 
 
