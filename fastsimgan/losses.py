@@ -1,8 +1,9 @@
 """The two objectives of SimGAN as functions of images (Eq. 2, 4): networks and fused ops put together.
 
 λ has the paper's form: both terms are summed within an image and averaged over the images of the batch, so that its
-effect does not depend on the batch size. A port that *averages* the L1 over pixels and the cross-entropy over patches
-with weight ``λ_mean`` does the same as ``λ = λ_mean * patches / (channels * height * width)`` here.
+effect does not depend on the batch size. A port that *averages* both the L1 over pixels and the cross-entropy over
+patches with weight ``λ_mean`` does the same as ``λ = λ_mean * patches / (channels * height * width)`` here; one that
+averages the L1 only, as ``λ = λ_mean / (channels * height * width)``.
 """
 
 from __future__ import annotations
