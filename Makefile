@@ -57,4 +57,4 @@ gpu:
 	$(PYTHON_GPU) -m bench.gpu $(PART)
 
 clean:
-	rm -rf .venv build dist *.egg-info fastsimgan/_C*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf .venv build dist *.egg-info fastsimgan/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

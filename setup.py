@@ -27,7 +27,13 @@ def tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMakeLists.txt once; it makes the one extension, fastsimgan._C."""
+    """Runs CMakeLists.txt, which makes fastsimgan._C and, beside it, the library of the ops that it loads."""
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an in-place or editable build: setuptools knows of the extension only."""
+        super().copy_extensions_to_source()
+        for library in Path(self.build_lib, "fastsimgan").glob("libfastsimgan_ops.*"):
+            self.copy_file(str(library), "fastsimgan")
 
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name)).resolve()

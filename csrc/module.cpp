@@ -1,9 +1,13 @@
-// fastsimgan._C: loading it registers the ops. What Python sees of it: how it was built, and the index sampler.
+// fastsimgan._C: importing it loads torch and the library beside it, which registers the ops. What Python sees of it:
+// how it was built, and the index sampler.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <filesystem>
 #include <stdexcept>
-#include <utility>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "history_swap.h"
@@ -36,10 +40,28 @@ py::dict build_info() {
   return info;
 }
 
+// The ops' library lies beside this one. Through torch, so that its own libraries are there to be found by name.
+void load_ops() {
+  Dl_info here;
+  if (dladdr(reinterpret_cast<void*>(&load_ops), &here) == 0) throw py::import_error("dladdr does not know fastsimgan._C");
+  const std::filesystem::path library = std::filesystem::path(here.dli_fname).replace_filename(FASTSIMGAN_OPS_LIBRARY);
+  try {
+    py::module_::import("torch").attr("ops").attr("load_library")(library.string());
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_OSError)) throw;
+    // Torch's own libraries do not fit: older than 2.11, or without the CUDA that this was built for. The loader's
+    // message is the cause of torch's.
+    const py::object cause = error.value().attr("__cause__");
+    throw py::import_error(FASTSIMGAN_OPS_LIBRARY ", built against torch " FASTSIMGAN_TORCH_VERSION ", does not load: " +
+                           std::string(py::str(cause.is_none() ? error.value() : cause)));
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "The compiled ops of fastsimgan. Import torch first.";
+  load_ops();
+  module.doc() = "The compiled ops of fastsimgan.";
   module.def("build_info", &build_info, "torch, cuda, nvcc, cuda_architectures and compiler it was built with.");
   module.def("tasks", &tasks, py::arg("seed"), py::arg("swap"), py::arg("fill"), py::arg("capacity"), py::arg("n"),
              "The (slot, fresh, drawn) of every task of one history_swap; -1: not written, not drawn.");

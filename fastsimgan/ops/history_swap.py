@@ -33,7 +33,7 @@ try:
     NOT_LOADED: str | None = None
 except ImportError as error:
     BUILD_INFO = None
-    NOT_LOADED = f"fastsimgan._C is not there: {error}"
+    NOT_LOADED = f"fastsimgan._C cannot be imported: {error}"
 
 STORAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
