@@ -133,8 +133,9 @@ class SimGAN:
         return metrics
 
     def _learning_rate_scale(self) -> float:
-        """1 for the first half of the steps, then linearly to zero (with --decay)."""
-        return min(1.0, 2 * (1 - self.step / self.config.steps)) if self.config.decay else 1.0
+        """Linearly up over the first `warm_up` steps, 1, and with --decay linearly to zero over the second half."""
+        up = min(1.0, (self.step + 1) / (self.config.warm_up + 1))
+        return min(up, 2 * (1 - self.step / self.config.steps)) if self.config.decay else up
 
     @torch.no_grad()
     def _follow(self, decay: float) -> None:

@@ -31,11 +31,11 @@ class TrainConfig:
     dry_run: bool = False
     """Read the data, build everything, run one iteration, write nothing."""
 
-    steps: int = 1000
+    steps: int = 700
     """Iterations of Algorithm 1 (T)."""
     batch_size: int = 32
     """Images in each half of D's batch and in R's batch (b, even)."""
-    lam: Annotated[float, tyro.conf.arg(name="lambda")] = 0.15
+    lam: Annotated[float, tyro.conf.arg(name="lambda")] = 0.2
     """Weight of self-regularisation, the paper's sum form (Eq. 4); it does not depend on the batch size."""
     psi: Literal["identity", "channel_mean", "gradients"] = "identity"
     """Feature in which refined and synthetic images are held together (Eq. 4)."""
@@ -58,6 +58,9 @@ class TrainConfig:
     """Adam's learning rate for R."""
     learning_rate_discriminator: float = 6e-4
     """Adam's learning rate for D."""
+    warm_up: int = 100
+    """Iterations over which the learning rates rise to their full value, so that Adam's first steps, all of one size,
+    do not throw R off the identity; 0 for none."""
     decay: bool = True
     """Hold the learning rates for half of the steps, then take them linearly to zero."""
     ema: float = 0.995
@@ -91,7 +94,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "k_g", "k_d", "width", "picture_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{_flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("blocks", "pretrain_refiner", "pretrain_discriminator", "history", "seed"):
+        for name in ("blocks", "pretrain_refiner", "pretrain_discriminator", "history", "warm_up", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{_flag(name)} must be at least 0, got {getattr(self, name)}")
         if self.batch_size % 2:
@@ -149,6 +152,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "identity_init": False,
         "learning_rate_refiner": 1e-3,
         "learning_rate_discriminator": 1e-3,
+        "warm_up": 0,
         "decay": False,
         "ema": 0.0,
         "histogram": "keep",
@@ -164,6 +168,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "identity_init": False,
         "learning_rate_refiner": 1e-3,
         "learning_rate_discriminator": 1e-3,
+        "warm_up": 0,
         "decay": False,
         "ema": 0.0,
         "network": "hand",

@@ -8,9 +8,11 @@ from torch.nn import functional as F
 
 from fastsimgan.errors import InputError
 
-# Thresholds of the piecewise-linear path that `identity_init_` lays through the network, as grey values in [-1, 1].
-# They crowd at the ends, where atanh bends most.
-_KNOTS = (-0.998, -0.98, -0.92, -0.8, -0.55, 0.0, 0.55, 0.8, 0.92, 0.98)
+# Thresholds of the piecewise-linear path that `identity_init_` lays through the network, as grey values in [-1, 1], and
+# the value that white gets. atanh goes to infinity at both ends, and a steep line there would magnify every first step of
+# training: with white at 0.999 the slope is 80, and a few steps of Adam at 2e-4 took R 120 grey levels off the identity.
+_KNOTS = (-0.97, -0.92, -0.85, -0.7, -0.45, 0.0, 0.45, 0.7, 0.85, 0.92)
+_WHITE = 0.98
 
 
 class ResidualBlock(nn.Module):
@@ -70,10 +72,9 @@ class Refiner(nn.Module):
         knots = torch.tensor(_KNOTS, dtype=torch.float64)
         if width < 2 * len(knots) * channels:
             return False
-        # atanh at the knots and at a point just short of 1, joined by straight lines.
-        ends = torch.cat([knots, torch.tensor([0.999], dtype=torch.float64)])
-        heights = torch.atanh(ends)
-        slopes = heights.diff() / ends.diff()
+        # atanh at the knots, and of _WHITE at 1, joined by straight lines.
+        heights = torch.atanh(torch.cat([knots, torch.tensor([_WHITE], dtype=torch.float64)]))
+        slopes = heights.diff() / torch.cat([knots, torch.ones(1, dtype=torch.float64)]).diff()
         weights = torch.cat([slopes[:1], slopes.diff()])  # slope changes at each knot
         centre = self.first.kernel_size[0] // 2
         for channel in range(channels):
