@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from fastsimgan.errors import InputError
 
-# Thresholds of the piecewise-linear path that `identity_init_` lays through the network, as grey values in [-1, 1], and
-# the value that white gets. atanh goes to infinity at both ends, and a steep line there would magnify every first step of
-# training: with white at 0.999 the slope is 80, and a few steps of Adam at 2e-4 took R 120 grey levels off the identity.
+# Thresholds of the piecewise-linear path that `identity_init_` lays through the network, as grey values in [-1, 1],
+# and the value that white gets. atanh goes to infinity at both ends, and a steep line there would magnify every first
+# step of training: with white at 0.999 the slope is 80, and three steps of Adam at 2e-4 took R 120 grey levels off.
 _KNOTS = (-0.97, -0.92, -0.85, -0.7, -0.45, 0.0, 0.45, 0.7, 0.85, 0.92)
 _WHITE = 0.98
 
