@@ -27,9 +27,9 @@ from fastsimgan.errors import InputError, UnavailableError
 
 try:
     # Importing it registers its CPU and CUDA kernels for the op that is defined at the end of this file.
-    from fastsimgan import _C
+    from fastsimgan._C import build_info
 
-    BUILD_INFO: dict[str, Any] | None = _C.build_info()
+    BUILD_INFO: dict[str, Any] | None = build_info()
     NOT_LOADED: str | None = None
 except ImportError as error:
     BUILD_INFO = None
