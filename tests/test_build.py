@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -28,16 +29,24 @@ def build(destination: Path, **environment: str) -> Path:
 
 def unpack(wheel: Path, destination: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
-        for member in archive.infolist():
-            archive.extract(member, destination)
+        archive.extractall(destination)
+    # An editable install would step in for whatever the wheel lacks.
+    (destination / "sitecustomize.py").write_text(
+        "import sys\nsys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in finder.__module__]\n"
+    )
     return destination
 
 
 def python(*arguments: str, installed: Path) -> str:
-    """Run Python with ``installed`` first on its path, from a folder that is not the repository."""
-    environment = os.environ | {"PYTHONPATH": str(installed)}
+    """Run Python with ``installed`` first on its path, from a folder that is not the repository.
+
+    Without the ``site`` module (-S), since an editable install's import hook, which it sets up, would find in the
+    repository what ``installed`` lacks.
+    """
+    path = os.pathsep.join([str(installed), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=installed.parent, capture_output=True, text=True
+        [sys.executable, "-S", *arguments], env=environment, cwd=installed.parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
