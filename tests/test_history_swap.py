@@ -204,7 +204,7 @@ def needs_a_multiple(storage: Tensor, state: Tensor, fresh: Tensor, n: int) -> T
 
 @pytest.mark.parametrize("mistake", [forgets, stuck, pixels, needs_a_multiple])
 def test_public_mistakes_are_caught(mistake: SWAP) -> None:
-    """Each mistake of REFERENCE's list 1 and 5, put back, fails the check that the op passes."""
+    """Mistakes 1 and 5 of CONTRIBUTING.md's list, put back, fails the check that the op passes."""
     check_history(history_swap, capacity=23, n=4, swaps=40)
     with pytest.raises((AssertionError, RuntimeError)):
         check_history(mistake, capacity=23, n=4, swaps=40)
