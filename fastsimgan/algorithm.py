@@ -39,8 +39,7 @@ class SimGAN:
         channels = image_shape[0]
         first_kernel = 7 if config.network == "hand" else 3
         refiner = Refiner(channels, width=config.width, blocks=config.blocks, first_kernel=first_kernel)
-        if config.identity_init:
-            refiner.identity_init_()
+        self.starts_at_identity = config.identity_init and refiner.identity_init_()
         self.refiner = channels_last(refiner, device)
         self.discriminator = channels_last(Discriminator(channels, kind=config.network, local=config.local), device)
         self.average = copy.deepcopy(self.refiner).requires_grad_(False)

@@ -65,6 +65,11 @@ def fit(
     keep_freed_memory()
     pools = _on_device(synthetic, real, config, device, say)
     trainer = SimGAN(config, pools.image_shape, device)
+    if config.identity_init and not trainer.starts_at_identity:
+        say(
+            f"warning: --identity-init needs --width at least {20 * pools.image_shape[0]} for these images, got "
+            f"{config.width}: R starts at random weights (a larger --width, or --pretrain-refiner 1000, helps)"
+        )
     if config.dry_run:
         metrics = trainer.iteration(pools.draw_synthetic, pools.draw_real)
         say("dry run: one iteration, nothing written: " + _line(_read(metrics)))
@@ -150,7 +155,6 @@ def _on_device(
             f"synthetic and real images must have one size and number of channels, "
             f"got {_size(first)} and {_size(second)}"
         )
-    # Each prints its own line, since the choice is made for the user.
     histogram = config.histogram
     if histogram == "equalise" and first.shape[1] != 1:
         raise InputError(f"--histogram equalise needs grey images, got {first.shape[1]} channels")
