@@ -1,32 +1,37 @@
-"""Offline refinement: read, decode, refine, encode, commit. Holds no mathematics and imports no torch.
+"""Offline refinement as a pipeline: read and decode, refine, encode and write, commit. Imports no torch.
 
-Decoding runs ahead of the refiner and encoding behind it, in threads; the refiner runs in the calling thread. At any
-time a folder has about six batches of images in memory, however many it holds.
+Each stage has its own threads and a bounded queue before it, so that the slowest sets the speed. The refiner runs in
+the calling thread. In memory are a few batches of images, however many the input holds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import queue
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
-from fastsimgan.data.arrays import ArrayImages, check_range
-from fastsimgan.data.files import copy_file, printable, refuse_existing, staged
-from fastsimgan.data.folder import FolderImages
-from fastsimgan.data.images import StoredImage, read_image, write_image
-from fastsimgan.data.source import ImageSource
-from fastsimgan.data.threads import in_threads
+from fastsimgan.blocks import Claim, Run
+from fastsimgan.data.arrays import check_range
+from fastsimgan.data.files import printable
+from fastsimgan.data.images import StoredImage, decode_image, encode_image
 from fastsimgan.data.values import WHITE
-from fastsimgan.errors import InputError
+from fastsimgan.errors import FastSimGANError, InputError
+from fastsimgan.inputs import ArraysInput, Input, RawUnit
+from fastsimgan.outputs import ArraysBlock, FolderBlock, Output, ShardBlock, sha256
 
-#: What `datasets.load_dataset("imagefolder")` takes for metadata. If the input has one, ours would contradict it.
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+PIXELS_PER_BATCH = 1 << 20  # at most, whatever batch_size says: a network's features take hundreds of bytes a pixel
+BYTES_AHEAD = 1 << 27  # of decoded images that wait for the refiner
+BATCHES_AHEAD = 3  # batches that wait for the refiner, and again for the encoders
 
 
 class ImageRefiner(Protocol):
@@ -38,191 +43,382 @@ class ImageRefiner(Protocol):
         """``[N, H, W]`` or ``[N, H, W, C]``, uint8, uint16 or float32 in [0, 1] -> the same shape and type."""
 
 
+class Stages:
+    """Seconds that the threads of each stage were at work. The stage with the largest share is the limit."""
+
+    def __init__(self) -> None:
+        self.busy: dict[str, float] = {}
+        self.threads: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Count the time within, of one thread of ``stage``."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            with self._lock:
+                self.busy[stage] = self.busy.get(stage, 0.0) + seconds
+
+
 @dataclass
-class Report:
-    """What one call of `refine_source` did."""
+class Progress:
+    """What one worker has done since its last report: images and blocks committed, and its stages' seconds so far."""
 
-    images: int = 0  # refined and written
-    skipped: list[str] = field(default_factory=list)  # ``FILE: REASON`` of each image left out
+    images: int = 0
+    blocks: int = 0
     seconds: float = 0.0
-    total_change: float = 0.0
-
-    @property
-    def mean_change(self) -> float:
-        """Mean of |R(x) - x| over pixels and images, in grey levels of 255 (whatever the bit depth)."""
-        return self.total_change / max(1, self.images)
+    busy: dict[str, float] = field(default_factory=dict)
+    threads: dict[str, int] = field(default_factory=dict)
 
 
-def refine_source(
-    source: ImageSource,
-    refiner: ImageRefiner,
-    output: Path,
-    *,
-    batch_size: int = 64,
-    on_error: Literal["fail", "skip"] = "fail",
-    progress: bool = False,
-) -> Report:
-    """Refine every image of ``source`` into ``output``: the same kind, names, sizes, bit depth and order.
+@dataclass
+class _Tally:
+    """A block in work."""
 
-    A folder's other files, and an ``.npz``'s other arrays, are copied byte for byte. A folder gets a ``metadata.jsonl``
-    (one line ``{"file_name": ...}`` an image) unless it has metadata already. ``output`` appears whole, at the end.
+    claim: Claim
+    sink: FolderBlock | ShardBlock | ArraysBlock
+    source_sha256: str | None = None
+    lines: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # by unit
+    changes: dict[int, float] = field(default_factory=dict)  # by batch: sum over its images of mean |R(x) - x|
+    images: int = 0
+    failed: int = 0
+    pending: list[Future[None]] = field(default_factory=list)
+
+
+@dataclass
+class _Batch:
+    tally: _Tally
+    number: int  # in its block
+    pixels: np.ndarray  # [N, H, W] or [N, H, W, C]
+    units: list[tuple[RawUnit, StoredImage, str]] | None = None  # with SHA-256 of the encoded input; None for arrays
+
+
+_Decoded = tuple[StoredImage | InputError | None, str]  # and the SHA-256 of the encoded bytes
+
+
+def _size(unit: RawUnit, image: StoredImage | InputError | None) -> int:
+    """Bytes that a unit keeps in memory: what was read of it, and its pixels."""
+    data = sum(len(part.data) for part in unit.parts if part.data is not None)
+    return data + (image.pixels.nbytes if isinstance(image, StoredImage) else 0)
+
+
+class Worker:
+    """Does blocks of one run, one after another, until `run` finds none left to claim.
 
     Args:
-        source: what `open_images` returned.
+        run, source, output: what `open_run`, `open_input` and an output's class made.
         refiner: any `ImageRefiner`. It sees batches of images of one size and type.
-        output: must not exist; an ``.npz``, ``.npy`` or folder, as the source is.
-        batch_size: images refined at a time, at least 1.
-        on_error: at an image of a folder that cannot be read, or that has other channels than the refiner: "fail", or
-            "skip" it with its sidecars and list it in the report.
-        progress: show count, rate and time left on standard error.
-
-    Raises InputError, with nothing left at ``output``, if a rule above is broken, an image is bad (with "skip": if
-    every image is), or ``output`` cannot be written.
+        batch_size: images refined at a time, at least 1; fewer where they are larger than a megapixel together.
+        on_error: at an image that cannot be read or has other channels than the refiner: "fail", or "skip" it with its
+            sidecars and list it in the manifest.
+        threads: threads for decoding, and as many again for encoding.
+        report: called after each commit.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    check_output(source, output)
-    report = Report()
-    started = time.perf_counter()
-    with staged(output) as partial, tqdm(total=len(source), unit=" images", disable=not progress) as bar:
-        if isinstance(source, FolderImages):
-            _refine_folder(source, refiner, partial, batch_size, on_error, report, bar)
-        else:
-            _refine_arrays(source, refiner, partial, batch_size, report, bar)
-    report.seconds = time.perf_counter() - started
-    return report
 
-
-def check_output(source: ImageSource, output: Path) -> None:
-    """Raise InputError if ``output`` exists, overlaps the source, or is named as another kind than the source's."""
-    old, new = source.path.resolve(), output.resolve()
-    if old == new:
-        raise InputError(f"{printable(output)}: output must not be the input")
-    if new.is_relative_to(old):
-        raise InputError(f"{printable(output)}: output must not be inside the input {printable(source.path)}")
-    if old.is_relative_to(new):
-        raise InputError(f"{printable(output)}: output must not contain the input {printable(source.path)}")
-    refuse_existing(output)
-    suffix = output.suffix.lower()
-    if isinstance(source, FolderImages):
-        if suffix in (".npz", ".npy"):
-            raise InputError(f"{printable(output)}: output must be a folder, as the input is, got the suffix {suffix}")
-    else:
-        wanted = ".npz" if source.archive else ".npy"
-        if suffix != wanted:
-            raise InputError(f"{printable(output)}: output must end in {wanted}, as the input is one, got {suffix!r}")
-
-
-def _refine_arrays(
-    source: ArrayImages, refiner: ImageRefiner, partial: Path, batch_size: int, report: Report, bar: tqdm
-) -> None:
-    if source.shape[0] != refiner.channels:
-        raise InputError(
-            f"{printable(source.path)}: images must have {refiner.channels} channel(s), as the refiner has, "
-            f"got {source.shape[0]}"
-        )
-    images = source.stored_images()
-
-    def pieces() -> Iterator[np.ndarray]:
-        for first in range(0, len(source), batch_size):
-            piece = images[first : first + batch_size].astype(source.dtype)
-            check_range(piece, source.path, first)
-            yield _refine(refiner, piece, report)
-            bar.update(len(piece))
-
-    source.write_again(partial, pieces())
-
-
-def _refine_folder(
-    source: FolderImages,
-    refiner: ImageRefiner,
-    partial: Path,
-    batch_size: int,
-    on_error: str,
-    report: Report,
-    bar: tqdm,
-) -> None:
-    if on_error == "fail":  # at once, and not hours later, for all that the headers tell
-        for header in source.headers:
-            if isinstance(header, InputError):
-                raise header
-    for folder in sorted({name.parent for name in (*source.images, *source.others)}):
-        (partial / folder).mkdir(parents=True, exist_ok=True)
-
-    def decode(name: Path) -> tuple[Path, StoredImage | InputError]:
-        try:
-            image = read_image(source.path / name)
-            channels = image.pixels.shape[2] if image.pixels.ndim == 3 else 1
-            if channels != refiner.channels:
+    def __init__(
+        self,
+        run: Run,
+        source: Input,
+        output: Output,
+        refiner: ImageRefiner,
+        *,
+        batch_size: int,
+        on_error: Literal["fail", "skip"] = "fail",
+        threads: int = 1,
+        report: Callable[[Progress], None] = lambda progress: None,
+        record: dict[str, Any] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        self.output_run = run
+        self.source = source
+        self.output = output
+        self.refiner = refiner
+        self.batch_size = batch_size
+        self.on_error = on_error
+        self.threads = threads
+        self.report = report
+        self.record = record or {}
+        self.stages = Stages()
+        self.stages.threads = {"read, decode": threads, "refine": 1, "encode, write": threads, "commit": 1}
+        if isinstance(source, ArraysInput):
+            self.stages.threads = {"read": 1, "refine": 1, "write": 1, "commit": 1}
+            if source.arrays.shape[0] != refiner.channels:
                 raise InputError(
-                    f"{printable(source.path / name)}: must have {refiner.channels} channel(s), as the refiner has, "
-                    f"got {channels}"
+                    f"{printable(source.path)}: images must have {refiner.channels} channel(s), as the refiner has, "
+                    f"got {source.arrays.shape[0]}"
                 )
-            return name, image
-        except InputError as error:
-            return name, error
+        self._read_stage, _, self._write_stage, _ = self.stages.threads
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._held = 0
 
-    skipped: set[Path] = set()
+    def run(self, blocks: Iterable[int]) -> None:
+        """Do each of ``blocks`` that can be claimed. Raises InputError at a bad image ("fail") or a full disk."""
+        self._begin = time.perf_counter()
+        self._stop.clear()
+        self._held = 0
+        self._claims: list[Claim] = []
+        ready: queue.Queue[tuple[str, Any]] = queue.Queue(BATCHES_AHEAD)
+        self._slots = threading.Semaphore(BATCHES_AHEAD)
+        self._decoders = ThreadPoolExecutor(self.threads, "decode")
+        # arrays are written, and hashed, in order
+        self._encoders = ThreadPoolExecutor(1 if isinstance(self.source, ArraysInput) else self.threads, "encode")
+        committer = ThreadPoolExecutor(1, "commit")
+        commits: deque[Future[None]] = deque()
+        reader = threading.Thread(target=self._read, args=(blocks, ready), daemon=True)
+        reader.start()
+        try:
+            while True:
+                while commits and (commits[0].done() or len(commits) > BATCHES_AHEAD):
+                    commits.popleft().result()
+                kind, item = ready.get()
+                if kind == "batch":
+                    self._refine(item)
+                elif kind == "end":
+                    commits.append(committer.submit(self._commit, item))
+                elif kind == "error":
+                    raise item
+                else:
+                    break
+            for commit in commits:
+                commit.result()
+        finally:
+            self._stop.set()
+            for pool in (self._decoders, self._encoders, committer):
+                pool.shutdown(cancel_futures=True)
+            reader.join()
+            for claim in self._claims:
+                claim.release()
 
-    def readable() -> Iterator[tuple[Path, StoredImage]]:
-        for name, image in in_threads(decode, source.images, ahead=batch_size):
-            if isinstance(image, StoredImage):
-                yield name, image
-            elif on_error == "fail":
-                raise image
-            else:
-                skipped.add(name)
-                report.skipped.append(str(image))
-                bar.update()
+    # --- read, decode
 
-    def refined() -> Iterator[tuple[Path, StoredImage]]:
-        for batch in _batches(readable(), batch_size):
-            pixels = _refine(refiner, np.stack([image.pixels for _, image in batch]), report)
-            for (name, image), new in zip(batch, pixels, strict=True):
-                yield name, replace(image, pixels=new)
+    def _read(self, blocks: Iterable[int], ready: queue.Queue[tuple[str, Any]]) -> None:
+        """The reading thread: batches of one block after another into ``ready``."""
 
-    def encode(item: tuple[Path, StoredImage]) -> None:
-        name, image = item
-        write_image(partial / name, image)
+        def put(kind: str, item: Any = None) -> None:
+            while not self._stop.is_set():
+                try:
+                    return ready.put((kind, item), timeout=0.5)
+                except queue.Full:
+                    pass
+            raise _Stopped
 
-    for _ in in_threads(encode, refined(), ahead=batch_size):
-        bar.update()
-    if len(skipped) == len(source):
-        raise InputError(f"{printable(source.path)}: at least one image must be readable, got 0: {report.skipped[0]}")
+        try:
+            for block in blocks:
+                claim = self.output_run.claim(block)
+                if claim is None:
+                    continue
+                self._claims = [held for held in self._claims if held.held] + [claim]
+                tally = _Tally(claim, self.output.open_block(block))
+                batches = self._array_batches(tally) if isinstance(self.source, ArraysInput) else self._batches(tally)
+                for batch in batches:
+                    put("batch", batch)
+                put("end", tally)
+            put("done")
+        except _Stopped:
+            pass
+        except BaseException as error:
+            try:
+                put("error", error)
+            except _Stopped:
+                pass
 
-    for name in source.others:
-        if source.owner(name) not in skipped:
-            copy_file(source.path / name, partial / name)
-    if not any(name.name in METADATA for name in source.others):
-        lines = [json.dumps({"file_name": name.as_posix()}) + "\n" for name in source.images if name not in skipped]
-        (partial / METADATA[0]).write_text("".join(lines), encoding="ascii")
+    def _array_batches(self, tally: _Tally) -> Iterator[_Batch]:
+        assert isinstance(self.source, ArraysInput)
+        arrays = self.source.arrays
+        images = arrays.stored_images(mapped=True)
+        first, end = self.source.range(tally.claim.block)
+        digest = hashlib.sha256()
+        size = self._fitting(arrays._shape[1:])
+        for number, start in enumerate(range(first, end, size)):
+            with self.stages.time(self._read_stage):
+                piece = np.ascontiguousarray(images[start : min(end, start + size)])
+                digest.update(piece.reshape(-1).view(np.uint8).data)
+                piece = piece.astype(arrays.dtype, copy=False)
+                check_range(piece, arrays.path, start)
+            yield _Batch(tally, number, piece)
+        tally.source_sha256 = digest.hexdigest()
 
+    def _batches(self, tally: _Tally) -> Iterator[_Batch]:
+        """Decode a block's images and put those of one shape and type together.
 
-def _batches(images: Iterable[tuple[Path, StoredImage]], batch_size: int) -> Iterator[list[tuple[Path, StoredImage]]]:
-    """Group images of one shape and type into full batches, wherever they stand; at most two batches' worth wait."""
-    waiting: dict[tuple[tuple[int, ...], str], list[tuple[Path, StoredImage]]] = {}
-    count = 0
-    for item in images:
-        kind = item[1].header.shape, item[1].header.dtype
-        waiting.setdefault(kind, []).append(item)
-        count += 1
-        if len(waiting[kind]) < batch_size:
-            if count < 2 * batch_size:
+        What is put together depends on the block alone, never on timing: the units come in order, and a group goes on
+        when it is full, when too many pixels wait, or when too many units have passed since its first.
+        """
+        assert not isinstance(self.source, ArraysInput)
+        tally.source_sha256 = self.source.block_sha256(tally.claim.block)
+        waiting: dict[Any, list[tuple[RawUnit, StoredImage, str]]] = {}
+        pixels = 0
+        number = 0
+
+        def pop(kind: Any) -> _Batch:
+            nonlocal number, pixels
+            units = waiting.pop(kind)
+            pixels -= sum(image.pixels.size for _, image, _ in units)
+            number += 1
+            return _Batch(tally, number - 1, np.stack([image.pixels for _, image, _ in units]), units)
+
+        for unit, image, digest in self._decoded(self.source.units(tally.claim.block)):
+            if isinstance(image, InputError):
+                if self.on_error == "fail":
+                    raise image
+                self._leave_out(tally, unit, image, digest)
                 continue
-            kind = max(waiting, key=lambda each: len(waiting[each]))
-        count -= len(waiting[kind])
-        yield waiting.pop(kind)
-    yield from waiting.values()
+            if image is None:
+                self._submit(tally, self._put, tally, unit, None, "")
+                continue
+            kind = image.header.shape, image.header.dtype
+            group = waiting.setdefault(kind, [])
+            group.append((unit, image, digest))
+            pixels += image.pixels.size
+            if len(group) >= self._fitting(image.header.shape):
+                yield pop(kind)
+            while pixels > 4 * PIXELS_PER_BATCH and waiting:
+                yield pop(max(waiting, key=lambda each: sum(image.pixels.size for _, image, _ in waiting[each])))
+            oldest = next(iter(waiting), None)  # dictionaries keep their order of insertion
+            if oldest is not None and unit.position - waiting[oldest][0][0].position > 4 * self.batch_size:
+                yield pop(oldest)
+        while waiting:
+            yield pop(next(iter(waiting)))
 
+    def _fitting(self, shape: tuple[int, ...]) -> int:
+        """Images of ``shape`` in a full batch."""
+        return max(1, min(self.batch_size, PIXELS_PER_BATCH // (shape[0] * shape[1])))
 
-def _refine(refiner: ImageRefiner, images: np.ndarray, report: Report) -> np.ndarray:
-    """One batch of stored images through the refiner; adds to the report's counts."""
-    refined = refiner(images, len(images))
-    if refined.shape != images.shape or refined.dtype != images.dtype:
-        raise TypeError(
-            f"refiner must return {images.dtype}{list(images.shape)}, got {refined.dtype}{list(refined.shape)}"
+    def _decoded(self, units: Iterable[RawUnit]) -> Iterator[tuple[RawUnit, StoredImage | InputError | None, str]]:
+        """Each unit with its decoded image (None without one) or what is wrong with it; in order, in threads."""
+        waiting: deque[tuple[RawUnit, Future[_Decoded]]] = deque()
+
+        def first() -> tuple[RawUnit, StoredImage | InputError | None, str]:
+            unit, future = waiting.popleft()
+            image, digest = future.result()
+            self._hold(-_size(unit, image))
+            return unit, image, digest
+
+        for unit in units:
+            self._hold(_size(unit, None))
+            waiting.append((unit, self._decoders.submit(self._decode, unit)))
+            while len(waiting) > 4 * self.batch_size or (len(waiting) > self.threads and self._held > BYTES_AHEAD):
+                yield first()
+        while waiting:
+            yield first()
+
+    def _hold(self, size: int) -> None:
+        """Count bytes that wait for the refiner."""
+        with self._lock:
+            self._held += size
+
+    def _decode(self, unit: RawUnit) -> _Decoded:
+        """A unit's decoded image and the SHA-256 of its encoded bytes."""
+        if unit.image is None:
+            return None, ""
+        digest = ""
+        with self.stages.time(self._read_stage):
+            try:
+                data = unit.parts[unit.image].read()
+                digest = sha256(data)
+                image = decode_image(data, unit.where)
+                channels = image.pixels.shape[2] if image.pixels.ndim == 3 else 1
+                if channels != self.refiner.channels:
+                    raise InputError(
+                        f"{printable(unit.where)}: must have {self.refiner.channels} channel(s), as the refiner has, "
+                        f"got {channels}"
+                    )
+                self._hold(image.pixels.nbytes)
+                return image, digest
+            except InputError as error:
+                return error, digest
+
+    def _leave_out(self, tally: _Tally, unit: RawUnit, error: InputError, digest: str) -> None:
+        assert not isinstance(tally.sink, ArraysBlock)
+        names = tally.sink.leave_out(unit)
+        image = names.pop(unit.image or 0)
+        tally.failed += 1
+        tally.lines[unit.position] = [{"name": image, "from": digest, "error": str(error), "left_out": names}]
+
+    # --- refine
+
+    def _refine(self, batch: _Batch) -> None:
+        images = batch.pixels
+        with self.stages.time("refine"):
+            refined = self.refiner(images, len(images))
+        if refined.shape != images.shape or refined.dtype != images.dtype:
+            raise TypeError(
+                f"refiner must return {images.dtype}{list(images.shape)}, got {refined.dtype}{list(refined.shape)}"
+            )
+        self._slots.acquire()
+        tally = batch.tally
+        tally.images += len(images)
+        first = self._submit(tally, self._measure, batch, refined)
+        if batch.units is None:
+            last = self._submit(tally, self._put_array, tally, refined)
+        else:
+            last = first
+            tasks = []
+            for (unit, image, digest), pixels in zip(batch.units, refined, strict=True):
+                tasks.append(self._submit(tally, self._put, tally, unit, replace(image, pixels=pixels), digest))
+            last = tasks[-1]
+        last.add_done_callback(lambda _: self._slots.release())
+
+    # --- encode, write
+
+    def _submit(self, tally: _Tally, work: Callable[..., None], *arguments: Any) -> Future[None]:
+        future = self._encoders.submit(work, *arguments)
+        tally.pending.append(future)
+        return future
+
+    def _measure(self, batch: _Batch, refined: np.ndarray) -> None:
+        with self.stages.time(self._write_stage):
+            change = np.abs(refined.astype(np.float32) - batch.pixels).mean(dtype=np.float64)
+            white = WHITE[refined.dtype.name]
+            batch.tally.changes[batch.number] = float(change) * len(refined) * 255 / white
+
+    def _put(self, tally: _Tally, unit: RawUnit, image: StoredImage | None, digest: str) -> None:
+        assert not isinstance(tally.sink, ArraysBlock)
+        with self.stages.time(self._write_stage):
+            lines = tally.sink.put(unit, None if image is None else encode_image(image))
+            if unit.image is not None:
+                lines[unit.image]["from"] = digest
+            tally.lines[unit.position] = lines
+
+    def _put_array(self, tally: _Tally, refined: np.ndarray) -> None:
+        assert isinstance(tally.sink, ArraysBlock)
+        with self.stages.time(self._write_stage):
+            tally.sink.put(refined)
+
+    # --- commit
+
+    def _commit(self, tally: _Tally) -> None:
+        """Wait for a block's files, then write its manifest."""
+        for future in tally.pending:
+            future.result()
+        with self.stages.time("commit"):
+            header: dict[str, Any] = {
+                "images": tally.images,
+                "failed": tally.failed,
+                "others": sum("from" not in line for lines in tally.lines.values() for line in lines),
+                "change": sum(tally.changes[number] for number in sorted(tally.changes)),
+            }
+            if tally.source_sha256 is not None:
+                header["from"] = tally.source_sha256
+            header |= tally.sink.close() | self.record
+            lines = (json.dumps(line) for position in sorted(tally.lines) for line in tally.lines[position])
+            self.output_run.commit(tally.claim.block, header, lines)
+            tally.claim.release()
+        self.report(
+            Progress(
+                tally.images + tally.failed,
+                1,
+                time.perf_counter() - self._begin,
+                dict(self.stages.busy),
+                self.stages.threads,
+            )
         )
-    change = np.abs(refined.astype(np.float32) - images)
-    report.images += len(images)
-    report.total_change += float(change.mean(dtype=np.float64)) * len(images) * 255 / WHITE[images.dtype.name]
-    return refined
+
+
+class _Stopped(FastSimGANError):
+    """The run was given up while the reader waited."""

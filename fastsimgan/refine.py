@@ -1,4 +1,4 @@
-"""``python -m fastsimgan.refine``: every image of a folder or an array file through a refiner, labels untouched."""
+"""``python -m fastsimgan.refine``: every image of a dataset through a refiner, labels untouched."""
 
 from __future__ import annotations
 
@@ -6,62 +6,143 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fastsimgan import cli
+from fastsimgan.errors import InputError
 
-DESCRIPTION = """Refine every image of a folder (PNG, JPEG, TIFF; 8 or 16 bits; grey or RGB), an .npz or an .npy.
+if TYPE_CHECKING:
+    from fastsimgan.pipeline import Progress
+    from fastsimgan.workers import Report
 
-The output has the same names, sizes, bit depths and order. Other files of the folder, and other arrays of the .npz, are
-copied byte for byte. A folder gets a metadata.jsonl, unless it has metadata already. PNG, TIFF and arrays are written
-without loss; JPEG is written as JPEG of quality 95. Nothing is ever overwritten, and the output appears whole, at the
-end, or not at all."""
+DESCRIPTION = """Refine every image of a dataset: a folder (PNG, JPEG, TIFF; 8 or 16 bits; grey or RGB), WebDataset .tar
+shards, an .npz, .npy or HDF5 file.
+
+The output has the same names, sizes, bit depths and order. Everything else (sidecars, other files, other arrays) is
+copied byte for byte. PNG, TIFF and arrays are written without loss; JPEG is written as JPEG of quality 95. Nothing is
+ever overwritten, and the output appears whole, at the end: until then it is OUTPUT.partial. Killed at any moment, the
+same command goes on where it was, and ends with the same bytes."""
+
+BAD_SHARE = 0.01  # of the images; with more left out, the command fails although the output is there
 
 
 @dataclass(frozen=True)
 class RefineConfig:
-    refiner: Path
+    refiner: Path | None = None
     """Folder of a training run, or its refiner file."""
-    input: Path
-    """Folder of images, .npz with an array `images`, or .npy."""
-    output: Path
-    """What to make; it must not exist, and must be of the input's kind."""
+    input: Path | None = None
+    """Folder of images, .tar shard (or a quoted glob, or a folder of them), .npz with `images`, .npy or HDF5 file."""
+    output: Path | None = None
+    """What to make: a folder or a file, as the input is."""
+    verify: Path | None = None
+    """Alone: read this finished output again and check it against its manifests."""
+    to: Literal["same", "folder", "shards"] = "same"
+    """Write a folder of images as WebDataset shards, or shards as a folder."""
+    images: str | None = None
+    """Glob of the files that are images ('rgb/*.png'); all others travel as labels."""
+    link: bool = False
+    """Hard-link the labels instead of copying them."""
     batch_size: int = 64
-    """Images refined at a time; lower it for large images, it bounds the memory."""
+    """Images refined at a time, fewer where they are large."""
+    workers: int = 1
+    """Processes on this machine; they share the cores, or the CUDA devices, out among them."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     on_error: Literal["fail", "skip"] = "fail"
-    """At an image that cannot be read: stop and write nothing, or leave it and its sidecars out and say so."""
+    """At an image that cannot be read: stop, or leave it and its sidecars out and say so."""
 
 
-def refine(config: RefineConfig) -> None:
+def refine(config: RefineConfig) -> int:
     """Check the input and output first: they are quick to check, and loading torch is not."""
     from fastsimgan.data.files import printable
-    from fastsimgan.data.source import open_images
-    from fastsimgan.pipeline import check_output, refine_source
 
-    source = open_images(config.input)
-    check_output(source, config.output)
-    print(source.describe())
+    if config.verify is not None:
+        if config.refiner or config.input or config.output:
+            raise InputError("verify must be given alone, got --refiner, --input or --output too")
+        from fastsimgan.verification import verify
 
-    from fastsimgan.runtime import load_refiner
+        found = verify(config.verify)
+        print(f"{printable(config.verify)}: verified, {', '.join(f'{value} {key}' for key, value in found.items())}")
+        return 0
+    for name in ("refiner", "input", "output"):
+        if getattr(config, name) is None:
+            raise InputError(f"{name} must be given: --{name} PATH")
+    assert config.refiner is not None and config.input is not None and config.output is not None
 
-    refiner = load_refiner(config.refiner, device=config.device)
-    report = refine_source(
-        source,
-        refiner,
-        config.output,
+    from tqdm import tqdm
+
+    from fastsimgan import workers
+
+    job = workers.Job(
+        refiner=config.refiner,
+        input=config.input,
+        output=config.output,
         batch_size=config.batch_size,
+        device=config.device,
         on_error=config.on_error,
-        progress=True,
+        images=config.images,
+        to=config.to,
+        link=config.link,
     )
-    for reason in report.skipped:
-        print(f"skipped {reason}", file=sys.stderr)
+    run, source, _ = workers.start(job)
+    print(source.describe())
+    if run.complete:
+        totals = run.totals()
+        print(f"{printable(config.output)}: complete already, {totals['images']} images, {totals['failed']} skipped")
+        return _judge(totals["images"], totals["failed"])
+    done = len(run.committed())
+    if done:
+        print(f"going on: {done} of {run.blocks} blocks are committed")
+    with tqdm(total=run.blocks, initial=done, unit=" blocks") as bar:
+        images = 0
+
+        def progress(part: Progress) -> None:
+            nonlocal images
+            images += part.images
+            bar.set_postfix_str(f"{images} images", refresh=False)
+            bar.update(part.blocks)
+
+        report = workers.refine(job, workers=config.workers, progress=progress)
+    for name, reason in run_failures(job):
+        print(f"skipped {printable(reason) or printable(name)}", file=sys.stderr)
+    print_stages(report)
     print(
-        f"{printable(config.output)}: {report.images} images ({len(report.skipped)} skipped) "
-        f"in {report.seconds:.1f} s, {report.images / report.seconds:.0f} images/s, "
-        f"mean |R(x) - x| {report.mean_change:.2f} grey levels of 255, refiner sha256 {refiner.sha256}"
+        f"{printable(config.output)}: {report.images} images ({report.failed} skipped), {report.others} other files; "
+        f"{report.now} in {report.seconds:.1f} s, {report.now / report.seconds:.0f} images/s, "
+        f"mean |R(x) - x| {report.mean_change:.2f} grey levels of 255, "
+        f"refiner sha256 {run.identity['refiner sha256']}"
     )
+    return _judge(report.images, report.failed)
+
+
+def run_failures(job: object) -> list[tuple[str, str]]:
+    """Name and reason of each image that the finished run left out."""
+    from fastsimgan import workers
+
+    assert isinstance(job, workers.Job)
+    return list(workers.start(job)[0].failures())
+
+
+def print_stages(report: Report) -> None:
+    """Each stage's share of its threads' time, and which is the limit."""
+    shares = {
+        stage: report.busy.get(stage, 0.0) / report.seconds / threads for stage, threads in report.threads.items()
+    }
+    for stage, share in shares.items():
+        limit = "  <- the limit" if share == max(shares.values()) else ""
+        print(f"  {stage:14} {report.threads[stage]:3} threads, busy {share:6.1%}{limit}")
+
+
+def _judge(images: int, failed: int) -> int:
+    """The exit code: 1 if too many images were left out."""
+    if failed > BAD_SHARE * (images + failed):
+        print(
+            f"error: at most {BAD_SHARE:.0%} of the images may be bad, got {failed} of {images + failed}; "
+            "the output holds the others",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

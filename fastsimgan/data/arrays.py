@@ -5,7 +5,9 @@ Nothing is ever unpickled. Every array's header is checked before its data is re
 
 from __future__ import annotations
 
+import hashlib
 import os
+import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -87,13 +89,19 @@ class ArrayImages:
         check_range(images, self.path, 0)
         return images
 
-    def stored_images(self) -> np.ndarray:
-        """The images as the file holds them, byte order included; floats unchecked. Raises InputError if damaged."""
+    def stored_images(self, mapped: bool = False) -> np.ndarray:
+        """The images as the file holds them, byte order included; floats unchecked. Raises InputError if damaged.
+
+        ``mapped``: where an ``.npz`` holds them uncompressed, map them from the disk; their checksum is then unchecked.
+        """
         if self._images is None:
             with self._reading():
                 if self.archive:
                     with zipfile.ZipFile(self.path) as archive:
-                        self._images = _read_member(archive, IMAGES)
+                        if mapped:
+                            self._images = _map_member(archive, IMAGES)
+                        if self._images is None:
+                            self._images = _read_member(archive, IMAGES)
                 else:
                     self._images = np.load(self.path, mmap_mode="r", allow_pickle=False)
         return self._images
@@ -104,6 +112,19 @@ class ArrayImages:
             return {}
         with self._reading(), zipfile.ZipFile(self.path) as archive:
             return {name: _read_member(archive, f"{name}.npy") for name in self.label_names}
+
+    def label_sha256(self) -> dict[str, str]:
+        """SHA-256 of every other array as the file holds it, header included. Raises InputError if one is damaged."""
+        if not self.archive:
+            return {}
+        found = {}
+        with zipfile.ZipFile(self.path) as archive:
+            for name in self.label_names:
+                digest = hashlib.sha256()
+                for chunk in self._chunks(archive, archive.getinfo(f"{name}.npy")):
+                    digest.update(chunk)
+                found[name] = digest.hexdigest()
+        return found
 
     def write_again(self, path: Path, images: Iterable[np.ndarray]) -> None:
         """Write this file at ``path`` with other images of the same shape and type; all else is copied byte for byte.
@@ -251,6 +272,20 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         if file.read(1):  # reading to the end is what makes zipfile check the CRC
             raise ValueError(f"{name} is longer than its header says")
     return array
+
+
+def _map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray | None:
+    """The array of an uncompressed member, mapped from the disk; None if it is compressed."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or archive.filename is None:
+        return None
+    with open(archive.filename, "rb") as file:
+        # The member's data follow a local header of 30 bytes, the name and an extra field of its own length.
+        file.seek(info.header_offset + 26)
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        version = np.lib.format.read_magic(file)
+        shape, fortran, dtype = _HEADER_READERS[version](file)
+        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
 def _names(headers: Iterable[str]) -> str:

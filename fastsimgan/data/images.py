@@ -7,6 +7,7 @@ that a label's (row, column) still points at the same pixel.
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -26,6 +27,7 @@ from fastsimgan.errors import InputError
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
 
 JPEG_QUALITY = 95
+MAX_FILE_BYTES = 1 << 29  # of one encoded image; nothing that has few enough pixels needs more
 _LOSSLESS_TIFF = {"raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits"}
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_ORIENTATION = 258, 262, 274
 _PNG_BIT_DEPTH_AT = 24  # byte offset: signature 8, chunk length and name 8, width and height 8
@@ -67,13 +69,30 @@ def read_header(path: Path) -> Header:
 
 def read_image(path: Path) -> StoredImage:
     """Decode one file. Raises InputError as `read_header` does, and if the pixels are truncated or damaged."""
-    with _refusing(path), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+    return decode_image(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """An image file's bytes. Raises InputError if it cannot be read or is longer than any image should be."""
+    with _refusing(path), path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise InputError(f"must have at most {MAX_FILE_BYTES} bytes, got {os.fstat(file.fileno()).st_size}")
+        return data
+
+
+def decode_image(data: bytes, path: Path) -> StoredImage:
+    """Decode a file's bytes; ``path`` gives the suffix and the name for errors, and is not opened.
+
+    Raises InputError as `read_header` does, and if the pixels are truncated or damaged.
+    """
+    with _refusing(path), Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as image:
         header = _check(image, path)
         tiles = list(image.tile)
         pixels = np.array(image, dtype=header.dtype)
         if header.dtype == "uint16" and image.mode == "RGB":
             # Pillow keeps the upper byte of 16-bit colour alone. Told that bytes are swapped, it keeps the lower one.
-            with Image.open(path, formats=("PNG",)) as again:
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
                 again.tile = [tile._replace(args="RGB;16L") for tile in tiles]
                 pixels = pixels << 8 | np.asarray(again)
         if pixels.shape != header.shape:
@@ -86,17 +105,24 @@ def read_image(path: Path) -> StoredImage:
 
 
 def write_image(path: Path, image: StoredImage) -> None:
-    """Write ``image`` in its own format. PNG and TIFF keep every pixel; JPEG has quality 95 and full-resolution colour.
+    """Write ``image`` to ``path`` as `encode_image` has it. Raises OSError if it cannot write."""
+    path.write_bytes(encode_image(image))
 
-    EXIF, colour profile and resolution are written too, other embedded text is not. Raises OSError if it cannot write.
+
+def encode_image(image: StoredImage) -> bytes:
+    """``image`` in its own format. PNG and TIFF keep every pixel; JPEG has quality 95 and full-resolution colour.
+
+    EXIF, colour profile and resolution are written too, other embedded text is not. The same image always gives the
+    same bytes.
     """
     if image.header.format == "PNG" and image.header.dtype == "uint16" and image.pixels.ndim == 3:
-        path.write_bytes(_encode_rgb16_png(image))
-        return
+        return _encode_rgb16_png(image)
     options = dict(image.extras)
     if image.header.format == "JPEG":
         options |= {"quality": JPEG_QUALITY, "subsampling": 0}
-    Image.fromarray(image.pixels).save(path, format=image.header.format, **options)
+    buffer = io.BytesIO()
+    Image.fromarray(image.pixels).save(buffer, format=image.header.format, **options)
+    return buffer.getvalue()
 
 
 def _check(image: Image.Image, path: Path) -> Header:

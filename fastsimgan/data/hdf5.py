@@ -1,0 +1,161 @@
+"""Images in an HDF5 file: a dataset ``images`` at its root, with labels in any other datasets and groups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsimgan.data.arrays import MAX_CHANNELS
+from fastsimgan.data.files import printable
+from fastsimgan.data.values import WHITE
+from fastsimgan.errors import InputError, UnavailableError
+
+IMAGES = "images"
+MAGIC = b"\x89HDF\r\n\x1a\n"
+
+
+def is_hdf5(path: Path) -> bool:
+    """Whether the file begins as HDF5 files do."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+class HDF5Images:
+    """Dataset ``images`` ``[N, H, W]`` or ``[N, H, W, C]``, C from 1 to 4, of uint8, uint16 or float32 in [0, 1].
+
+    Offers of `ArrayImages` what refinement needs. Raises InputError if the file breaks a rule, among them: no data may
+    lie in other files (external or virtual datasets). Raises UnavailableError without h5py.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: Any = None
+        with self._reading():
+            file = self._open()
+            if file.get(IMAGES, getlink=True).__class__.__name__ != "HardLink":
+                raise InputError(f"{printable(path)}: must hold a dataset named images, got {_names(file)}")
+            images = file[IMAGES]
+            if not hasattr(images, "shape"):
+                raise InputError(f"{printable(path)}: images must be a dataset, got a group")
+            if images.external or images.is_virtual:
+                raise InputError(f"{printable(path)}: images must lie in the file itself, got external or virtual data")
+            self._shape: tuple[int, ...] = images.shape
+            self.stored_dtype: np.dtype = images.dtype
+            self.label_names = [name for name in file if name != IMAGES]
+        if self.dtype.name not in WHITE:
+            raise InputError(
+                f"{printable(path)}: images must be uint8, uint16 or float32 in [0, 1], got {self.dtype.name}"
+            )
+        if len(self._shape) not in (3, 4) or (len(self._shape) == 4 and not 1 <= self._shape[3] <= MAX_CHANNELS):
+            raise InputError(
+                f"{printable(path)}: images must be [N, H, W] or [N, H, W, C] with C from 1 to {MAX_CHANNELS}, "
+                f"got shape {self._shape}"
+            )
+        if 0 in self._shape:
+            raise InputError(f"{printable(path)}: images must not be empty, got shape {self._shape}")
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
+        return (self._shape[3] if len(self._shape) == 4 else 1), self._shape[1], self._shape[2]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The images' type in native byte order."""
+        return self.stored_dtype.newbyteorder("=")
+
+    def describe(self) -> str:
+        """What was found, in one line. Reads no pixels."""
+        channels, height, width = self.shape
+        labels = f"labels {', '.join(map(printable, self.label_names))}" if self.label_names else "no labels"
+        colour = "grey" if channels == 1 else f"{channels} channels"
+        bits = self.dtype.itemsize * 8
+        return f"{printable(self.path)}: HDF5, {len(self)} images, {height}x{width} {bits}-bit {colour}, {labels}"
+
+    def stored_images(self, mapped: bool = True) -> Any:
+        """The dataset: slices of it are read from the disk as they are asked for. Floats are unchecked."""
+        return self._open()[IMAGES]
+
+    def label_sha256(self) -> dict[str, str]:
+        """SHA-256 of every other dataset's values, by its path in the file."""
+        found: dict[str, str] = {}
+        with self._reading():
+            import h5py
+
+            def add(name: str, item: Any) -> None:
+                if isinstance(item, h5py.Dataset) and name != IMAGES:
+                    values = item[()]
+                    array = np.asarray(values)
+                    data = repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
+                    digest = hashlib.sha256(f"{item.dtype} {item.shape} ".encode() + data)
+                    found[name] = digest.hexdigest()
+
+            self._open().visititems(add)  # follows no link to another file
+        return found
+
+    def write_again(self, path: Path, images: Iterable[np.ndarray]) -> None:
+        """Write this file at ``path`` with other images of the same shape and type; all else is copied as it is stored.
+
+        ``images`` are consecutive pieces ``[n, H, W(, C)]`` that add up to all N.
+        """
+        import h5py
+
+        with self._reading():
+            old = self._open()
+            with h5py.File(path, "x") as new:
+                for name, value in old.attrs.items():
+                    new.attrs[name] = value
+                for name in old:
+                    link = old.get(name, getlink=True)
+                    if not isinstance(link, h5py.HardLink):
+                        new[name] = link  # never followed
+                    elif name != IMAGES:
+                        old.copy(name, new, name)
+                source = old[IMAGES]
+                kept = {key: getattr(source, key) for key in ("chunks", "compression", "compression_opts", "shuffle")}
+                target = new.create_dataset(IMAGES, self._shape, self.stored_dtype, **kept)
+                for name, value in source.attrs.items():
+                    target.attrs[name] = value
+                first = 0
+                for piece in images:
+                    target[first : first + len(piece)] = piece
+                    first += len(piece)
+
+    def _open(self) -> Any:
+        """The open file, opened anew in a new process."""
+        try:
+            import h5py
+        except ImportError as error:
+            raise UnavailableError(f"{printable(self.path)}: HDF5 needs h5py: pip install h5py ({error})") from None
+        if self._file is None:
+            self._file = h5py.File(self.path, "r")
+        return self._file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what HDF5 raises on damaged bytes into an InputError that names the file."""
+        try:
+            yield
+        except (InputError, UnavailableError):
+            raise
+        except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, ValueError, ...
+            reason = printable(str(error)) or type(error).__name__
+            raise InputError(f"{printable(self.path)}: cannot be read as HDF5: {reason}") from error
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(printable, names)) or "nothing"

@@ -1,0 +1,132 @@
+"""The files of a folder as units of work, one directory at a time, so that ten million files need no great memory.
+
+A unit is an image with its sidecars (``a.png``, ``a.json``, ``a.mask.png``), or one other file alone. Units come in one
+order on every machine: a directory's files by natural name, then its directories.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from fastsimgan.data.files import natural_key, printable
+from fastsimgan.data.images import FORMATS
+from fastsimgan.errors import InputError
+
+STATE = ".fastsimgan"  # our own records in an output folder: no part of its content
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Names relative to the folder, ``/`` between parts. ``image`` is None where ``others`` is one file alone."""
+
+    image: str | None
+    others: tuple[str, ...] = ()
+
+
+def list_units(
+    root: Path, images: str | None = None, visited: Callable[[str, int], None] = lambda folder, mtime: None
+) -> Iterator[Unit]:
+    """Every file under ``root`` as units.
+
+    Args:
+        root: a folder.
+        images: a glob that tells which files are images (``rgb/*.png``; ``*`` matches ``/`` too); all others travel as
+            labels. None: every file with an image's suffix, but one that an image's stem begins is its sidecar
+            (``a.mask.png`` beside ``a.png``).
+        visited: called with each directory's relative name and its mtime in ns, before it is listed.
+
+    Links to files inside ``root`` are followed. Raises InputError at a link that is broken, leads out of ``root`` or to
+    a folder, at what is neither file nor folder, and at two images in one folder that share a stem.
+    """
+    real_root = Path(os.path.realpath(root))
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        files, inner = [], []
+        try:
+            visited(folder, os.stat(root / folder).st_mtime_ns)
+            with os.scandir(root / folder) as entries:
+                for entry in entries:
+                    name = f"{folder}/{entry.name}" if folder else entry.name
+                    if name == STATE:
+                        continue
+                    if _is_folder(entry, root / name, real_root):
+                        inner.append(name)
+                    else:
+                        files.append(name)
+        except OSError as error:
+            raise InputError(f"{printable(error.filename or root)}: cannot be listed: {error.strerror}") from error
+        yield from _units(root, files, images)
+        folders += sorted(inner, key=_order, reverse=True)  # the last is taken first
+
+
+def stems(name: str) -> list[str]:
+    """``d/a.mask.npy`` -> ``d/a.mask``, ``d/a``: what an image may be called of which ``name`` is a sidecar."""
+    folder, _, base = name.rpartition("/")
+    pieces = base.split(".")
+    prefix = f"{folder}/" if folder else ""
+    return [prefix + ".".join(pieces[:end]) for end in range(len(pieces) - 1, 0, -1)]
+
+
+def is_image(name: str, images: str | None) -> bool:
+    """Whether ``name`` has an image's suffix and, if a glob is given, matches it."""
+    return PurePosixPath(name).suffix.lower() in FORMATS and (images is None or fnmatch.fnmatchcase(name, images))
+
+
+def _is_folder(entry: os.DirEntry[str], path: Path, real_root: Path) -> bool:
+    """Raises InputError at what must not be followed."""
+    if entry.is_symlink():
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(real_root):
+            raise InputError(f"{printable(path)}: links must stay inside the folder, got {printable(target)}")
+        if not target.is_file():
+            raise InputError(f"{printable(path)}: links must lead to a file, got {printable(target)}")
+        return False
+    if entry.is_dir():
+        return True
+    if not entry.is_file():
+        raise InputError(f"{printable(path)}: must be a file or a folder, got a device, pipe or socket")
+    return False
+
+
+def _units(root: Path, files: list[str], images: str | None) -> Iterator[Unit]:
+    """The units of one directory."""
+    files.sort(key=_order)
+    by_stem: dict[str, str] = {}
+    for name in files:
+        if is_image(name, images):
+            stem = name[: name.rindex(".")]
+            twin = by_stem.setdefault(stem, name)
+            if twin is not name:
+                raise InputError(
+                    f"{printable(root)}: images in one folder must differ in stem, got {printable(twin)} and "
+                    f"{printable(name)}; --images 'GLOB' tells which of them are images"
+                )
+    main, alone = [], []
+    owned: dict[str, list[str]] = {}
+    for name in files:
+        owners = [by_stem[stem] for stem in stems(name) if stem in by_stem]
+        if images is not None and is_image(name, images):
+            owner = name  # a glob has the last word
+        elif images is not None:
+            owner = next(iter(owners), "")
+        else:
+            owner = owners[-1] if owners else ""  # the shortest stem: a.mask.json is a.png's too
+        if owner == name:
+            main.append(name)
+        elif owner:
+            owned.setdefault(owner, []).append(name)
+        else:
+            alone.append(name)
+    for name in main:
+        yield Unit(name, tuple(owned.get(name, ())))
+    for name in alone:
+        yield Unit(None, (name,))
+
+
+def _order(name: str) -> tuple[tuple[tuple[bytes | int, ...], ...], bytes]:
+    return natural_key(Path(name))

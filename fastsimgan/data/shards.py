@@ -1,0 +1,139 @@
+"""WebDataset shards: tar files in which consecutive members with the same key make a sample. Read one at a time.
+
+The key is a member's path up to the first dot of its base name, the rest is its extension: ``d/0001.png``,
+``d/0001.json`` and ``d/0001.mask.png`` are one sample. Nothing is ever extracted to the disk here.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from fastsimgan.data.files import natural_key, printable
+from fastsimgan.data.images import FORMATS, MAX_FILE_BYTES
+from fastsimgan.data.listing import is_image
+from fastsimgan.errors import InputError
+
+Member = tuple[tarfile.TarInfo, bytes]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Members in the order of the shard; ``image`` is the position among them of the image, None without one."""
+
+    members: list[Member]
+    image: int | None
+
+
+def find_shards(path: Path) -> list[Path]:
+    """The shards that ``path`` stands for: one ``.tar``, a folder that holds them, or a glob; in natural order.
+
+    Raises InputError if there is none, or if two have one name.
+    """
+    if path.is_dir():
+        found = [entry for entry in path.iterdir() if entry.suffix == ".tar"]
+    elif path.exists():
+        found = [path]
+    else:
+        found = [Path(name) for name in glob.glob(str(path)) if name.endswith(".tar")]
+    if not found:
+        raise InputError(f"{printable(path)}: must be, hold or match at least one .tar shard, got none")
+    names = [shard.name for shard in found]
+    if len(set(names)) < len(names):
+        twin = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{printable(path)}: shards must differ in file name, got {printable(twin)} twice")
+    return sorted(found, key=natural_key)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file. Raises InputError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{printable(path)}: cannot be read: {error.strerror}") from error
+
+
+def read_samples(path: Path, images: str | None = None) -> Iterator[Sample]:
+    """The samples of one shard, in order.
+
+    Args:
+        path: an uncompressed tar file.
+        images: a glob over member names that tells which are images. None: extension exactly that of an image
+            (``.png``, and not ``.mask.png``).
+
+    Raises InputError if the file is no tar or is cut short, at links, devices and sparse members, and at a sample with
+    two images.
+    """
+    key: str | None = None
+    members: list[Member] = []
+    for member in _read_members(path):
+        new = sample_key(member[0].name)
+        if members and new != key:
+            yield _sample(path, members, images)
+            members = []
+        key = new
+        members.append(member)
+    if members:
+        yield _sample(path, members, images)
+
+
+def sample_key(name: str) -> str:
+    """``d.x/a.mask.png`` -> ``d.x/a``."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _sample(path: Path, members: list[Member], images: str | None) -> Sample:
+    found = [i for i, (info, _) in enumerate(members) if info.isfile() and _is_image(info.name, images)]
+    if len(found) > 1:
+        first, second = (printable(members[i][0].name) for i in found[:2])
+        raise InputError(
+            f"{printable(path)}: a sample must hold one image, got {first} and {second}; "
+            "--images 'GLOB' tells which of them are images"
+        )
+    return Sample(members, found[0] if found else None)
+
+
+def _is_image(name: str, images: str | None) -> bool:
+    if images is not None:
+        return is_image(name, images)
+    return PurePosixPath(name).name.partition(".")[2].lower() in {suffix[1:] for suffix in FORMATS}
+
+
+def _read_members(path: Path) -> Iterator[Member]:
+    try:
+        with tarfile.open(path, "r:", errors="surrogateescape") as tar:
+            for info in tar:
+                if info.isdir():
+                    yield info, b""
+                    continue
+                if not info.isfile() or info.issparse():
+                    raise InputError(
+                        f"{printable(path)}: members must be plain files and folders, "
+                        f"{printable(info.name)} is a link, device or sparse file"
+                    )
+                if info.size > MAX_FILE_BYTES:
+                    raise InputError(
+                        f"{printable(path)}: members must have at most {MAX_FILE_BYTES} bytes, "
+                        f"{printable(info.name)} has {info.size}"
+                    )
+                file = tar.extractfile(info)
+                assert file is not None  # it is a plain file
+                data = file.read()
+                if len(data) != info.size:
+                    raise InputError(f"{printable(path)}: cut short within {printable(info.name)}")
+                yield info, data
+            # tarfile takes a file that ends anywhere between two members for a whole one
+            with path.open("rb") as raw:
+                raw.seek(tar.offset)
+                if raw.read(512) != bytes(512):
+                    raise InputError(f"{printable(path)}: must end with an end-of-archive mark, got a truncated tar")
+    except (tarfile.TarError, EOFError) as error:
+        raise InputError(f"{printable(path)}: cannot be read as tar: {printable(str(error))}") from error
+    except OSError as error:
+        raise InputError(f"{printable(path)}: cannot be read: {error.strerror or printable(str(error))}") from error

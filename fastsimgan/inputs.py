@@ -1,0 +1,312 @@
+"""What a run reads: each kind of input as fixed blocks, each block as units (files) or a range of images (arrays)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from tarfile import TarInfo
+from typing import Any
+
+from fastsimgan.data.arrays import ArrayImages
+from fastsimgan.data.files import printable
+from fastsimgan.data.hdf5 import HDF5Images, is_hdf5
+from fastsimgan.data.images import FORMATS, read_bytes, read_header
+from fastsimgan.data.listing import STATE, Unit, list_units
+from fastsimgan.data.shards import find_shards, hash_file, read_samples
+from fastsimgan.errors import InputError
+
+FILES_PER_BLOCK = 1024  # units; a kill loses a few seconds' work, and ten million files make ten thousand manifests
+BYTES_PER_BLOCK = 1 << 24  # of packed images
+LOOKED_AT = 100  # images of a folder whose headers `describe` reads
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a unit: on the disk (``path``), or read already (``data``), then with its tar header."""
+
+    name: str
+    path: Path | None = None
+    data: bytes | None = None
+    info: TarInfo | None = None
+
+    def read(self) -> bytes:
+        """Raises InputError if it cannot be read."""
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        return read_bytes(self.path)
+
+
+@dataclass(frozen=True)
+class RawUnit:
+    """An image with its sidecars, encoded as the input has them, or parts with no image among them."""
+
+    position: int  # in its block
+    parts: tuple[Part, ...]
+    image: int | None  # which part
+    where: Path  # what an error about the image is to name
+
+
+class FolderInput:
+    """A folder of images with sidecars and any other files.
+
+    The listing is made once, at the run's start, and kept with its records: a run refines what was there then. A run
+    that goes on compares the directories' times, and lists anew only if one has changed.
+    """
+
+    kind = "folder"
+
+    def __init__(self, path: Path, images: str | None = None) -> None:
+        self.path = path
+        self.images = images
+        self.identity: dict[str, Any] = {}
+        self._offsets: list[int] = []
+        self._listing = Path()
+        self.counts = (0, 0)  # images, other files
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks; known after `prepare` or `attach`."""
+        return len(self._offsets) - 1
+
+    def prepare(self, state: Path) -> None:
+        """List the folder into ``state``. Raises InputError if it holds no image, or breaks `list_units`'s rules."""
+        facts = self._list(state / "listing.jsonl")
+        (state / "listing.json").write_text(json.dumps(facts))
+        self._take(state, facts)
+
+    def attach(self, state: Path) -> None:
+        """Take the listing from ``state``. Raises InputError if the folder's names have changed since."""
+        try:
+            facts = json.loads((state / "listing.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{printable(state)}: the listing of the input cannot be read: {error}") from error
+        if any(_mtime(self.path / folder) != mtime for folder, mtime in facts["folders"]):
+            again = self._list(None)
+            if again["sha256"] != facts["sha256"]:
+                raise InputError(
+                    f"{printable(self.path)}: files must be those of the run's start ({facts['images']} images, "
+                    f"{facts['others']} others), got {again['images']} images, {again['others']} others, or other names"
+                )
+        self._take(state, facts)
+
+    def units(self, block: int) -> Iterator[RawUnit]:
+        """The units of one block. Nothing is read yet."""
+        with self._listing.open("rb") as file:
+            file.seek(self._offsets[block])
+            lines = file.read(self._offsets[block + 1] - self._offsets[block]).splitlines()
+        for position, line in enumerate(lines):
+            image, *others = json.loads(line)
+            names = [name for name in (image, *others) if name is not None]
+            parts = tuple(Part(name, self.path / name) for name in names)
+            yield RawUnit(position, parts, None if image is None else 0, self.path / names[0])
+
+    def block_sha256(self, block: int) -> str | None:
+        """None: each file has its own in the manifest."""
+        return None
+
+    def describe(self) -> str:
+        """What was found, in one line; sizes and depths are those of the first hundred images."""
+        kinds: Counter[str] = Counter()
+        units = (unit for block in range(self.blocks) for unit in self.units(block) if unit.image is not None)
+        for unit in islice(units, LOOKED_AT):
+            try:
+                header = read_header(unit.where)
+                kinds[f"{header} {header.format}"] += 1
+            except InputError:
+                kinds["not readable"] += 1
+        listed = ", ".join(f"{count} {kind}" if len(kinds) > 1 else kind for kind, count in kinds.most_common(5))
+        looked = f"first {LOOKED_AT}: " if self.counts[0] > LOOKED_AT else ""
+        return (
+            f"{printable(self.path)}: folder, {self.counts[0]} images, {looked}{listed}, {self.counts[1]} other files"
+        )
+
+    def _list(self, target: Path | None) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        folders: list[tuple[str, int]] = []
+        offsets, size, images, others = [0], 0, 0, 0
+        file = None if target is None else target.open("wb")
+        try:
+            units = list_units(self.path, self.images, lambda folder, mtime: folders.append((folder, mtime)))
+            while chunk := list(islice(units, FILES_PER_BLOCK)):
+                data = b"".join(_line(unit) for unit in chunk)
+                digest.update(data)
+                if file is not None:
+                    file.write(data)
+                size += len(data)
+                offsets.append(size)
+                images += sum(unit.image is not None for unit in chunk)
+                others += sum(len(unit.others) for unit in chunk)
+        finally:
+            if file is not None:
+                file.close()
+        if not images:
+            of = " ".join(FORMATS) + (f", matching {self.images}" if self.images else "")
+            raise InputError(f"{printable(self.path)}: must hold at least one image ({of}), got {others} other files")
+        return {
+            "images": images,
+            "others": others,
+            "sha256": digest.hexdigest(),
+            "offsets": offsets,
+            "folders": folders,
+        }
+
+    def _take(self, state: Path, facts: dict[str, Any]) -> None:
+        self._listing = (state / "listing.jsonl").absolute()
+        self._offsets = facts["offsets"]
+        self.counts = facts["images"], facts["others"]
+        self.identity = {
+            "input": _absolute(self.path),
+            "input kind": self.kind,
+            "images": self.images,
+            "units in a block": FILES_PER_BLOCK,
+            "listing sha256": facts["sha256"],
+        }
+
+
+class ShardsInput:
+    """WebDataset shards: a block is a shard."""
+
+    kind = "shards"
+
+    def __init__(self, path: Path, images: str | None = None) -> None:
+        self.path = path
+        self.images = images
+        self.shards = find_shards(path)
+        names = [[shard.name, shard.stat().st_size, shard.stat().st_mtime_ns] for shard in self.shards]
+        self.identity: dict[str, Any] = {
+            "input": _absolute(path),
+            "input kind": self.kind,
+            "images": images,
+            "shards": len(names),
+            "shards' names, sizes and times, sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
+        }
+
+    @property
+    def blocks(self) -> int:
+        """Number of shards."""
+        return len(self.shards)
+
+    def prepare(self, state: Path) -> None:
+        """Nothing to do: the shards are listed."""
+
+    def attach(self, state: Path) -> None:
+        """Nothing to do: a change shows in the identity."""
+
+    def units(self, block: int) -> Iterator[RawUnit]:
+        """The samples of one shard, read as they come. Raises InputError if one of our own is short of images."""
+        shard = self.shards[block]
+        count = 0
+        for position, sample in enumerate(read_samples(shard, self.images)):
+            parts = tuple(Part(info.name, None, data, info) for info, data in sample.members)
+            where = shard if sample.image is None else shard / parts[sample.image].name
+            count += sample.image is not None
+            yield RawUnit(position, parts, sample.image, where)
+        ours = self._ours.get(shard.name)
+        if ours is not None and self.images is None and ours["images"] != count:
+            raise InputError(f"{printable(shard)}: must hold {ours['images']} images, as we wrote, got {count}")
+
+    def block_sha256(self, block: int) -> str | None:
+        """The shard's. Raises InputError if the shard is one of our own and was changed since."""
+        shard = self.shards[block]
+        found = hash_file(shard)
+        ours = self._ours.get(shard.name)
+        if ours is not None and ours["sha256"] != found:
+            raise InputError(f"{printable(shard)}: must have SHA-256 {ours['sha256']}, as we wrote, got {found}")
+        return found
+
+    @cached_property
+    def _ours(self) -> dict[str, dict[str, Any]]:
+        """What our own manifests say of these shards, by name; empty if we did not write them."""
+        state = self.shards[0].parent / STATE
+        if not (state / "done.json").exists():
+            return {}
+        headers = [json.loads(path.open("rb").readline()) for path in sorted((state / "blocks").iterdir())]
+        return {header["file"]: header for header in headers if "file" in header}
+
+    def describe(self) -> str:
+        """What was found, in one line. Opens nothing."""
+        size = sum(shard.stat().st_size for shard in self.shards)
+        return f"{printable(self.path)}: WebDataset, {len(self.shards)} shards, {size / 1e6:.1f} MB"
+
+
+class ArraysInput:
+    """An ``.npz``, ``.npy`` or HDF5 file: a block is a range of images."""
+
+    def __init__(self, arrays: ArrayImages | HDF5Images, batch_size: int) -> None:
+        self.arrays = arrays
+        self.path = arrays.path
+        self.kind = "hdf5" if isinstance(arrays, HDF5Images) else "npz" if arrays.archive else "npy"
+        channels, height, width = arrays.shape
+        size = channels * height * width * arrays.dtype.itemsize
+        self.batch_size = batch_size
+        self.per_block = max(1, BYTES_PER_BLOCK // size // batch_size) * batch_size
+        status = self.path.stat()
+        self.identity: dict[str, Any] = {
+            "input": _absolute(self.path),
+            "input kind": self.kind,
+            "input size and time": [status.st_size, status.st_mtime_ns],
+            "images in a block": self.per_block,
+        }
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks; the last may be shorter."""
+        return -(-len(self.arrays) // self.per_block)
+
+    def prepare(self, state: Path) -> None:
+        """Nothing to do."""
+
+    def attach(self, state: Path) -> None:
+        """Nothing to do: a change shows in the identity."""
+
+    def range(self, block: int) -> tuple[int, int]:
+        """First image of a block, and the one after its last."""
+        return block * self.per_block, min(len(self.arrays), (block + 1) * self.per_block)
+
+    def describe(self) -> str:
+        """What was found, in one line. Reads no pixels."""
+        return self.arrays.describe()
+
+
+Input = FolderInput | ShardsInput | ArraysInput
+
+
+def open_input(path: Path, *, batch_size: int, images: str | None = None) -> Input:
+    """Find out what ``path`` holds. Reads names and headers only.
+
+    Raises InputError if there is nothing, if it is nothing that can be refined, or if its headers break a rule.
+    """
+    if path.is_dir():
+        suffixes = {entry.suffix.lower() for entry in path.iterdir()}
+        tars = ".tar" in suffixes and suffixes.isdisjoint(FORMATS)
+        return ShardsInput(path, images) if tars else FolderInput(path, images)
+    if path.suffix == ".tar":  # a file, or a glob over several
+        return ShardsInput(path, images)
+    if not path.exists():
+        raise InputError(f"{printable(path)}: must exist (a folder of images, .tar shards, an .npz, .npy or HDF5 file)")
+    if images is not None:
+        raise InputError(f"images must be given for folders and shards only, got {images!r} for {printable(path)}")
+    return ArraysInput(HDF5Images(path) if is_hdf5(path) else ArrayImages(path), batch_size)
+
+
+def _line(unit: Unit) -> bytes:
+    return json.dumps([unit.image, *unit.others]).encode("ascii") + b"\n"
+
+
+def _mtime(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _absolute(path: Path) -> str:
+    return os.path.realpath(path)

@@ -1,0 +1,339 @@
+"""One run of refinement by one process, by several on this machine, or by many machines through Ray.
+
+All of them do the same: open the run, claim blocks until none is left, and publish the output once all are committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Literal
+
+from fastsimgan.blocks import Run, open_run, partial_of
+from fastsimgan.data.files import printable
+from fastsimgan.data.images import JPEG_QUALITY
+from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
+from fastsimgan.inputs import ArraysInput, FolderInput, Input, open_input
+from fastsimgan.outputs import ArraysOutput, FolderOutput, Output, ShardsOutput
+from fastsimgan.pipeline import ImageRefiner, Progress, Worker
+
+LOOK_AGAIN = 0.5  # seconds between two looks at blocks that other workers hold
+DEATHS = 3  # in a row without a commit in between, after which a run is given up
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be refined, by what, into what."""
+
+    refiner: Path
+    input: Path
+    output: Path
+    batch_size: int = 64
+    device: str = "auto"
+    on_error: Literal["fail", "skip"] = "fail"
+    images: str | None = None
+    to: Literal["same", "folder", "shards"] = "same"
+    link: bool = False
+
+
+@dataclass
+class Report:
+    """What a run has done, all its workers and all its starts together."""
+
+    images: int = 0  # refined and written
+    failed: int = 0  # left out
+    others: int = 0
+    mean_change: float = 0.0  # mean of |R(x) - x| over pixels and images, in grey levels of 255, whatever the bit depth
+    now: int = 0  # images of this call
+    seconds: float = 0.0  # of this call
+    busy: dict[str, float] = field(default_factory=dict)  # seconds that the threads of each stage were at work
+    threads: dict[str, int] = field(default_factory=dict)
+
+
+Loader = Callable[[Job, int, int], ImageRefiner]  # of a job, a worker's number and how many there are
+
+
+def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
+    """The job's refiner: several workers share the CUDA devices out among them, or else the cores."""
+    import torch
+
+    from fastsimgan.runtime import load_refiner
+
+    device = job.device
+    if workers > 1:
+        torch.set_num_threads(cores(workers))
+        if device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{worker % torch.cuda.device_count()}"
+    return load_refiner(job.refiner, device=device)
+
+
+def cores(workers: int) -> int:
+    """Cores that this process may use, for each of ``workers``; at least 1, at most 16."""
+    return max(1, min(16, len(os.sched_getaffinity(0)) // workers))
+
+
+def check(job: Job) -> Input:
+    """Open the input and look at the output. Writes nothing.
+
+    Raises InputError if the input cannot be refined or the output is no place for it.
+    """
+    if job.batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {job.batch_size}")
+    source = open_input(job.input, batch_size=job.batch_size, images=job.images)
+    if job.link and not (isinstance(source, FolderInput) and job.to in ("same", "folder")):
+        raise InputError("link must be off where labels are not files of a folder both before and after, got --link")
+    old, new = Path(os.path.realpath(job.input)), Path(os.path.realpath(job.output))
+    if old == new:
+        raise InputError(f"{printable(job.output)}: output must not be the input")
+    if new.is_relative_to(old):
+        raise InputError(f"{printable(job.output)}: output must not be inside the input {printable(job.input)}")
+    if old.is_relative_to(new) or old.is_relative_to(partial_of(new)):
+        raise InputError(f"{printable(job.output)}: output must not contain the input {printable(job.input)}")
+    suffix = job.output.suffix.lower()
+    if isinstance(source, ArraysInput):
+        if job.to != "same":
+            raise InputError(f"to must be same for arrays, got {job.to}")
+        wanted = {"npz": (".npz",), "npy": (".npy",), "hdf5": (".h5", ".hdf5")}[source.kind]
+        if suffix not in wanted:
+            raise InputError(
+                f"{printable(job.output)}: output must end in {' or '.join(wanted)}, as the input is one, "
+                f"got {suffix!r}"
+            )
+    elif suffix in (".npz", ".npy", ".h5", ".hdf5", ".tar"):
+        raise InputError(f"{printable(job.output)}: output must be a folder, got the suffix {suffix}")
+    return source
+
+
+def start(job: Job) -> tuple[Run, Input, Output]:
+    """Open a job's run: new, to be gone on with, or complete. Raises InputError as `check` and `open_run` do."""
+    source = check(job)
+    to = source.kind if job.to == "same" else job.to
+    settings = {
+        "refiner sha256": refiner_sha256(job.refiner),
+        "batch size": job.batch_size,
+        "output kind": to,
+        "link": job.link,
+        "JPEG quality": JPEG_QUALITY,
+        "codecs": f"pillow {importlib.metadata.version('pillow')}",
+    }
+    run = open_run(job.output, settings, source, is_file=isinstance(source, ArraysInput))
+    output: Output
+    if isinstance(source, ArraysInput):
+        output = ArraysOutput(run, source)
+    elif to == "shards":
+        output = ShardsOutput(run, source)
+    else:
+        output = FolderOutput(run, source, link=job.link)
+    return run, source, output
+
+
+def refiner_sha256(path: Path) -> str:
+    """SHA-256 of a refiner's file. Raises InputError if it is not there."""
+    file = path / "refiner.safetensors" if path.is_dir() else path
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{printable(file)}: the refiner cannot be read: {error.strerror}") from error
+
+
+def work(job: Job, loader: Loader, worker: int, workers: int, report: Callable[[Progress], None]) -> None:
+    """Be one worker: do blocks until all are committed, those of workers that die included; then publish.
+
+    Raises InputError at a bad image ("fail") or a full disk, and whatever the loader raises.
+    """
+    run, source, output = start(job)
+    refining: Worker | None = None
+    while not run.complete:
+        try:
+            left = sorted(set(range(run.blocks)) - run.committed())
+        except InputError:
+            if _published(run):
+                return
+            raise
+        if not left:
+            _publish(run, output)
+            return
+        if refining is None:
+            refiner = loader(job, worker, workers)
+            record = {"device": str(getattr(refiner, "device", "cpu")), "versions": versions()}
+            refining = Worker(
+                run,
+                source,
+                output,
+                refiner,
+                batch_size=job.batch_size,
+                on_error=job.on_error,
+                threads=cores(workers),
+                report=report,
+                record=record,
+            )
+        # each worker begins elsewhere, so that they seldom try for one block
+        offset = len(left) * worker // workers
+        done = 0
+
+        def count(progress: Progress) -> None:
+            nonlocal done
+            done += 1
+            report(progress)
+
+        refining.report = count
+        refining.run(left[offset:] + left[:offset])
+        if not done:
+            time.sleep(LOOK_AGAIN)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides about the bytes written."""
+    torch = sys.modules.get("torch")
+    found = {name: importlib.metadata.version(name) for name in ("numpy", "pillow")}
+    return found | ({} if torch is None else {"torch": str(torch.__version__)})
+
+
+def _published(run: Run) -> bool:
+    return not run.partial.exists() and os.path.lexists(run.output)
+
+
+def _publish(run: Run, output: Output) -> None:
+    try:
+        lock = run.locked()
+        with lock:
+            if _published(run):
+                return
+            totals = run.totals()
+            if not totals["images"]:
+                _, reason = next(run.failures())
+                raise InputError(
+                    f"{run.identity['input']}: at least one image must be readable, got 0: {printable(reason)}"
+                )
+            labels = output.finish()
+            run.publish(totals | ({} if labels is None else {"labels": labels}))
+    except InputError:
+        if not _published(run):  # else another worker did it
+            raise
+
+
+def refine(
+    job: Job, *, workers: int = 1, loader: Loader = load, progress: Callable[[Progress], None] = lambda progress: None
+) -> Report:
+    """Refine a job's input into its output, in this process or in ``workers`` others on this machine.
+
+    A run that was begun before goes on; one that is complete is left as it is. Where all images are bad, or the first
+    block fails, nothing is left behind; after any other failure, what is committed stays for the next start.
+    Raises InputError, UnavailableError, and FastSimGANError if workers keep dying.
+    """
+    if workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}")
+    begin = time.perf_counter()
+    report = Report()
+
+    stages: dict[int, Progress] = {}
+
+    def add(worker: int, part: Progress) -> None:
+        stages[worker] = part
+        report.now += part.images
+        progress(part)
+
+    run: Run | None = None
+    try:
+        run, *_ = start(job)
+        if not run.complete:
+            if workers == 1:
+                work(job, loader, 0, 1, partial(add, 0))
+            else:
+                _supervise(job, loader, workers, add)
+            run, *_ = start(job)
+    except BaseException:
+        if run is not None:
+            run.discard_if_empty()
+        raise
+    totals = run.totals()
+    for part in stages.values():
+        for stage, seconds in part.busy.items():
+            report.busy[stage] = report.busy.get(stage, 0.0) + seconds
+        for stage, threads in part.threads.items():
+            report.threads[stage] = report.threads.get(stage, 0) + threads
+    report.images, report.failed, report.others = totals["images"], totals["failed"], totals["others"]
+    report.mean_change = totals["change"] / max(1, report.images)
+    report.seconds = time.perf_counter() - begin
+    return report
+
+
+def _supervise(job: Job, loader: Loader, workers: int, report: Callable[[int, Progress], None]) -> None:
+    """Keep ``workers`` processes at work until one has seen the output published; replace those that die."""
+    context = multiprocessing.get_context("spawn")
+    alive: dict[int, tuple[Any, Connection]] = {}
+    deaths = 0
+
+    def begin(worker: int) -> None:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_worker_main, args=(job, loader, worker, workers, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        alive[worker] = process, ours
+
+    try:
+        for worker in range(workers):
+            begin(worker)
+        while alive:
+            wait([connection for _, connection in alive.values()])
+            for worker, (process, connection) in list(alive.items()):
+                finished = False
+                try:
+                    while connection.poll():
+                        kind, value = connection.recv()
+                        if kind == "progress":
+                            deaths = 0
+                            report(worker, value)
+                        elif kind == "error":
+                            raise value[0](value[1])
+                        else:
+                            finished = True
+                except EOFError:
+                    del alive[worker]
+                    process.join()
+                    if not finished and process.exitcode != 0:
+                        deaths += 1
+                        if deaths > DEATHS:
+                            raise FastSimGANError(
+                                f"workers must not die: {deaths} in a row did, the last with exit code "
+                                f"{process.exitcode} (-9: killed, perhaps for memory: lower --batch-size)"
+                            ) from None
+                        begin(worker)
+    finally:
+        for process, _ in alive.values():
+            process.terminate()
+        for process, _ in alive.values():
+            process.join()
+
+
+def _worker_main(job: Job, loader: Loader, worker: int, workers: int, connection: Connection) -> None:
+    """A worker's process."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:  # a killed parent takes nobody with it by itself
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    try:
+        work(job, loader, worker, workers, lambda part: connection.send(("progress", part)))
+        connection.send(("done", None))
+    except (InputError, UnavailableError) as error:
+        connection.send(("error", (type(error), str(error))))
+    except KeyboardInterrupt:
+        os._exit(130)
+    with suppress(OSError):
+        connection.close()
