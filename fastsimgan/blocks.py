@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-import socket
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,7 +63,6 @@ class Run:
         self.complete = complete
         self.partial = partial_of(output)
         self.state = state_of(output, is_file) if complete else self.partial / STATE
-        self._temporaries = 0
 
     def committed(self) -> set[int]:
         """The blocks that are done. One listing, no manifest is read."""
@@ -102,9 +101,8 @@ class Run:
         return claim
 
     def temporary(self) -> Path:
-        """A new name under ``tmp/``, that of no other process or machine."""
-        self._temporaries += 1
-        return self.state / "tmp" / f"{socket.gethostname()}-{os.getpid()}-{id(self)}-{self._temporaries}"
+        """A new name under ``tmp/``, that of no other thread, process or machine."""
+        return self.state / "tmp" / uuid.uuid4().hex
 
     def commit(self, block: int, header: dict[str, Any], lines: Iterable[str]) -> None:
         """Write a block's manifest. All of its files must have their names by now."""

@@ -65,7 +65,7 @@ class Stages:
 
 @dataclass
 class Progress:
-    """What one worker has done since its last report: images and blocks committed, and its stages' seconds so far."""
+    """Images through the refiner and blocks committed since a worker's last report; its stages' seconds so far."""
 
     images: int = 0
     blocks: int = 0
@@ -115,7 +115,7 @@ class Worker:
         on_error: at an image that cannot be read or has other channels than the refiner: "fail", or "skip" it with its
             sidecars and list it in the manifest.
         threads: threads for decoding, and as many again for encoding.
-        report: called after each commit.
+        report: called after each batch and each commit.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class Worker:
             with self.stages.time(self._read_stage):
                 piece = np.ascontiguousarray(images[start : min(end, start + size)])
                 digest.update(piece.reshape(-1).view(np.uint8).data)
-                piece = piece.astype(arrays.dtype, copy=False)
+                piece = np.array(piece, dtype=arrays.dtype)  # torch wants memory that it may write to
                 check_range(piece, arrays.path, start)
             yield _Batch(tally, number, piece)
         tally.source_sha256 = digest.hexdigest()
@@ -353,6 +353,7 @@ class Worker:
         self._slots.acquire()
         tally = batch.tally
         tally.images += len(images)
+        self._tell(len(images), 0)
         first = self._submit(tally, self._measure, batch, refined)
         if batch.units is None:
             last = self._submit(tally, self._put_array, tally, refined)
@@ -409,15 +410,11 @@ class Worker:
             lines = (json.dumps(line) for position in sorted(tally.lines) for line in tally.lines[position])
             self.output_run.commit(tally.claim.block, header, lines)
             tally.claim.release()
-        self.report(
-            Progress(
-                tally.images + tally.failed,
-                1,
-                time.perf_counter() - self._begin,
-                dict(self.stages.busy),
-                self.stages.threads,
-            )
-        )
+        self._tell(tally.failed, 1)
+
+    def _tell(self, images: int, blocks: int) -> None:
+        seconds = time.perf_counter() - self._begin
+        self.report(Progress(images, blocks, seconds, dict(self.stages.busy), self.stages.threads))
 
 
 class _Stopped(FastSimGANError):

@@ -93,18 +93,17 @@ def refine(config: RefineConfig) -> int:
     done = len(run.committed())
     if done:
         print(f"going on: {done} of {run.blocks} blocks are committed")
-    with tqdm(total=run.blocks, initial=done, unit=" blocks") as bar:
-        images = 0
+    with tqdm(unit=" images") as bar:
 
         def progress(part: Progress) -> None:
-            nonlocal images
-            images += part.images
-            bar.set_postfix_str(f"{images} images", refresh=False)
-            bar.update(part.blocks)
+            nonlocal done
+            done += part.blocks
+            bar.set_postfix_str(f"{done}/{run.blocks} blocks", refresh=False)
+            bar.update(part.images)
 
         report = workers.refine(job, workers=config.workers, progress=progress)
-    for name, reason in run_failures(job):
-        print(f"skipped {printable(reason) or printable(name)}", file=sys.stderr)
+    for _, reason in workers.start(job)[0].failures():
+        print(f"skipped {reason}", file=sys.stderr)
     print_stages(report)
     print(
         f"{printable(config.output)}: {report.images} images ({report.failed} skipped), {report.others} other files; "
@@ -113,14 +112,6 @@ def refine(config: RefineConfig) -> int:
         f"refiner sha256 {run.identity['refiner sha256']}"
     )
     return _judge(report.images, report.failed)
-
-
-def run_failures(job: object) -> list[tuple[str, str]]:
-    """Name and reason of each image that the finished run left out."""
-    from fastsimgan import workers
-
-    assert isinstance(job, workers.Job)
-    return list(workers.start(job)[0].failures())
 
 
 def print_stages(report: Report) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import multiprocessing
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -185,7 +184,7 @@ def work(job: Job, loader: Loader, worker: int, workers: int, report: Callable[[
 
         def count(progress: Progress) -> None:
             nonlocal done
-            done += 1
+            done += progress.blocks
             report(progress)
 
         refining.report = count
@@ -196,9 +195,7 @@ def work(job: Job, loader: Loader, worker: int, workers: int, report: Callable[[
 
 def versions() -> dict[str, str]:
     """Of what decides about the bytes written."""
-    torch = sys.modules.get("torch")
-    found = {name: importlib.metadata.version(name) for name in ("numpy", "pillow")}
-    return found | ({} if torch is None else {"torch": str(torch.__version__)})
+    return {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "torch")}
 
 
 def _published(run: Run) -> bool:

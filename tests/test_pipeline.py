@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.images import read_image
-from fastsimgan.data.source import open_images
 from fastsimgan.errors import InputError
-from fastsimgan.pipeline import refine_source
+from fastsimgan.verification import verify
+from fastsimgan.workers import Job, Report, refine, start
 
 RNG = np.random.default_rng(0)
 
@@ -36,6 +37,31 @@ class Fake:
         return self.change(images)
 
 
+@pytest.fixture(autouse=True)
+def model(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The refiner's file, of which a run records the hash; the refiner itself is a Fake."""
+    path = tmp_path_factory.mktemp("model") / "refiner.safetensors"
+    path.write_bytes(b"weights")
+    monkeypatch.setattr(f"{__name__}.MODEL", path)
+    return path
+
+
+MODEL = Path()
+
+
+def refine_source(source: Path, refiner: Fake, output: Path, *, workers: int = 1, **settings: Any) -> Report:
+    job = Job(MODEL, source, output, **settings)
+    return refine(job, loader=lambda job, worker, workers: refiner, workers=workers)
+
+
+def reasons(source: Path, output: Path, **settings: Any) -> list[str]:
+    return [reason for _, reason in start(Job(MODEL, source, output, **settings))[0].failures()]
+
+
+def left(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in tmp_path.iterdir())
+
+
 def invert(images: np.ndarray) -> np.ndarray:
     white = 1 if images.dtype.kind == "f" else np.iinfo(images.dtype).max
     return white - images
@@ -53,7 +79,7 @@ def save(path: Path, pixels: np.ndarray) -> np.ndarray:
 
 def tree(folder: Path) -> dict[str, str]:
     """SHA-256 of every file, by relative name."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file() and ".fastsimgan" not in path.parts]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -78,25 +104,23 @@ def test_folder_keeps_names_pixels_depth_and_every_other_file(tmp_path: Path) ->
         (root / name).write_bytes(content)
     before = tree(root)
 
-    report = refine_source(open_images(root), Fake(invert), tmp_path / "out", batch_size=2)
+    report = refine_source(root, Fake(invert), tmp_path / "out", batch_size=2)
 
     assert tree(root) == before
     after = tree(tmp_path / "out")
-    assert set(after) == set(before) | {"metadata.jsonl"}
+    assert after.keys() == before.keys()
     assert {name: after[name] for name in others} == {name: before[name] for name in others}
     for name in names:
         refined = read_image(tmp_path / "out" / name).pixels
         assert refined.dtype == pixels[name].dtype
         assert np.array_equal(refined, invert(pixels[name]))
-    assert (report.images, report.skipped) == (5, [])
-    lines = (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()
-    assert {json.loads(line)["file_name"] for line in lines} == set(names)
+    assert (report.images, report.failed, report.others) == (5, 0, len(others))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
 def test_identity_gives_identical_pixels(tmp_path: Path) -> None:
     pixels = {f"{i}.png": save(tmp_path / "in" / f"{i}.png", noise(5, 4 + i % 3)) for i in range(40)}
-    report = refine_source(open_images(tmp_path / "in"), Fake(), tmp_path / "out", batch_size=4)
+    report = refine_source(tmp_path / "in", Fake(), tmp_path / "out", batch_size=4)
     for name, expected in pixels.items():
         assert np.array_equal(read_image(tmp_path / "out" / name).pixels, expected)
     assert report.mean_change == 0
@@ -104,7 +128,7 @@ def test_identity_gives_identical_pixels(tmp_path: Path) -> None:
 
 def test_colour(tmp_path: Path) -> None:
     pixels = save(tmp_path / "in" / "x.png", noise(5, 4, 3))
-    refine_source(open_images(tmp_path / "in"), Fake(invert, channels=3), tmp_path / "out")
+    refine_source(tmp_path / "in", Fake(invert, channels=3), tmp_path / "out")
     assert np.array_equal(read_image(tmp_path / "out" / "x.png").pixels, invert(pixels))
 
 
@@ -113,7 +137,7 @@ def test_jpeg_stays_jpeg_near_the_original(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Image.fromarray(slope).save(tmp_path / "in" / "x.jpg", quality=95)
     original = read_image(tmp_path / "in" / "x.jpg")
-    refine_source(open_images(tmp_path / "in"), Fake(), tmp_path / "out")
+    refine_source(tmp_path / "in", Fake(), tmp_path / "out")
     refined = read_image(tmp_path / "out" / "x.jpg")
     assert refined.header == original.header
     assert np.abs(refined.pixels.astype(int) - original.pixels).max() <= 2
@@ -126,7 +150,7 @@ def test_sizes_are_batched_together_wherever_they_stand_and_the_batch_never_matt
     for batch_size in (1, 8, 64):
         refiner = Fake(invert)
         out = tmp_path / f"out{batch_size}"
-        refine_source(open_images(tmp_path / "in"), refiner, out, batch_size=batch_size)
+        refine_source(tmp_path / "in", refiner, out, batch_size=batch_size)
         outputs.append(tree(out))
         if batch_size == 8:
             assert sorted(refiner.seen) == [(1, 4, 5), (1, 5, 5), *[(8, 4, 5)] * 3, *[(8, 5, 5)] * 3]
@@ -137,18 +161,9 @@ def test_many_sizes_do_not_pile_up(tmp_path: Path) -> None:
     for i in range(30):
         save(tmp_path / "in" / f"{i}.png", noise(1 + i, 3))
     refiner = Fake()
-    refine_source(open_images(tmp_path / "in"), refiner, tmp_path / "out", batch_size=4)
+    refine_source(tmp_path / "in", refiner, tmp_path / "out", batch_size=4)
     assert len(refiner.seen) == 30
-    assert len(tree(tmp_path / "out")) == 31
-
-
-@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "sub/metadata.jsonl"])
-def test_metadata_of_the_input_stays(name: str, tmp_path: Path) -> None:
-    save(tmp_path / "in" / "sub" / "x.png", noise(3, 3))
-    (tmp_path / "in" / name).write_text("theirs")
-    refine_source(open_images(tmp_path / "in"), Fake(), tmp_path / "out")
-    assert set(tree(tmp_path / "out")) == {"sub/x.png", name}
-    assert (tmp_path / "out" / name).read_text() == "theirs"
+    assert len(tree(tmp_path / "out")) == 30
 
 
 def broken_folder(root: Path) -> Path:
@@ -166,16 +181,17 @@ def broken_folder(root: Path) -> Path:
 
 def test_skipping_leaves_out_bad_images_with_their_sidecars_and_says_so(tmp_path: Path) -> None:
     root = broken_folder(tmp_path / "in")
-    report = refine_source(open_images(root), Fake(), tmp_path / "out", on_error="skip")
-    assert set(tree(tmp_path / "out")) == {"1.png", "1.json", "5.png", "5.json", "metadata.jsonl"}
-    assert report.images == 2
-    assert report.skipped == [
-        report.skipped[0],
+    report = refine_source(root, Fake(), tmp_path / "out", on_error="skip")
+    assert set(tree(tmp_path / "out")) == {"1.png", "1.json", "5.png", "5.json"}
+    assert (report.images, report.failed) == (2, 3)
+    skipped = reasons(root, tmp_path / "out")
+    assert skipped == [
+        skipped[0],
         f"{root}/3.png: must have 1 channel(s), as the refiner has, got 3",
         f"{root}/4.png: cannot be recognised as PNG, JPEG or TIFF",
     ]
-    assert report.skipped[0].startswith(f"{root}/2.jpg: cannot be decoded: image file is truncated")
-    assert len((tmp_path / "out" / "metadata.jsonl").read_text().splitlines()) == 2
+    assert skipped[0].startswith(f"{root}/2.jpg: cannot be decoded: image file is truncated")
+    verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize("bad", ["2.jpg", "3.png", "4.png"])
@@ -184,15 +200,15 @@ def test_failing_names_the_file_and_leaves_nothing(bad: str, tmp_path: Path) -> 
     for name in {"2.jpg", "3.png", "4.png"} - {bad}:
         (root / name).unlink()
     with pytest.raises(InputError) as caught:
-        refine_source(open_images(root), Fake(), tmp_path / "new" / "out")
+        refine_source(root, Fake(), tmp_path / "out")
     assert str(caught.value).startswith(f"{root}/{bad}: ")
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert left(tmp_path) == ["in"]
 
 
 def test_a_folder_without_one_good_image_is_an_error_even_when_skipping(tmp_path: Path) -> None:
     save(tmp_path / "in" / "x.png", noise(3, 3, 3))
     with pytest.raises(InputError) as caught:
-        refine_source(open_images(tmp_path / "in"), Fake(), tmp_path / "out", on_error="skip")
+        refine_source(tmp_path / "in", Fake(), tmp_path / "out", on_error="skip")
     assert str(caught.value) == (
         f"{tmp_path}/in: at least one image must be readable, got 0: "
         f"{tmp_path}/in/x.png: must have 1 channel(s), as the refiner has, got 3"
@@ -206,7 +222,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
 
     save(tmp_path / "in" / "x.png", noise(3, 3))
     with pytest.raises(KeyboardInterrupt):
-        refine_source(open_images(tmp_path / "in"), Fake(interrupt), tmp_path / "out")
+        refine_source(tmp_path / "in", Fake(interrupt), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -214,7 +230,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
 def test_a_refiner_that_changes_shape_or_type_is_caught(change: Callable, tmp_path: Path) -> None:
     save(tmp_path / "in" / "x.png", noise(3, 3))
     with pytest.raises(TypeError, match=r"refiner must return uint8\[1, 3, 3\], got"):
-        refine_source(open_images(tmp_path / "in"), Fake(change), tmp_path / "out")
+        refine_source(tmp_path / "in", Fake(change), tmp_path / "out")
 
 
 # --- arrays
@@ -235,8 +251,7 @@ def test_npz_copies_every_other_array_byte_for_byte(save_npz: Callable, dtype: s
         "fortran": np.asfortranarray(RNG.normal(size=(10, 3))),
     }
     save_npz(tmp_path / "a.npz", gaze=labels["gaze"], images=images, name=labels["name"], fortran=labels["fortran"])
-    source = open_images(tmp_path / "a.npz")
-    report = refine_source(source, Fake(invert), tmp_path / "b.npz", batch_size=4)
+    report = refine_source(tmp_path / "a.npz", Fake(invert), tmp_path / "b.npz", batch_size=4)
 
     old, new = members(tmp_path / "a.npz"), members(tmp_path / "b.npz")
     assert list(new) == list(old)
@@ -252,7 +267,7 @@ def test_npy_in_npy_out(tmp_path: Path) -> None:
     images = noise(5, 6, 7, 3, dtype="uint16")
     np.save(tmp_path / "a.npy", images)
     refiner = Fake(channels=3)
-    refine_source(open_images(tmp_path / "a.npy"), refiner, tmp_path / "b.npy", batch_size=2)
+    refine_source(tmp_path / "a.npy", refiner, tmp_path / "b.npy", batch_size=2)
     assert refiner.seen == [(2, 6, 7, 3), (2, 6, 7, 3), (1, 6, 7, 3)]
     assert (tmp_path / "b.npy").read_bytes() == (tmp_path / "a.npy").read_bytes()
 
@@ -262,8 +277,8 @@ def test_npy_in_npy_out(tmp_path: Path) -> None:
 )
 def test_array_layouts(images: np.ndarray, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=images)
-    refine_source(open_images(tmp_path / "a.npz"), Fake(invert), tmp_path / "b.npz")
-    loaded = open_images(tmp_path / "b.npz").load()
+    refine_source(tmp_path / "a.npz", Fake(invert), tmp_path / "b.npz")
+    loaded = ArrayImages(tmp_path / "b.npz").load()
     assert loaded.dtype == images.dtype
     assert np.array_equal(loaded, invert(images))
 
@@ -280,14 +295,14 @@ def test_mean_change_is_in_grey_levels_whatever_the_depth(tmp_path: Path) -> Non
             return (images + step).astype(images.dtype)
 
         output = tmp_path / f"{name}_out.npy"
-        report = refine_source(open_images(tmp_path / f"{name}.npy"), Fake(brighten), output, batch_size=2)
+        report = refine_source(tmp_path / f"{name}.npy", Fake(brighten), output, batch_size=2)
         assert report.mean_change == pytest.approx(10, abs=1e-3)
 
 
 def test_other_channels_than_the_refiner(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", noise(2, 3, 4, 3))
     with pytest.raises(InputError) as caught:
-        refine_source(open_images(tmp_path / "a.npy"), Fake(), tmp_path / "b.npy")
+        refine_source(tmp_path / "a.npy", Fake(), tmp_path / "b.npy")
     assert str(caught.value) == f"{tmp_path}/a.npy: images must have 1 channel(s), as the refiner has, got 3"
 
 
@@ -298,7 +313,7 @@ def test_a_damaged_label_array_leaves_nothing(tmp_path: Path) -> None:
     content[content.index(gaze.tobytes())] ^= 1
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.npz: cannot be read as NumPy arrays: Bad CRC-32 for file 'gaze\.npy'"):
-        refine_source(open_images(tmp_path / "a.npz"), Fake(), tmp_path / "b.npz")
+        refine_source(tmp_path / "a.npz", Fake(), tmp_path / "b.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
@@ -307,7 +322,7 @@ def test_floats_out_of_range_are_named_and_leave_nothing(tmp_path: Path) -> None
     images[7] = 1.5
     np.save(tmp_path / "a.npy", images)
     with pytest.raises(InputError, match=r"a\.npy: float32 images must be in \[0, 1\], image 7 has values from 1.5"):
-        refine_source(open_images(tmp_path / "a.npy"), Fake(), tmp_path / "b.npy", batch_size=4)
+        refine_source(tmp_path / "a.npy", Fake(), tmp_path / "b.npy", batch_size=4)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 
 
@@ -317,7 +332,7 @@ def test_floats_out_of_range_are_named_and_leave_nothing(tmp_path: Path) -> None
 def test_outputs_that_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "in" / "x.png", noise(3, 3))
     np.save(tmp_path / "a.npy", noise(2, 3, 3))
-    (tmp_path / "there").mkdir()
+    save(tmp_path / "there" / "mine.png", noise(3, 3))
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "again").symlink_to("in")
     before = sorted(tmp_path.rglob("*"))
@@ -327,9 +342,9 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
         ("in", "in/out", f"output must not be inside the input {tmp_path}/in"),
         ("in", "again/out", f"output must not be inside the input {tmp_path}/in"),
         ("in", "", f"output must not contain the input {tmp_path}/in"),
-        ("in", "there", "output must not exist yet; nothing is ever overwritten"),
-        ("in", "dangling", "output must not exist yet; nothing is ever overwritten"),
-        ("in", "out.npz", "output must be a folder, as the input is, got the suffix .npz"),
+        ("in", "there", "output must not exist yet; nothing is ever overwritten, and this is no run's"),
+        ("in", "dangling", "output must not exist yet; nothing is ever overwritten, and this is no run's"),
+        ("in", "out.npz", "output must be a folder, got the suffix .npz"),
         ("a.npy", "a.npy", "output must not be the input"),
         ("a.npy", "out.npz", "output must end in .npy, as the input is one, got '.npz'"),
         ("a.npy", "out", "output must end in .npy, as the input is one, got ''"),
@@ -337,10 +352,10 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
     ]
     for old, new, reason in cases:
         with pytest.raises(InputError) as caught:
-            refine_source(open_images(tmp_path / old), Fake(), tmp_path / new)
+            refine_source(tmp_path / old, Fake(), tmp_path / new)
         assert str(caught.value) == f"{tmp_path / new}: {reason}"
     with pytest.raises(InputError, match="batch_size must be at least 1, got 0"):
-        refine_source(open_images(tmp_path / "in"), Fake(), tmp_path / "out", batch_size=0)
+        refine_source(tmp_path / "in", Fake(), tmp_path / "out", batch_size=0)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -348,5 +363,5 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     save(tmp_path / "in" / "x.png", noise(3, 3))
     (tmp_path / "file").touch()
     with pytest.raises(InputError) as caught:
-        refine_source(open_images(tmp_path / "in"), Fake(), tmp_path / "file" / "out")
+        refine_source(tmp_path / "in", Fake(), tmp_path / "file" / "out")
     assert str(caught.value) == f"{tmp_path}/file/out: cannot be written: File exists ({tmp_path}/file)"

@@ -56,9 +56,12 @@ def test_folder(refiner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert np.abs(refined.astype(int) - expected[i]).max() <= 1
             assert (tmp_path / "out" / f"{kind}_{i}.json").read_text() == f'{{"gaze": "{i}"}}'
             change.append(np.abs(refined.astype(float) - images[i]).mean() * 255 / np.iinfo(kind).max)
-    described, summary = capsys.readouterr().out.splitlines()
-    assert described.startswith(f"{tmp_path}/in: 6 images, 3 35x55 ")
-    assert summary.startswith(f"{tmp_path}/out: 6 images (0 skipped) in ")
+    described, *stages, summary = capsys.readouterr().out.splitlines()
+    assert (
+        described == f"{tmp_path}/in: folder, 6 images, 3 35x55 8-bit grey PNG, 3 35x55 16-bit grey PNG, 6 other files"
+    )
+    assert len(stages) == 4 and sum("<- the limit" in line for line in stages) == 1
+    assert summary.startswith(f"{tmp_path}/out: 6 images (0 skipped), 6 other files; 6 in ")
     assert f"refiner sha256 {hashlib.sha256(refiner.read_bytes()).hexdigest()}" in summary
     found = re.search(r"([\d.]+) images/s, mean \|R\(x\) - x\| ([\d.]+) grey levels of 255", summary)
     assert found is not None
@@ -77,8 +80,9 @@ def test_skipping(refiner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "in").mkdir()
     Image.fromarray(RNG.integers(0, 256, (8, 9), dtype=np.uint8)).save(tmp_path / "in" / "1.png")
     (tmp_path / "in" / "2.png").write_bytes(b"")
-    assert refine(refiner, tmp_path / "in", tmp_path / "out", "--on-error", "skip") == 0
+    assert refine(refiner, tmp_path / "in", tmp_path / "out", "--on-error", "skip") == 1
     output = capsys.readouterr()
+    assert "error: at most 1% of the images may be bad, got 1 of 2; the output holds the others" in output.err
     assert f"skipped {tmp_path}/in/2.png: cannot be recognised as PNG, JPEG or TIFF" in output.err.splitlines()
     assert "1 images (1 skipped)" in output.out
 
@@ -100,7 +104,7 @@ def short_labels(path: Path) -> None:
 
 
 HOSTILE = {
-    "missing": (lambda path: None, "{in}: must exist (a folder of images, an .npz or an .npy)"),
+    "missing": (lambda path: None, "{in}: must exist (a folder of images, .tar shards, an .npz, .npy or HDF5 file)"),
     "empty": (
         lambda path: path.mkdir(),
         "{in}: must hold at least one image (.png .jpg .jpeg .tif .tiff), got 0 other files",
@@ -124,7 +128,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     before = sorted(tmp_path.rglob("*"))
     output = tmp_path / ("out.npz" if case == "short labels" else "out")
     assert refine(refiner, tmp_path / "in", output) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "images/s" not in line and line.strip()]
+    lines = [line for line in capsys.readouterr().err.splitlines() if " images [" not in line and line.strip()]
     assert lines == ["error: " + message.replace("{in}", str(tmp_path / "in"))]
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -132,7 +136,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
 def test_a_missing_refiner_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "a.npy", np.zeros((1, 5, 7), np.uint8))
     assert refine(tmp_path / "gone", tmp_path / "a.npy", tmp_path / "b.npy") == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/gone: ")
+    assert capsys.readouterr().err == f"error: {tmp_path}/gone: the refiner cannot be read: No such file or directory\n"
     assert not (tmp_path / "b.npy").exists()
 
 
