@@ -16,6 +16,8 @@ from fastsimgan.history import HistoryBuffer
 from fastsimgan.losses import discriminator_objective, refiner_objective
 from fastsimgan.models.discriminator import Discriminator
 from fastsimgan.models.refiner import Refiner
+from fastsimgan.precision import LossScale, autocast
+from fastsimgan.ranks import Ranks
 
 Draw = Callable[[int], Tensor]
 """Asked for n, gives n images ``[n, C, H, W]`` in [-1, 1] on the device."""
@@ -24,18 +26,33 @@ Metrics = dict[str, Tensor]
 """Scalars on the device, by name; reading one synchronises."""
 
 
+PHASES = ("pretrain_refiner", "pretrain_discriminator", "train")
+"""R alone, D alone, Algorithm 1."""
+
+
 class SimGAN:
-    """Refiner, discriminator, their optimisers, the history and the step count: the state of Algorithm 1.
+    """Refiner, discriminator, their optimisers, the history and how far training is: the state of Algorithm 1.
 
     Args:
         config: validated settings.
         image_shape: (C, H, W) of the images trained on.
         device: where it all lives.
+        ranks: the processes that share each batch; each keeps a history of its own, the rest is equal on all.
+        precision: of the networks: "float32", "bfloat16" or "float16".
     """
 
-    def __init__(self, config: TrainConfig, image_shape: tuple[int, int, int], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        image_shape: tuple[int, int, int],
+        device: torch.device,
+        ranks: Ranks | None = None,
+        precision: str = "float32",
+    ) -> None:
         torch.manual_seed(config.seed)  # the weights are the only thing drawn from torch's global generator
-        self.config = config
+        self.config, self.device, self.ranks = config, device, ranks or Ranks()
+        self.precision = precision
+        self.batch = config.batch_size // self.ranks.count  # this rank's share
         channels = image_shape[0]
         first_kernel = 7 if config.network == "hand" else 3
         refiner = Refiner(channels, width=config.width, blocks=config.blocks, first_kernel=first_kernel)
@@ -43,50 +60,83 @@ class SimGAN:
         self.refiner = channels_last(refiner, device)
         self.discriminator = channels_last(Discriminator(channels, kind=config.network, local=config.local), device)
         self.average = copy.deepcopy(self.refiner).requires_grad_(False)
-        self.refiner_optimiser = _adam(self.refiner, config.learning_rate_refiner)
-        self.discriminator_optimiser = _adam(self.discriminator, config.learning_rate_discriminator)
+        self.refiner_optimiser = _adam(self.refiner, config.learning_rate_refiner, device)
+        self.discriminator_optimiser = _adam(self.discriminator, config.learning_rate_discriminator, device)
+        half = precision == "float16"
+        self.scales = {name: LossScale(device) for name in ("refiner", "discriminator")} if half else {}
         self.history = (
             HistoryBuffer(
-                capacity=config.history,
+                capacity=config.history // self.ranks.count,
                 image_shape=image_shape,
                 dtype=torch.uint8,
                 device=device,
-                seed=config.seed,
+                seed=self.ranks.seed(config.seed),
                 impl=config.impl,
             )
             if config.history
             else None
         )
-        self.step = 0  # iterations of Algorithm 1 done
+        self._average_weight = torch.zeros((), device=device)
+        self.k_g = config.k_g
+        self.done = dict.fromkeys(PHASES, 0)  # steps of each phase behind us
+
+    @property
+    def step(self) -> int:
+        """Iterations of Algorithm 1 done."""
+        return self.done["train"]
+
+    @property
+    def phase(self) -> str:
+        """The first of `PHASES` with a step left to do, or "" at the end."""
+        return next((phase for phase in PHASES if self.done[phase] < self.length(phase)), "")
+
+    def length(self, phase: str) -> int:
+        """Steps of a phase, by the settings."""
+        config = self.config
+        lengths = (config.pretrain_refiner, config.pretrain_discriminator, config.steps)
+        return dict(zip(PHASES, lengths, strict=True))[phase]
+
+    def advance(self, draw_synthetic: Draw, draw_real: Draw) -> Metrics:
+        """The next step of the phase under way."""
+        phase = self.phase
+        if phase == "train":
+            return self.iteration(draw_synthetic, draw_real)
+        self.done[phase] += 1
+        if phase == "pretrain_refiner":
+            return self.pretrain_refiner(draw_synthetic(self.batch))
+        return self.update_discriminator(draw_synthetic, draw_real)
 
     # -- the three kinds of update ------------------------------------------------------------------------------
 
     def pretrain_refiner(self, synthetic: Tensor) -> Metrics:
         """One step of R alone: self-regularisation towards the synthetic images themselves (Algorithm 1, line 1)."""
-        refined = self.refiner(synthetic)
-        loss = (refined - synthetic).abs().flatten(1).sum(1).mean()
-        _update(self.refiner_optimiser, loss)
-        self._follow(0.0)
-        return {"loss_refiner": loss.detach(), "change": _grey_levels(refined, synthetic)}
+        with autocast(self.precision, self.device):
+            refined = self.refiner(synthetic)
+            loss = (refined - synthetic).abs().flatten(1).sum(1).mean()
+        gradient = self._update("refiner", loss)
+        self._follow(1.0)
+        return {"loss_refiner": loss.detach(), "change": _grey_levels(refined, synthetic), "gradient_refiner": gradient}
 
     def update_refiner(self, synthetic: Tensor) -> Metrics:
         """One step of R on Eq. 4 with D held fixed; ``synthetic`` is ``[b, C, H, W]`` in [-1, 1]."""
         self.discriminator.requires_grad_(False)
-        losses, refined = refiner_objective(
-            self.refiner,
-            self.discriminator,
-            synthetic,
-            lam=self.config.lam,
-            psi=self.config.psi,
-            impl=self.config.impl,
-        )
-        _update(self.refiner_optimiser, losses.loss)
+        with autocast(self.precision, self.device):
+            losses, refined = refiner_objective(
+                self.refiner,
+                self.discriminator,
+                synthetic,
+                lam=self.config.lam,
+                psi=self.config.psi,
+                impl=self.config.impl,
+            )
+        gradient = self._update("refiner", losses.loss)
         self.discriminator.requires_grad_(True)
         return {
             "loss_refiner": losses.loss.detach(),
             "adversarial": losses.adversarial.detach().mean(),
             "self_regularisation": losses.self_regularisation.detach().mean(),
             "change": _grey_levels(refined, synthetic),
+            "gradient_refiner": gradient,
         }
 
     def update_discriminator(self, draw_synthetic: Draw, draw_real: Draw) -> Metrics:
@@ -95,41 +145,71 @@ class SimGAN:
         D sees b refined images, b/2 of them from the current R and b/2 out of the history, and b real ones. The b/2
         fresh ones replace b/2 random entries of the history. Without a history all b come from the current R.
         """
-        batch = self.config.batch_size
-        with torch.no_grad():
-            if self.history is None:
-                refined = self.refiner(draw_synthetic(batch))
-            else:
-                fresh = self.refiner(draw_synthetic(batch // 2))
-                refined = torch.cat([fresh, self.history.swap(fresh)])
-        losses = discriminator_objective(self.discriminator, refined, draw_real(batch), impl=self.config.impl)
-        _update(self.discriminator_optimiser, losses.loss)
+        with autocast(self.precision, self.device):
+            with torch.no_grad():
+                if self.history is None:
+                    refined = self.refiner(draw_synthetic(self.batch))
+                else:
+                    fresh = self.refiner(draw_synthetic(self.batch // 2))
+                    refined = torch.cat([fresh, self.history.swap(fresh)])
+            losses = discriminator_objective(self.discriminator, refined, draw_real(self.batch), impl=self.config.impl)
+        gradient = self._update("discriminator", losses.loss)
         return {
             "loss_discriminator": losses.loss.detach(),
             "accuracy_refined": losses.refined_accuracy.detach(),
             "accuracy_real": losses.real_accuracy.detach(),
+            "gradient_discriminator": gradient,
         }
+
+    def _update(self, name: str, loss: Tensor) -> Tensor:
+        """One step of a network's optimiser down ``loss``; gives the gradient's norm."""
+        optimiser: torch.optim.Optimizer = getattr(self, f"{name}_optimiser")
+        scale = self.scales.get(name)
+        optimiser.zero_grad(set_to_none=True)
+        (scale.scaled(loss) if scale else loss).backward()
+        gradients = [p.grad for p in optimiser.param_groups[0]["params"] if p.grad is not None]
+        self.ranks.mean_(gradients)
+        if scale is None:
+            optimiser.step()
+        else:
+            scale.unscale(gradients)
+            scale.step(optimiser)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return scale.left_out_is_zero(norm) if scale else norm
 
     # -- Algorithm 1 ---------------------------------------------------------------------------------------------
 
     def iteration(self, draw_synthetic: Draw, draw_real: Draw) -> Metrics:
         """K_g updates of R, then K_d updates of D; returns the metrics of the last of each."""
+        self.set_schedule()
+        metrics = self.updates(draw_synthetic, draw_real)
+        self.done["train"] += 1
+        return metrics
+
+    def updates(self, draw_synthetic: Draw, draw_real: Draw) -> Metrics:
+        """The part of an iteration that needs nothing from the host: a CUDA graph can hold it."""
+        metrics: Metrics = {}
+        for _ in range(self.k_g):
+            metrics |= self.update_refiner(draw_synthetic(self.batch))
+            self._follow()
+        for _ in range(self.config.k_d):
+            metrics |= self.update_discriminator(draw_synthetic, draw_real)
+        return metrics
+
+    def set_schedule(self) -> None:
+        """Write this iteration's learning rates and the average's weight where `updates` reads them."""
         scale = self._learning_rate_scale()
         for optimiser, rate in (
             (self.refiner_optimiser, self.config.learning_rate_refiner),
             (self.discriminator_optimiser, self.config.learning_rate_discriminator),
         ):
             for group in optimiser.param_groups:
-                group["lr"] = rate * scale
-        metrics: Metrics = {}
-        for _ in range(self.config.k_g):
-            metrics |= self.update_refiner(draw_synthetic(self.config.batch_size))
-            # The average starts short, so that it does not remember the identity, and lengthens to `ema`.
-            self._follow(min(self.config.ema, self.step / (self.step + 10)))
-        for _ in range(self.config.k_d):
-            metrics |= self.update_discriminator(draw_synthetic, draw_real)
-        self.step += 1
-        return metrics
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate * scale)
+                else:
+                    group["lr"] = rate * scale
+        # The average starts short, so that it does not remember the identity, and lengthens to `ema`.
+        self._average_weight.fill_(1 - min(self.config.ema, self.step / (self.step + 10)))
 
     def _learning_rate_scale(self) -> float:
         """Linearly up over the first `warm_up` steps, 1, and with --decay linearly to zero over the second half."""
@@ -137,26 +217,39 @@ class SimGAN:
         return min(up, 2 * (1 - self.step / self.config.steps)) if self.config.decay else up
 
     @torch.no_grad()
-    def _follow(self, decay: float) -> None:
-        """Move the average of R's weights towards R."""
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.refiner.parameters()), 1 - decay)
+    def _follow(self, weight: float | None = None) -> None:
+        """Move the average of R's weights towards R, by ``weight`` or by the schedule's."""
+        average: list[Tensor] = list(self.average.parameters())
+        refiner: list[Tensor] = list(self.refiner.parameters())
+        if weight is not None:
+            torch._foreach_lerp_(average, refiner, weight)
+        else:
+            weights = [self._average_weight] * len(average)
+            torch._foreach_lerp_(average, refiner, weights)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that an iteration reads or writes, by flat names; samplers and step count apart."""
+        """Every tensor that an iteration reads or writes, by flat names; the histories of all ranks on the first.
+
+        Every rank must call it. Beside them only ``done``, ``k_g`` and the samplers decide what comes next.
+        """
         tensors: dict[str, Tensor] = {}
         for name in ("refiner", "discriminator", "average"):
             tensors |= flatten(name, getattr(self, name).state_dict())
         for name in ("refiner_optimiser", "discriminator_optimiser"):
             # the hyper-parameters beside the state follow from the config and the step
             tensors |= flatten(name, getattr(self, name).state_dict()["state"])
+        for name, scale in self.scales.items():
+            tensors |= flatten(f"{name}_scale", scale.state_dict())
         if self.history is not None:
-            tensors |= flatten("history", self.history.state_dict())
+            for name, tensor in self.history.state_dict().items():
+                for rank, part in enumerate(self.ranks.gather(tensor)):
+                    tensors[f"history.{rank}.{name}"] = part
         return tensors
 
-    def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Take over what `state` gave after iteration ``step``."""
+    def load_state(self, tensors: dict[str, Tensor], done: dict[str, int]) -> None:
+        """Take over what `state` gave when ``done`` steps of each phase were behind it."""
         for name in ("refiner", "discriminator", "average"):
             module: nn.Module = getattr(self, name)
             module.load_state_dict(select(name, tensors))
@@ -172,20 +265,19 @@ class SimGAN:
                 own = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value)
                 state.setdefault(int(index), {})[field] = own.copy_(value)
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        for name, scale in self.scales.items():
+            scale.load_state_dict(select(f"{name}_scale", tensors))
         if self.history is not None:
-            self.history.load_state_dict(select("history", tensors))
-        self.step = step
+            self.history.load_state_dict(select(f"history.{self.ranks.rank}", tensors))
+        self.done = dict(done)
 
 
-def _adam(module: nn.Module, rate: float) -> torch.optim.Adam:
-    # first moment 0.5: the usual choice for adversarial training, where gradients turn quickly
-    return torch.optim.Adam(module.parameters(), rate, betas=(0.5, 0.999), fused=True)
-
-
-def _update(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    optimiser.step()
+def _adam(module: nn.Module, rate: float, device: torch.device) -> torch.optim.Adam:
+    # First moment 0.5: the usual choice for adversarial training, where gradients turn quickly. A learning rate in a
+    # tensor can change while a CUDA graph is replayed.
+    graph = device.type == "cuda"
+    lr: float | Tensor = torch.tensor(rate, device=device) if graph else rate
+    return torch.optim.Adam(module.parameters(), lr, betas=(0.5, 0.999), fused=True, capturable=graph)
 
 
 def _grey_levels(refined: Tensor, synthetic: Tensor) -> Tensor:

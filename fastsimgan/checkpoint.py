@@ -1,4 +1,7 @@
-"""Checkpoints: one directory a step, complete or absent; tensors in safetensors, never pickled."""
+"""Checkpoints: one directory a step, complete or absent, each file under a checksum; nothing is ever unpickled.
+
+A checkpoint holds ``state.safetensors``, ``state.json`` and ``SHA256SUMS`` (``sha256sum -c`` reads it).
+"""
 
 from __future__ import annotations
 
@@ -14,54 +17,64 @@ from torch import Tensor
 
 from fastsimgan.errors import InputError
 
-_PREFIX = "step-"
+_TENSORS, _FACTS, _SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+_UNFINISHED = (".writing-", ".removing-")
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], *, keep: int) -> Path:
-    """Write ``folder/step-NNNNNNNN`` and remove all but the newest ``keep`` checkpoints.
+def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, Any], *, keep: int) -> Path:
+    """Write ``folder/name`` and remove all but the ``keep`` newest checkpoints, newest being the last by name.
 
-    The directory is filled beside its final name, flushed to the disk and renamed: a crash leaves the old state.
+    The directory is filled beside its final name, flushed to the disk and renamed, and an old one is renamed before
+    it is removed: whenever the process dies, what stands under a final name is whole.
 
     Args:
         folder: where the checkpoints of a run live; made if absent.
-        step: the iteration that it holds the state after.
+        name: sorts after the names of earlier checkpoints; does not start with a dot.
         tensors: flat names to tensors.
         facts: JSON-able values kept beside them.
         keep: at least 1.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    facts = {**facts, "step": step, "sha256": hashlib.sha256(data).hexdigest()}
-    temporary = folder / f".writing-{step:08d}"
+    files = {
+        _TENSORS: save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}),
+        _FACTS: (json.dumps(facts, indent=2) + "\n").encode(),
+    }
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {file}\n" for file, data in files.items())
+    temporary, final = folder / f".writing-{name}", folder / name
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    _write(temporary / "state.safetensors", data)
-    _write(temporary / "state.json", (json.dumps(facts, indent=2) + "\n").encode())
-    final = folder / f"{_PREFIX}{step:08d}"
-    if final.exists():  # the same step again, after a resume: what is there is the same state
-        shutil.rmtree(final)
+    for file, data in (files | {_SUMS: sums.encode()}).items():
+        _write(temporary / file, data)
+    flush_directory(temporary)
+    if final.exists():  # a damaged one, that a resumed run passed over
+        _remove(final)
     temporary.rename(final)
-    _flush_directory(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    flush_directory(folder)
+    remove_old(folder, keep)
     return final
 
 
+def remove_old(folder: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints."""
+    for old in list_checkpoints(folder)[:-keep]:
+        _remove(old)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in ``folder``, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+    """Checkpoints in ``folder``, oldest first."""
+    return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of one checkpoint; InputError if its checksum does not match."""
+    """Tensors and facts of one checkpoint; InputError if a checksum does not match."""
     try:
-        facts = json.loads((path / "state.json").read_text())
-        data = (path / "state.safetensors").read_bytes()
-    except (OSError, ValueError) as error:
+        data, facts, sums = ((path / file).read_bytes() for file in (_TENSORS, _FACTS, _SUMS))
+    except OSError as error:
         raise InputError(f"{path}: not a whole checkpoint: {error}") from error
-    if (found := hashlib.sha256(data).hexdigest()) != facts.get("sha256"):
-        raise InputError(f"{path}: sha256 must be {facts.get('sha256')}, got {found}: the file is damaged")
-    return load(data), facts
+    for file, content in ((_TENSORS, data), (_FACTS, facts)):
+        if f"{hashlib.sha256(content).hexdigest()}  {file}\n".encode() not in sums:
+            raise InputError(f"{path / file}: its sha256 must be the one in {_SUMS}: the checkpoint is damaged")
+    return load(data), json.loads(facts)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any], list[str]]:
@@ -77,6 +90,13 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, 
         except InputError as error:
             refused.append(str(error))
     raise InputError(f"{folder}: no whole checkpoint to resume from" + "".join(f"; {reason}" for reason in refused))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half-written or half-removed in ``folder``."""
+    for path in folder.glob(".*"):
+        if path.name.startswith(_UNFINISHED):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def flatten(prefix: str, state: dict[Any, Any]) -> dict[str, Tensor]:
@@ -100,7 +120,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".writing-{path.name}")
     _write(temporary, data)
     os.replace(temporary, path)
-    _flush_directory(path.parent)
+    flush_directory(path.parent)
+
+
+def flush_directory(path: Path) -> None:
+    """Have the names in a directory reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -110,9 +139,8 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(path: Path) -> None:
+    leaving = path.with_name(f".removing-{path.name}")
+    shutil.rmtree(leaving, ignore_errors=True)
+    path.rename(leaving)
+    shutil.rmtree(leaving)

@@ -78,6 +78,11 @@ class TrainConfig:
 
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """In which the networks compute; weights stay float32. auto: bfloat16 where the device has it, else float32."""
+    data: Literal["auto", "device", "host"] = "auto"
+    """Where the images live: on the device as they are stored, or on the host (an .npy stays memory-mapped) and read
+    ahead by a thread. auto: on the device if they take at most half of its free memory."""
     impl: Literal["auto", "reference"] = "auto"
     """Implementation of the fused losses and the history: the fastest that works here, or the plain reference."""
     seed: int = 0

@@ -29,3 +29,11 @@ class TrainingError(FastSimGANError, RuntimeError):
     """Training cannot go on: a loss or a gradient is not finite."""
 
     exit_code = 4
+
+
+class Stopped(FastSimGANError):
+    """SIGTERM or SIGINT asked for an end; what was under way has been saved. Its exit code is 128 + the signal's."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(f"stopped by signal {signal}, {message}")
+        self.exit_code = 128 + signal

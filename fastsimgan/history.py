@@ -51,7 +51,8 @@ class HistoryBuffer:
             capacity = capacity_bytes // image_bytes
         if capacity < 1:
             raise InputError(f"history must hold at least 1 image of {image_bytes} bytes, got capacity {capacity}")
-        self._storage = torch.empty((capacity, *image_shape), dtype=dtype, device=device)
+        # zeros, not uninitialised memory: two equal runs have equal checkpoints before it is full
+        self._storage = torch.zeros((capacity, *image_shape), dtype=dtype, device=device)
         self._state = new_state(capacity, seed, device)
         self._impl = impl
 

@@ -167,7 +167,7 @@ def test_state_holds_everything_that_an_iteration_reads():
     def go_on(state):
         trainer = make(seed=5)
         merged = trainer.state() | state
-        trainer.load_state(merged, 6)
+        trainer.load_state(merged, first.done)
         supply = iter(batches)
         for _ in range(4):
             trainer.iteration(lambda n: next(supply)[:n], lambda n: next(supply)[:n])

@@ -116,7 +116,7 @@ def test_resume_refuses_other_data_and_other_settings(pair, tmp_path, capsys):
 
 
 def test_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, {"a": torch.zeros(2)}, {}, keep=5)
+    save_checkpoint(tmp_path, "step-1", {"a": torch.zeros(2)}, {}, keep=5)
 
     def fail(*_):
         raise OSError("disk full")
@@ -124,9 +124,9 @@ def test_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", fail)
         with pytest.raises(OSError):
-            save_checkpoint(tmp_path, 2, {"a": torch.ones(2)}, {}, keep=5)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001"]
-    save_checkpoint(tmp_path, 2, {"a": torch.ones(2)}, {}, keep=5)
+            save_checkpoint(tmp_path, "step-2", {"a": torch.ones(2)}, {}, keep=5)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-1"]
+    save_checkpoint(tmp_path, "step-2", {"a": torch.ones(2)}, {}, keep=5)
     assert len(list_checkpoints(tmp_path)) == 2
 
 

@@ -4,38 +4,87 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
 class Sampler:
     """Endless mini-batches of indices, each epoch a fresh permutation of all images.
 
-    ``position`` (images drawn so far) is its whole state: set it, and the same batches follow.
+    ``position`` (images drawn so far, by all ranks) is its whole state: set it, and the same batches follow.
+
+    The permutations of the epochs at hand and a cursor live on the device, so that a draw is three small operations
+    there with nothing from the host, and a CUDA graph that holds one draws anew at each replay.
 
     Args:
         count: number of images, at least 1.
         seed: seed of the permutations; two samplers with different seeds are unrelated.
+        device: where the indices are wanted.
+        rank, ranks: of ``ranks`` processes that share one stream, each takes every ``ranks``-th index.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count = count
-        self.seed = seed
-        self.position = 0
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
+    def __init__(
+        self, count: int, seed: int, device: torch.device | str = "cpu", *, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self.count, self.seed, self.rank, self.ranks = count, seed, rank, ranks
+        self.attempt = 0  # another number, another order: see `restart`
+        self._position = 0
+        self._cursor = torch.zeros((), dtype=torch.int64, device=device)  # position, modulo the ring's length
+        self._ring = torch.empty(0, dtype=torch.int64, device=device)  # some consecutive epochs' permutations
+        self._epochs: list[int] = []  # which epoch each part of the ring holds
+
+    @property
+    def position(self) -> int:
+        """Images drawn so far."""
+        return self._position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self._position = value
+        if self._epochs:
+            self._cursor.fill_(value % len(self._ring))
+
+    def restart(self, position: int, attempt: int) -> None:
+        """Go to ``position`` in the order number ``attempt``; 0 is the first, the others are unrelated to it."""
+        if attempt != self.attempt:
+            self.attempt, self._epochs = attempt, [-1] * len(self._epochs)
+        self.position = position
 
     def draw(self, batch: int) -> Tensor:
-        """The next ``batch`` indices, int64 ``[batch]``."""
-        parts: list[Tensor] = []
-        missing = batch
-        while missing:
-            epoch, offset = divmod(self.position, self.count)
-            if epoch != self._epoch:
-                # NumPy mixes both numbers into its state; torch's CPU generator keeps the low 32 bits of a seed only.
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
-                self._order, self._epoch = torch.from_numpy(order), epoch
-            part = self._order[offset : offset + missing]
-            parts.append(part)
-            self.position += len(part)
-            missing -= len(part)
-        return torch.cat(parts)
+        """The next ``batch`` indices of this rank, int64 ``[batch]`` on the device."""
+        self.reserve(batch)
+        spread = torch.arange(batch, device=self._ring.device) * self.ranks + (self._cursor + self.rank)
+        drawn = self._ring[spread % len(self._ring)]
+        self._cursor.add_(batch * self.ranks)
+        self._position += batch * self.ranks
+        return drawn
+
+    def reserve(self, batch: int) -> None:
+        """Have the next ``batch`` indices of each rank on the device. Within a CUDA graph this must have been done."""
+        first = self._position // self.count
+        last = (self._position + batch * self.ranks - 1) // self.count
+        parts = (batch * self.ranks - 1) // self.count + 2  # wherever the batch starts, its epochs fit
+        if parts > len(self._epochs):
+            self._ring = torch.empty(parts * self.count, dtype=torch.int64, device=self._ring.device)
+            self._epochs = [-1] * parts
+            self._cursor.fill_(self._position % len(self._ring))
+        for epoch in range(first, last + 1):
+            part = epoch % len(self._epochs)
+            if self._epochs[part] != epoch:
+                start = part * self.count
+                self._ring[start : start + self.count].copy_(torch.from_numpy(self._order(epoch)))
+                self._epochs[part] = epoch
+
+    def drawn_by_a_graph(self, images: int) -> None:
+        """Follow a CUDA graph's replay, which moved the cursor on the device by ``images``."""
+        self._position += images
+
+    def indices(self, start: int, stop: int) -> list[int]:
+        """What was or will be drawn at the positions from ``start`` to ``stop``, by all ranks. For messages."""
+        orders = {epoch: self._order(epoch) for epoch in range(start // self.count, (stop - 1) // self.count + 1)}
+        return [int(orders[at // self.count][at % self.count]) for at in range(start, stop)]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        # NumPy mixes all numbers into its state; torch's CPU generator keeps the low 32 bits of a seed only.
+        key = (self.seed, epoch, self.attempt) if self.attempt else (self.seed, epoch)
+        return np.random.default_rng(key).permutation(self.count)

@@ -120,7 +120,17 @@ def save_refiner(path: Path, module: network.Refiner, *, histogram: str, trainin
     settings = describe(module, histogram)
     header = {"format": _FORMAT, "settings": json.dumps(settings), "training": training.to_json()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    write_atomically(path, save(tensors, header))
+    write_atomically(path, _in_order(save(tensors, header)))
+
+
+def _in_order(file: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes them in another order in each process."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
 def load_refiner(path: str | Path, device: str = "auto") -> Refiner:

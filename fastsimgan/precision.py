@@ -1,0 +1,78 @@
+"""In which type the networks compute: float32, bfloat16, or float16 under a loss scale."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[str, str]:
+    """``name`` itself, or what "auto" means on ``device``; and the reason, for people."""
+    if name != "auto":
+        return name, "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "this GPU computes in it"
+        return "float32", "this GPU has no bfloat16"
+    if _cpu_has_bfloat16():
+        return "bfloat16", "this CPU has instructions for it"
+    return "float32", "this CPU has no bfloat16 instructions"
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    except AttributeError:  # not in this version of torch
+        return False
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Where the networks run and their losses are taken: weights stay float32, matrix products are in ``precision``."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+class LossScale:
+    """Keeps float16 gradients out of the subnormals: the loss is multiplied by a factor that is as large as it can be.
+
+    A step whose gradients overflow is left out and halves the factor; 2,000 good ones double it. All of it happens on
+    the device, so that nothing waits and a CUDA graph can hold it (`torch.amp.GradScaler` reads its state on the host).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._factor = torch.full((), 65536.0, device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
+        self._overflow = torch.zeros((), device=device)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """``loss`` times the factor, to run backward from."""
+        return loss * self._factor
+
+    def unscale(self, gradients: list[Tensor]) -> None:
+        """Take the factor out of the gradients, in place, and note whether one of them overflowed."""
+        self._overflow.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._overflow, self._factor.reciprocal())
+
+    def step(self, optimiser: torch.optim.Optimizer) -> None:
+        """The optimiser's step, left out if a gradient overflowed; then adapt the factor."""
+        optimiser.grad_scale, optimiser.found_inf = None, self._overflow  # type: ignore[attr-defined]
+        optimiser.step()
+        torch._amp_update_scale_(self._factor, self._good_steps, self._overflow, 2.0, 0.5, 2000)
+
+    def left_out_is_zero(self, value: Tensor) -> Tensor:
+        """``value``, or 0 where the step was left out."""
+        return torch.where(self._overflow > 0, torch.zeros_like(value), value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `load_state_dict` goes on from."""
+        return {"factor": self._factor, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a state, in place."""
+        self._factor.copy_(state["factor"])
+        self._good_steps.copy_(state["good_steps"])

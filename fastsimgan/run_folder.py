@@ -1,0 +1,231 @@
+"""The folder of a training run: what is written there, going on from it, and going back in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsimgan.algorithm import PHASES, SimGAN
+from fastsimgan.checkpoint import (
+    flush_directory,
+    list_checkpoints,
+    newest_checkpoint,
+    remove_old,
+    remove_unfinished,
+    save_checkpoint,
+    write_atomically,
+)
+from fastsimgan.config import TrainConfig
+from fastsimgan.data.values import to_float
+from fastsimgan.errors import InputError, TrainingError
+from fastsimgan.pictures import save_contact_sheet
+from fastsimgan.pools import Pools
+from fastsimgan.runtime.refiner import FILE, Refiner, load_refiner, prepare, save_refiner
+
+ATTEMPTS = 3
+"""How often a run goes back to a checkpoint after a number that is not finite."""
+
+_SHOWN, _NEIGHBOURS = 8, 20_000  # images in a contact sheet, and real ones that the nearest is looked for among
+
+
+class RunFolder:
+    """Writes ``config.json``, ``metrics.jsonl``, ``pictures/``, ``checkpoints/`` and ``refiner.safetensors``.
+
+    Of several ranks only the first writes; each of them must make every call of `open`, `checkpoint` and `go_back`.
+
+    Args:
+        config: settings; ``config.out`` is the folder.
+        trainer, pools: whose state is saved and restored.
+        say: called with each line meant for a person.
+    """
+
+    def __init__(self, config: TrainConfig, trainer: SimGAN, pools: Pools, say: Callable[[str], None]) -> None:
+        self.config = dataclasses.replace(config, resume=False)  # as it is written down: a resumed run is the same run
+        self.resume, self.trainer, self.pools, self.say = config.resume, trainer, pools, say
+        self.folder: Path = config.out
+        self.writes = trainer.ranks.first
+        self.attempt = 0  # how often this run has gone back
+        self.started = time.monotonic()
+
+    # -- beginning ---------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Make the folder with a checkpoint of the start in it, or take over the state of its newest whole one."""
+        if self.resume:
+            self._resume()
+            return
+        self.trainer.ranks.largest(0, self.trainer.device)  # none looks before all are here
+        if self.folder.exists():
+            raise InputError(f"{self.folder}: --out must not exist yet, or --resume goes on with it")
+        # Filled under another name, so that the folder is never there without something to resume from.
+        final, self.folder = self.folder, self.folder.with_name(f".writing-{self.folder.name}")
+        if self.writes:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            (self.folder / "pictures").mkdir(parents=True)
+            self._write_config()
+        self.checkpoint()
+        if self.writes:
+            self.folder.rename(final)
+            flush_directory(final.parent)
+        self.folder = final
+
+    def _resume(self) -> None:
+        if self.writes:
+            for folder in (self.folder, self.folder / "pictures", self.folder / "checkpoints"):
+                remove_unfinished(folder)
+        path = self._load()
+        if self.writes:
+            self._write_config()
+            # A run that was killed just after its last checkpoint has an older refiner and one checkpoint too many.
+            self._save_refiner()
+            if list_checkpoints(path.parent)[-1] == path:
+                remove_old(path.parent, self.config.keep)
+        done = self.trainer.done
+        self.say(f"resumed from {path}, after {_where(done)}")
+
+    def _load(self) -> Path:
+        """Take over the newest whole checkpoint, and cut the metrics back to it."""
+        path, tensors, facts, refused = newest_checkpoint(self.folder / "checkpoints")
+        for reason in refused:
+            self.say(f"passed over: {reason}")
+        for name, found in self.pools.hashes.items():
+            if found != facts["data"][name]:
+                raise InputError(f"--{name} must be the images that {path} was trained on (sha256 differs)")
+        if (here := self.trainer.ranks.count) != facts["ranks"]:
+            raise InputError(f"{path} must go on with the {facts['ranks']} processes it was made by, got {here}")
+        self.trainer.load_state(tensors, facts["done"])
+        self.trainer.k_g = facts["k_g"]
+        self.attempt = facts["attempt"]
+        self.pools.restart(facts["positions"], self.attempt)
+        if self.writes:
+            self._cut_metrics(facts["done"])
+        return path
+
+    def _write_config(self) -> None:
+        write_atomically(self.folder / "config.json", self.config.to_json().encode())
+
+    def _cut_metrics(self, done: dict[str, int]) -> None:
+        """Drop the lines written after a checkpoint: they will be written again."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        rows = [(line, json.loads(line)) for line in whole]
+        kept = [line for line, row in rows if row["step"] <= done[row["phase"]]]
+        write_atomically(path, "".join(kept).encode())
+
+    # -- on the way --------------------------------------------------------------------------------------------------
+
+    def record(self, phase: str, metrics: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl."""
+        if not self.writes:
+            return
+        row = {"phase": phase, "step": self.trainer.done[phase], "seconds": round(time.monotonic() - self.started, 3)}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row | {name: round(value, 6) for name, value in metrics.items()}) + "\n")
+
+    def picture(self) -> Path:
+        """Draw the contact sheet of this moment; always the same images, so that pictures can be compared."""
+        path = self.folder / "pictures" / f"{self.trainer.step:08d}.png"
+        if self.writes:
+            synthetic = self.pools.some("synthetic", _SHOWN)
+            with torch.no_grad():
+                refined = self.trainer.average(prepare(synthetic, self.pools.histogram))
+            real = self.pools.some("real", _NEIGHBOURS)
+            save_contact_sheet(path, to_float(synthetic), refined, to_float(real))
+        return path
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint and the refiner as it now is."""
+        done = self.trainer.done
+        state = self.trainer.state()
+        if not self.writes:
+            return
+        facts: dict[str, Any] = {
+            "done": done,
+            "k_g": self.trainer.k_g,
+            "attempt": self.attempt,
+            "positions": self.pools.positions(),
+            "ranks": self.trainer.ranks.count,
+            "data": self.pools.hashes,
+        }
+        _flush(self.folder / "metrics.jsonl")
+        save_checkpoint(self.folder / "checkpoints", _name(self.trainer), state, facts, keep=self.config.keep)
+        self._save_refiner()
+
+    def _save_refiner(self) -> None:
+        save_refiner(self.folder / FILE, self.trainer.average, histogram=self.pools.histogram, training=self.config)
+
+    def go_back(self, phase: str, metrics: dict[str, float], positions: dict[str, int]) -> None:
+        """After a number that is not finite: back to the newest checkpoint, and on from there in another order.
+
+        Args:
+            phase: of the step that ``metrics`` are of.
+            metrics: one of them is not finite.
+            positions: of the pools before that step.
+
+        Raises:
+            TrainingError: it has gone back `ATTEMPTS` times already. The step's images are named.
+        """
+        name, value = next((name, value) for name, value in metrics.items() if not math.isfinite(value))
+        what = f"{name} must be finite, got {value} in {phase} step {self.trainer.done[phase]}"
+        if self.attempt >= ATTEMPTS:
+            batch = self.pools.drawn_since(positions)
+            path = self.folder / "not_finite.json"
+            if self.writes:
+                write_atomically(path, (json.dumps({"metrics": repr(metrics), **batch}) + "\n").encode())
+            first = "; ".join(f"{len(taken)} {side} ({_few(taken)})" for side, taken in batch.items())
+            raise TrainingError(
+                f"{what}, after going back {ATTEMPTS} times. Its images by number: {first}; all in {path}. "
+                "Try a lower --learning-rate-refiner and --learning-rate-discriminator"
+            )
+        attempt = self.attempt + 1
+        path = self._load()
+        self.attempt = attempt
+        self.pools.restart(self.pools.positions(), attempt)
+        self.say(
+            f"warning: {what}: back to {path}, after {_where(self.trainer.done)}, and on with the images in another "
+            f"order ({attempt} of {ATTEMPTS})"
+        )
+
+    # -- end ---------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> Refiner:
+        """Draw the last contact sheet and load what was trained."""
+        last = self.picture()
+        if self.writes:
+            write_atomically(self.folder / "contact_sheet.png", last.read_bytes())
+            self.say(f"refiner: {self.folder / FILE}")
+            self.say(f"contact sheet: {self.folder / 'contact_sheet.png'}")
+        self.trainer.ranks.largest(0, self.trainer.device)  # the others read only what is finished
+        return load_refiner(self.folder, str(self.trainer.device))
+
+
+def _name(trainer: SimGAN) -> str:
+    """A checkpoint's name; "pretrain" sorts before "step"."""
+    if trainer.phase.startswith("pretrain"):
+        return f"pretrain-{trainer.done['pretrain_refiner'] + trainer.done['pretrain_discriminator']:08d}"
+    return f"step-{trainer.step:08d}"
+
+
+def _where(done: dict[str, int]) -> str:
+    phase = next((phase for phase in reversed(PHASES) if done[phase]), "train")
+    return f"iteration {done[phase]}" if phase == "train" else f"step {done[phase]} of {phase}"
+
+
+def _few(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
+
+def _flush(path: Path) -> None:
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,233 @@
+"""Runs that are killed, stopped, damaged or go wrong, and what they end with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastsimgan.algorithm import SimGAN
+from fastsimgan.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from fastsimgan.errors import InputError, Stopped, TrainingError
+from fastsimgan.run_folder import ATTEMPTS, RunFolder
+from fastsimgan.training import fit
+from tests.killed_runs import CONFIG, files, images
+
+ROOT = Path(__file__).resolve().parent.parent
+KILLS = int(os.environ.get("FASTSIMGAN_KILLS", "5"))
+
+
+@pytest.fixture
+def pair():
+    return images(12, 0), images(9, 1)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def finished(folder: Path, monkeypatch, **settings) -> Path:
+    """A folder with a whole run in it, with the process in it."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    fit(images(12, 0), images(9, 1), dataclasses.replace(CONFIG, **settings), say=quiet)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(("moments", KILLS, 0), id="random moments"),
+        pytest.param(("steps", 3, 145 // KILLS or 1), id="inside saves"),
+    ],
+)
+def test_resume_after_kill_9_ends_with_the_same_files(how, tmp_path):
+    """FASTSIMGAN_KILLS=100 makes the long proof of it: 100 random moments, and every call that changes the disk."""
+    command = [sys.executable, "-m", "tests.killed_runs", str(tmp_path), *map(str, how)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    print(report)
+    assert report["different"] == [] and report["kills"] >= min(KILLS, 5)
+    if how[0] == "steps":
+        assert report["in_saves"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_resume_after_a_signal_goes_on_from_the_very_step(number, pair, tmp_path, monkeypatch):
+    expected = files(finished(tmp_path / "whole", monkeypatch))
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    record = RunFolder.record
+
+    def send(self, phase, metrics):
+        record(self, phase, metrics)
+        if self.trainer.step == 5:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "record", send)
+        with pytest.raises(Stopped, match="train step 5") as stop:
+            fit(*pair, CONFIG, say=quiet)
+    assert stop.value.exit_code == 128 + number
+    assert list_checkpoints(folder / "run/checkpoints")[-1].name == "step-00000005"
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    fit(*pair, dataclasses.replace(CONFIG, resume=True), say=quiet)
+    assert files(folder) == expected
+
+
+def test_resume_after_sigterm_to_the_command(tmp_path):
+    for name, array in zip("ab", (images(12, 0), images(9, 1)), strict=True):
+        np.save(tmp_path / f"{name}.npy", array)
+    small = [
+        "--synthetic",
+        "a.npy",
+        "--real",
+        "b.npy",
+        "--steps",
+        "100000",
+        "--batch-size",
+        "4",
+        "--width",
+        "20",
+        "--blocks",
+        "1",
+        "--history",
+        "8",
+    ]
+    command = [sys.executable, "-m", "fastsimgan.train", *small, "--pretrain-discriminator", "0", "--out", "run"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "a checkpoint is written, --resume goes on" in error.splitlines()[-1]
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert list_checkpoints(tmp_path / "run/checkpoints")[-1].name == f"step-{last:08d}"
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_resume_refuses_a_damaged_checkpoint_takes_the_one_before_and_says_so(
+    file, damage, pair, tmp_path, monkeypatch
+):
+    folder = finished(tmp_path / "whole", monkeypatch, picture_every=8)
+    expected = files(folder)
+    path = folder / "run/checkpoints/step-00000008" / file
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 3] ^= 1
+        path.write_bytes(data)
+    elif damage == "truncate":
+        path.write_bytes(data[:-2])
+    else:
+        path.unlink()
+    said: list[str] = []
+    fit(*pair, dataclasses.replace(CONFIG, picture_every=8, resume=True), say=said.append)
+    assert "passed over" in said[0] and "step-00000008" in said[0]
+    assert "damaged" in said[0] or "not a whole checkpoint" in said[0]
+    assert "step-00000006, after iteration 6" in said[1]
+    assert files(folder) == expected
+
+
+def test_resume_with_no_whole_checkpoint_is_refused(pair, tmp_path, monkeypatch):
+    folder = finished(tmp_path / "whole", monkeypatch)
+    for path in list_checkpoints(folder / "run/checkpoints"):
+        (path / "state.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        fit(*pair, dataclasses.replace(CONFIG, resume=True), say=quiet)
+
+
+def poison(monkeypatch, at: int, times: int, where: str) -> None:
+    """The loss or a gradient of R is NaN ``times`` times, in what would be iteration ``at``."""
+    left = times
+    update = SimGAN._update
+
+    def poisoned(self, name, loss):
+        nonlocal left
+        if name == "refiner" and self.step == at - 1 and left:
+            left -= 1
+            if where == "loss":
+                return update(self, name, loss * float("nan"))
+            weight = self.refiner.last.weight
+            handle = weight.register_hook(lambda gradient: gradient * float("nan"))
+            norm = update(self, name, loss)
+            handle.remove()
+            return norm
+        return update(self, name, loss)
+
+    monkeypatch.setattr(SimGAN, "_update", poisoned)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_resume_from_a_checkpoint_after_nan_within_a_step(where, pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    poison(monkeypatch, at=6, times=2, where=where)
+    said: list[str] = []
+    fit(*pair, CONFIG, say=said.append)
+    warnings = [line for line in said if "must be finite" in line]
+    assert len(warnings) == 2
+    assert all("in train step 6" in line and "step-00000004, after iteration 4" in line for line in warnings)
+    assert "(2 of 3)" in warnings[1]
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["phase"] == "train"] == list(range(1, 9))
+    assert all(torch.isfinite(p).all() for p in fit_again(pair).module.parameters())
+
+
+def fit_again(pair):
+    """A finished run, resumed: nothing is left to do."""
+    return fit(*pair, dataclasses.replace(CONFIG, resume=True), say=quiet)
+
+
+def test_nan_again_and_again_stops_and_names_the_batch(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    poison(monkeypatch, at=6, times=99, where="loss")
+    said: list[str] = []
+    with pytest.raises(TrainingError, match="after going back 3 times.*6 synthetic .*; 4 real") as stop:
+        fit(*pair, CONFIG, say=said.append)
+    assert stop.value.exit_code == 4 and "\n" not in str(stop.value)
+    assert sum("must be finite" in line for line in said) == ATTEMPTS
+    batch = json.loads(Path("run/not_finite.json").read_text())
+    assert len(batch["synthetic"]) == 6 and set(batch["synthetic"]) <= set(range(12))  # 4 of R's step, 2 of D's
+    assert len(batch["real"]) == 4
+    assert list_checkpoints(Path("run/checkpoints"))[-1].name == "step-00000004"
+
+
+def test_resume_needs_every_part_of_the_state(pair, tmp_path, monkeypatch):
+    """Take one part of a checkpoint away, and the run ends with other files."""
+    finished(tmp_path / "whole", monkeypatch)
+    expected = files(tmp_path / "whole")
+    folder = finished(tmp_path / "part", monkeypatch, steps=8)
+    shutil.rmtree(folder / "run/checkpoints/step-00000008")
+    tensors, facts = load_checkpoint(folder / "run/checkpoints/step-00000006")
+    shutil.copytree(folder, tmp_path / "original")
+    parts = sorted({name.split(".")[0] for name in tensors})
+    assert parts == ["average", "discriminator", "discriminator_optimiser", "history", "refiner", "refiner_optimiser"]
+    for part in ["nothing", *parts, "positions", "done"]:
+        shutil.rmtree(folder / "run")
+        shutil.copytree(tmp_path / "original/run", folder / "run")
+        less = {n: torch.zeros_like(t) if n.startswith(part + ".") else t for n, t in tensors.items()}
+        other = dict(facts)
+        if part == "positions":
+            other["positions"] = {"synthetic": 0, "real": 0}
+        if part == "done":
+            other["done"] = facts["done"] | {"train": 5}
+        save_checkpoint(folder / "run/checkpoints", "step-00000006", less, other, keep=2)
+        fit(*pair, dataclasses.replace(CONFIG, resume=True), say=quiet)
+        assert (files(folder) == expected) == (part == "nothing"), part
