@@ -20,7 +20,7 @@ from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
 
 
 def evaluate(
-    synthetic: dict[str, Any], refined: dict[str, Any], real: dict[str, Any], *, seeds: int = 5, steps: int = 200,
+    synthetic: dict[str, Any], refined: dict[str, Any], real: dict[str, Any], *, seeds: int = 5, steps: int = 600,
     device: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Compare two labelled sets by the networks they train.

@@ -46,7 +46,7 @@ def demo(config: DemoConfig) -> None:
     print(f"contact sheet: {config.out / 'contact_sheet.png'}   ({(time.monotonic() - started) / 60:.1f} minutes)")
 
 
-DEMO_STEPS = 150  # of each task network: fewer than evaluate's own, so that the demo ends in minutes
+DEMO_STEPS = 300  # of each task network: fewer than evaluate's own, so that the demo ends in minutes
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -39,7 +39,7 @@ class EvaluateConfig:
     seeds: int = 5
     """Networks trained on each set, seeds 0, 1, ..."""
     steps: int | None = None
-    """Steps of each network's training; default 200."""
+    """Steps of each network's training; default 600."""
     json: Path | None = None
     """Write the numbers here."""
     plot: Path | None = None

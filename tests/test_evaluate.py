@@ -5,10 +5,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 import fastsimgan
 from fastsimgan.comparison import table
 from fastsimgan.evaluate import main
+from fastsimgan.metrics.downstream import _reframe
 from fastsimgan.metrics.gaze_error import angular_errors, gaze_summary, gaze_vectors, pitch_yaw
 
 
@@ -115,3 +117,22 @@ def test_missing_arguments_say_what_to_give(capsys):
     assert "give --refiner RUN for the built-in eyes" in capsys.readouterr().err
     assert main(["--synthetic", "a.npz"]) == 2
     assert "give --synthetic, --real and one of" in capsys.readouterr().err
+
+
+def test_each_image_of_the_judges_batch_has_its_own_frame():
+    images = torch.rand(6, 1, 21, 31, generator=torch.Generator().manual_seed(0))
+    still = _reframe(images, 0.0, 1.0, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(still, images, atol=1e-5, rtol=0)
+
+    spot = torch.zeros(64, 1, 41, 61)
+    spot[:, :, 15:26, 25:36] = 1  # its middle is the frame's
+    moved = _reframe(spot, 3.0, 1.0, torch.Generator().manual_seed(1))
+    rows, columns = torch.arange(41.0)[:, None], torch.arange(61.0)
+    weight = moved.sum((1, 2, 3))
+    down, right = (moved[:, 0] * rows).sum((1, 2)) / weight - 20, (moved[:, 0] * columns).sum((1, 2)) / weight - 30
+    for offset in (down, right):  # up to 3 pixels each way, all of that range, and each image its own
+        assert offset.abs().max() <= 3.01 and offset.min() < -2 and offset.max() > 2
+        assert len(offset.round(decimals=2).unique()) > 32
+
+    sizes = _reframe(spot, 0.0, 1.1, torch.Generator().manual_seed(1)).sum((1, 2, 3)) / 11**2
+    assert 1 / 1.1**2 - 0.03 < sizes.min() < 0.9 and 1.12 < sizes.max() < 1.1**2 + 0.03
