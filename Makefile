@@ -35,7 +35,7 @@ test: install
 	$(PYTHON) -m pytest tests
 
 kills: install
-	FASTSIMGAN_KILLS=300 FASTSIMGAN_KILL_SETS=25 $(PYTHON) -m pytest -s tests/test_blocks.py -k test_kills
+	FASTSIMGAN_KILLS=325 FASTSIMGAN_KILL_SETS=25 $(PYTHON) -m pytest -s tests/test_blocks.py -k test_kills
 
 demo: install
 	$(PYTHON) -m fastsimgan.demo

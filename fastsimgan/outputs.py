@@ -40,8 +40,7 @@ class FolderOutput:
 
     def open_block(self, block: int) -> FolderBlock:
         """A block to be filled by several threads."""
-        prefix = f"{self.source.shards[block].stem}/" if isinstance(self.source, ShardsInput) else ""
-        return FolderBlock(self, block, prefix)
+        return FolderBlock(self, self.source.shards[block] if isinstance(self.source, ShardsInput) else None)
 
     def finish(self) -> None:
         """Nothing is left to do, and there are no label arrays."""
@@ -50,10 +49,9 @@ class FolderOutput:
 class FolderBlock:
     """One block of a `FolderOutput`."""
 
-    def __init__(self, output: FolderOutput, block: int, prefix: str) -> None:
+    def __init__(self, output: FolderOutput, shard: Path | None) -> None:
         self.output = output
-        self.block = block
-        self.prefix = prefix  # two shards may hold members of one name
+        self.shard = shard
         self._names: set[str] = set()
         self._lock = threading.Lock()
 
@@ -90,11 +88,16 @@ class FolderBlock:
             return part.name
         name = PurePosixPath(part.name)
         if name.is_absolute() or ".." in name.parts or STATE in name.parts[:1] or "\0" in part.name:
-            raise InputError(f"member names must stay inside the output, got {printable(part.name)}")
-        full = self.prefix + str(name)
+            raise InputError(
+                f"{printable(self.shard or '')}: names must stay inside the output, got {printable(part.name)}"
+            )
+        assert self.shard is not None
+        full = f"{self.shard.stem}/{name}"  # two shards may hold members of one name
         with self._lock:
             if full in self._names:
-                raise InputError(f"members of a shard must differ in name, got {printable(full)} twice")
+                raise InputError(
+                    f"{printable(self.shard)}: members must differ in name, got {printable(str(name))} twice"
+                )
             self._names.add(full)
         return full
 

@@ -30,7 +30,9 @@ from fastsimgan.inputs import ArraysInput, Input, RawUnit
 from fastsimgan.outputs import ArraysBlock, FolderBlock, Output, ShardBlock, sha256
 
 PIXELS_PER_BATCH = 1 << 20  # at most, whatever batch_size says: a network's features take hundreds of bytes a pixel
-BYTES_AHEAD = 1 << 27  # of decoded images that wait for the refiner
+BYTES_AHEAD = 1 << 27  # of decoded images that wait to be put into batches
+BYTES_IN_BATCHES = 1 << 26  # of batches from the reader to the disk; one batch may be larger
+MEASURED = 1 << 18  # values whose change is measured at a time, so that they stay in the cache
 BATCHES_AHEAD = 3  # batches that wait for the refiner, and again for the encoders
 
 
@@ -155,12 +157,14 @@ class Worker:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._held = 0
+        self._room = threading.Condition()
+        self._in_batches = 0
 
     def run(self, blocks: Iterable[int]) -> None:
         """Do each of ``blocks`` that can be claimed. Raises InputError at a bad image ("fail") or a full disk."""
         self._begin = time.perf_counter()
         self._stop.clear()
-        self._held = 0
+        self._held = self._in_batches = 0
         self._claims: list[Claim] = []
         ready: queue.Queue[tuple[str, Any]] = queue.Queue(BATCHES_AHEAD)
         self._slots = threading.Semaphore(BATCHES_AHEAD)
@@ -216,7 +220,14 @@ class Worker:
                 tally = _Tally(claim, self.output.open_block(block))
                 batches = self._array_batches(tally) if isinstance(self.source, ArraysInput) else self._batches(tally)
                 for batch in batches:
+                    with self._room:
+                        while self._in_batches and self._in_batches + batch.pixels.nbytes > BYTES_IN_BATCHES:
+                            self._room.wait(0.5)
+                            if self._stop.is_set():
+                                raise _Stopped
+                        self._in_batches += batch.pixels.nbytes
                     put("batch", batch)
+                    del batch
                 put("end", tally)
             put("done")
         except _Stopped:
@@ -260,7 +271,9 @@ class Worker:
             units = waiting.pop(kind)
             pixels -= sum(image.pixels.size for _, image, _ in units)
             number += 1
-            return _Batch(tally, number - 1, np.stack([image.pixels for _, image, _ in units]), units)
+            stack = np.stack([image.pixels for _, image, _ in units])
+            empty = stack[:0, ...]  # the images' own pixels are not needed twice
+            return _Batch(tally, number - 1, stack, [(u, replace(image, pixels=empty), d) for u, image, d in units])
 
         for unit, image, digest in self._decoded(self.source.units(tally.claim.block)):
             if isinstance(image, InputError):
@@ -363,7 +376,15 @@ class Worker:
             for (unit, image, digest), pixels in zip(batch.units, refined, strict=True):
                 tasks.append(self._submit(tally, self._put, tally, unit, replace(image, pixels=pixels), digest))
             last = tasks[-1]
-        last.add_done_callback(lambda _: self._slots.release())
+        size = images.nbytes
+
+        def written(_: Future[None]) -> None:
+            self._slots.release()
+            with self._room:
+                self._in_batches -= size
+                self._room.notify()
+
+        last.add_done_callback(written)
 
     # --- encode, write
 
@@ -374,9 +395,13 @@ class Worker:
 
     def _measure(self, batch: _Batch, refined: np.ndarray) -> None:
         with self.stages.time(self._write_stage):
-            change = np.abs(refined.astype(np.float32) - batch.pixels).mean(dtype=np.float64)
-            white = WHITE[refined.dtype.name]
-            batch.tally.changes[batch.number] = float(change) * len(refined) * 255 / white
+            new, old = refined.reshape(-1), batch.pixels.reshape(-1)
+            wide = {"uint8": np.int16, "uint16": np.int32, "float32": np.float32}[refined.dtype.name]
+            total = 0.0
+            for first in range(0, len(new), MEASURED):
+                part = slice(first, first + MEASURED)
+                total += float(np.abs(np.subtract(new[part], old[part], dtype=wide)).sum(dtype=np.float64))
+            batch.tally.changes[batch.number] = total / refined[0].size * 255 / WHITE[refined.dtype.name]
 
     def _put(self, tally: _Tally, unit: RawUnit, image: StoredImage | None, digest: str) -> None:
         assert not isinstance(tally.sink, ArraysBlock)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from fastsimgan.blocks import Run, open_run, partial_of
 from fastsimgan.data.files import printable
-from fastsimgan.data.images import JPEG_QUALITY
+from fastsimgan.data.images import JPEG_QUALITY, codecs
 from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
 from fastsimgan.inputs import ArraysInput, FolderInput, Input, open_input
 from fastsimgan.outputs import ArraysOutput, FolderOutput, Output, ShardsOutput
@@ -124,7 +124,7 @@ def start(job: Job) -> tuple[Run, Input, Output]:
         "output kind": to,
         "link": job.link,
         "JPEG quality": JPEG_QUALITY,
-        "codecs": f"pillow {importlib.metadata.version('pillow')}",
+        "codecs": codecs(),
     }
     run = open_run(job.output, settings, source, is_file=isinstance(source, ArraysInput))
     output: Output

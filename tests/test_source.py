@@ -22,7 +22,7 @@ from PIL import Image
 from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.files import copy_file, natural_key, printable, staged
 from fastsimgan.data.folder import FolderImages
-from fastsimgan.data.images import read_image, write_image
+from fastsimgan.data.images import Header, StoredImage, read_image, write_image
 from fastsimgan.data.source import open_images
 from fastsimgan.data.threads import in_threads
 from fastsimgan.data.values import from_float, to_float
@@ -219,6 +219,26 @@ def test_big_endian_tiff(tmp_path: Path) -> None:
     image = read_image(tmp_path / "big.tif")
     assert image.pixels.dtype == np.uint16
     assert np.array_equal(image.pixels, GREY16)
+
+
+@pytest.mark.parametrize("colour", ["grey", "RGB"])
+@pytest.mark.parametrize("options", [{"quality": 75}, {"quality": 95, "subsampling": 0}, {"progressive": True}])
+def test_fast_codecs_change_no_pixel(
+    colour: str, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("simplejpeg", reason="simplejpeg is not installed")
+    pytest.importorskip("cv2", reason="opencv is not installed")
+    shape = (37, 53) if colour == "grey" else (37, 53, 3)
+    noise = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg", **options)
+    write_image(tmp_path / "a.png", StoredImage(noise, Header(shape, "uint8", "PNG")))
+    deep = noise.astype(np.uint16) * 257
+    write_image(tmp_path / "b.png", StoredImage(deep, Header(shape, "uint16", "PNG")))
+    fast = read_image(tmp_path / "a.jpg").pixels
+    monkeypatch.setattr("fastsimgan.data.images.simplejpeg", None)
+    assert np.array_equal(read_image(tmp_path / "a.jpg").pixels, fast)
+    assert np.array_equal(read_image(tmp_path / "a.png").pixels, noise)
+    assert np.array_equal(read_image(tmp_path / "b.png").pixels, deep)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

@@ -7,6 +7,7 @@ that a label's (row, column) still points at the same pixel.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import struct
@@ -18,15 +19,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 from PIL import Image, UnidentifiedImageError
 
 from fastsimgan.data.files import printable
 from fastsimgan.errors import InputError
 
+
+def _optional(name: str) -> Any:
+    """A module of [fast], or None where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+simplejpeg = _optional("simplejpeg")  # the same pixels, decoded faster
+cv2 = _optional("cv2")  # the same pixels, encoded faster, in other bytes
+
 #: The file suffixes that are read as images, in lower case, and Pillow's name of the format that each must hold.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
 
 JPEG_QUALITY = 95
+PNG_LEVEL = 1  # of zlib: half as slow as the usual 6, and files a tenth larger
 MAX_FILE_BYTES = 1 << 29  # of one encoded image; nothing that has few enough pixels needs more
 _LOSSLESS_TIFF = {"raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits"}
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_ORIENTATION = 258, 262, 274
@@ -67,6 +82,16 @@ def read_header(path: Path) -> Header:
         return _check(image, path)
 
 
+def codecs() -> str:
+    """The programs that decide about the bytes written, with versions."""
+    found = [f"pillow {PIL.__version__}"]
+    if simplejpeg is not None:
+        found.append(f"simplejpeg {simplejpeg.__version__}")
+    if cv2 is not None:
+        found.append(f"opencv {cv2.__version__}")
+    return ", ".join(found)
+
+
 def read_image(path: Path) -> StoredImage:
     """Decode one file. Raises InputError as `read_header` does, and if the pixels are truncated or damaged."""
     return decode_image(read_bytes(path), path)
@@ -89,7 +114,8 @@ def decode_image(data: bytes, path: Path) -> StoredImage:
     with _refusing(path), Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as image:
         header = _check(image, path)
         tiles = list(image.tile)
-        pixels = np.array(image, dtype=header.dtype)
+        fast = _decode_jpeg(data, header) if header.format == "JPEG" else None
+        pixels = np.array(image, dtype=header.dtype) if fast is None else fast
         if header.dtype == "uint16" and image.mode == "RGB":
             # Pillow keeps the upper byte of 16-bit colour alone. Told that bytes are swapped, it keeps the lower one.
             with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
@@ -104,6 +130,18 @@ def decode_image(data: bytes, path: Path) -> StoredImage:
         return StoredImage(pixels, header, extras)
 
 
+def _decode_jpeg(data: bytes, header: Header) -> np.ndarray | None:
+    """The pixels that Pillow would give, or None: without simplejpeg, or at any damage, which Pillow is to judge."""
+    if simplejpeg is None:
+        return None
+    try:
+        colour = "GRAY" if len(header.shape) == 2 else "RGB"
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, colour, fastdct=False, fastupsample=False)
+    except ValueError:
+        return None
+    return pixels[..., 0] if len(header.shape) == 2 else pixels
+
+
 def write_image(path: Path, image: StoredImage) -> None:
     """Write ``image`` to ``path`` as `encode_image` has it. Raises OSError if it cannot write."""
     path.write_bytes(encode_image(image))
@@ -115,9 +153,14 @@ def encode_image(image: StoredImage) -> bytes:
     EXIF, colour profile and resolution are written too, other embedded text is not. The same image always gives the
     same bytes.
     """
+    if cv2 is not None and image.header.format == "PNG" and not image.extras:
+        stored = image.pixels if image.pixels.ndim == 2 else image.pixels[..., ::-1]  # OpenCV's colours are BGR
+        return bytes(cv2.imencode(".png", stored, [cv2.IMWRITE_PNG_COMPRESSION, PNG_LEVEL])[1])
     if image.header.format == "PNG" and image.header.dtype == "uint16" and image.pixels.ndim == 3:
         return _encode_rgb16_png(image)
     options = dict(image.extras)
+    if image.header.format == "PNG":
+        options["compress_level"] = PNG_LEVEL
     if image.header.format == "JPEG":
         options |= {"quality": JPEG_QUALITY, "subsampling": 0}
     buffer = io.BytesIO()

@@ -1,0 +1,239 @@
+"""WebDataset shards: read as they are, written in the same order, labels byte for byte; hostile tar files refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastsimgan.data.shards import read_samples, sample_key
+from fastsimgan.errors import InputError
+from fastsimgan.verification import verify
+from fastsimgan.workers import Job, refine
+
+RNG = np.random.default_rng(0)
+
+
+class Invert:
+    channels = 1
+
+    def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
+        return np.iinfo(images.dtype).max - images
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "refiner.safetensors"
+    path.write_bytes(b"weights")
+    return path
+
+
+def run(model: Path, source: Path, output: Path, **settings: Any) -> Path:
+    refine(Job(model, source, output, **settings), loader=lambda *_: Invert())
+    verify(output)
+    return output
+
+
+def png(seed: int = 0, dtype: str = "uint8", height: int = 4) -> bytes:
+    rng = np.random.default_rng(seed)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, np.iinfo(dtype).max + 1, (height, 7), dtype=dtype)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def inverted(data: bytes) -> np.ndarray:
+    pixels = np.asarray(Image.open(io.BytesIO(data)))
+    return np.iinfo(pixels.dtype).max - pixels
+
+
+def write(path: Path, members: list[tuple[str, bytes]], **facts: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", errors="surrogateescape") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for key, value in facts.items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def read(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path, errors="surrogateescape") as tar:
+        return [(info.name, tar.extractfile(info).read()) for info in tar if info.isfile()]  # type: ignore[union-attr]
+
+
+MEMBERS = [
+    ("a/0.png", png(0)),
+    ("a/0.json", b'{"gaze": 1}\r\n'),
+    ("a/0.mask.png", png(9)),
+    ("a/1.cls", b"3"),  # labels may come first
+    ("a/1.png", png(1, height=5)),
+    ("empty", b""),  # a sample of no image
+    (os.fsdecode(b"new\nline \xff.png"), png(2, "uint16")),
+    (os.fsdecode(b"new\nline \xff.npy"), os.urandom(700)),
+]
+
+
+def test_members_keep_names_order_and_bytes(model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "in" / "x-000.tar", MEMBERS, mtime=12345, mode=0o600, uname="me")
+    write(tmp_path / "in" / "x-001.tar", [("only.png", png(5))])
+    output = run(model, tmp_path / "in", tmp_path / "out")
+    new = read(output / "x-000.tar")
+    assert [name for name, _ in new] == [name for name, _ in MEMBERS]
+    for (name, old), (_, data) in zip(MEMBERS, new, strict=True):
+        if name.endswith(".png") and "mask" not in name:
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), inverted(old))
+        else:
+            assert data == old
+    with tarfile.open(output / "x-000.tar") as tar:
+        info = tar.next()
+        assert info is not None and (info.mtime, info.mode, info.uname) == (12345, 0o600, "me")
+    assert [name for name, _ in read(output / "x-001.tar")] == ["only.png"]
+
+
+def test_one_shard_a_glob_and_our_own_output_are_inputs(model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a1.tar", MEMBERS)
+    write(tmp_path / "in" / "b1.tar", [("x.png", png(3))])
+    assert {path.name for path in run(model, tmp_path / "in" / "a1.tar", tmp_path / "one").glob("*.tar")} == {"a1.tar"}
+    assert {path.name for path in run(model, tmp_path / "in" / "b*.tar", tmp_path / "glob").glob("*.tar")} == {"b1.tar"}
+    twice = run(model, tmp_path / "glob", tmp_path / "twice")  # inverted twice
+    assert np.array_equal(inverted(read(twice / "b1.tar")[0][1]), inverted(png(3)))
+
+
+def test_folder_to_shards_and_back(model: Path, tmp_path: Path) -> None:
+    for i in range(7):
+        (tmp_path / "in" / f"d{i % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / f"d{i % 2}" / f"{i}.png").write_bytes(png(i))
+        (tmp_path / "in" / f"d{i % 2}" / f"{i}.txt").write_text(str(i))
+    (tmp_path / "in" / "classes.txt").write_text("of nobody")
+    shards = run(model, tmp_path / "in", tmp_path / "shards", to="shards")
+    assert (shards / "classes.txt").read_text() == "of nobody"
+    names = [name for name, _ in read(shards / "00000000.tar")]
+    assert names == [f"d{i % 2}/{i}.{kind}" for i in (0, 2, 4, 6, 1, 3, 5) for kind in ("png", "txt")]
+    folder = run(model, shards, tmp_path / "folder", to="folder")
+    for i in range(7):
+        back = folder / "00000000" / f"d{i % 2}" / f"{i}.png"
+        assert np.array_equal(np.asarray(Image.open(back)), np.asarray(Image.open(io.BytesIO(png(i)))))
+        assert back.with_suffix(".txt").read_text() == str(i)
+
+
+def test_names_that_webdataset_would_merge_are_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.1.png", "a.2.png"):
+        (tmp_path / "in" / name).write_bytes(png())
+    with pytest.raises(InputError, match="images must differ before the first dot of their names"):
+        run(model, tmp_path / "in", tmp_path / "out", to="shards")
+
+
+def test_images_chosen_by_glob(model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", [("0.left.png", png(0)), ("0.right.png", png(1))])
+    output = run(model, tmp_path / "a.tar", tmp_path / "out", images="*.left.png")
+    left, right = (data for _, data in read(output / "a.tar"))
+    assert right == png(1)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(left))), inverted(png(0)))
+
+
+def truncated(path: Path) -> None:
+    write(path, MEMBERS)
+    path.write_bytes(path.read_bytes()[:1700])
+
+
+def cut_between_members(path: Path) -> None:
+    write(path, [("0.txt", b"x" * 512), ("1.txt", b"y")])
+    path.write_bytes(path.read_bytes()[:1024])
+
+
+def link(kind: bytes) -> Callable[[Path], object]:
+    return lambda path: write(path, [("0.png", b"")], type=kind, linkname="/etc/passwd")
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "not a tar": (lambda path: path.write_bytes(b"hello" * 500), "cannot be read as tar"),
+    "zero bytes": (lambda path: path.touch(), "cannot be read as tar"),
+    "truncated": (truncated, "cannot be read as tar: unexpected end of data"),
+    "cut between members": (cut_between_members, "must end with an end-of-archive mark, got a truncated tar"),
+    "symbolic link": (link(tarfile.SYMTYPE), "members must be plain files and folders, 0.png is a link"),
+    "hard link": (link(tarfile.LNKTYPE), "members must be plain files and folders, 0.png is a link"),
+    "device": (link(tarfile.CHRTYPE), "members must be plain files and folders, 0.png is a link"),
+    "two images": (
+        lambda path: write(path, [("0.png", png()), ("0.jpg", b"")]),
+        "a sample must hold one image, got 0.png and 0.jpg; --images 'GLOB' tells which",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_tar_is_refused(case: str, model: Path, tmp_path: Path) -> None:
+    make, message = HOSTILE[case]
+    make(tmp_path / "a.tar")
+    with pytest.raises(InputError) as caught:
+        run(model, tmp_path / "a.tar", tmp_path / "out")
+    assert str(caught.value).startswith(f"{tmp_path}/a.tar: {message}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "refiner.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["../x.png", "/x.png", "a/../../x.png", ".fastsimgan/x.png"])
+def test_names_that_lead_out_are_refused(name: str, model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "a.tar", [(name, png())])
+    if not name.startswith(".fast"):
+        run(model, tmp_path / "deep", tmp_path / "same")  # in a tar they harm nobody
+    with pytest.raises(InputError, match="names must stay inside the output, got "):
+        run(model, tmp_path / "deep", tmp_path / "deeper" / "out", to="folder")
+    assert not list(tmp_path.rglob("x.png"))
+
+
+def test_twins_in_a_shard_are_refused_in_a_folder(model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", [("0.png", png(0)), ("1.png", png(1)), ("0.png", png(2))])
+    with pytest.raises(InputError, match=r"a\.tar: members must differ in name, got 0\.png twice"):
+        run(model, tmp_path / "a.tar", tmp_path / "out", to="folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("a.png", "a"), ("d.x/a.mask.png", "d.x/a"), ("d/.hidden", "d/"), ("a", "a")]
+)
+def test_keys(name: str, key: str) -> None:
+    assert sample_key(name) == key
+
+
+def test_samples_are_consecutive(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", MEMBERS)
+    samples = list(read_samples(tmp_path / "a.tar"))
+    assert [(len(sample.members), sample.image) for sample in samples] == [(3, 0), (2, 1), (1, None), (2, 0)]
+
+
+def test_webdataset_reads_our_shards(model: Path, tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
+    write(
+        tmp_path / "in" / "a.tar",
+        [(f"{i}.{kind}", data) for i in range(5) for kind, data in (("png", png(i)), ("json", b'{"i": %d}' % i))],
+    )
+    output = run(model, tmp_path / "in", tmp_path / "out")
+    samples = list(webdataset.WebDataset(str(output / "a.tar"), shardshuffle=False).decode("pil"))
+    assert [sample["json"]["i"] for sample in samples] == list(range(5))
+    for i, sample in enumerate(samples):
+        assert np.array_equal(np.asarray(sample["png"].convert("L")), inverted(png(i)))
+
+
+def test_datasets_reads_our_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    for i in range(6):
+        path = tmp_path / "in" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(i))
+    (tmp_path / "in" / "metadata.jsonl").write_text(
+        "".join(f'{{"file_name": "class{i % 2}/{i}.png", "gaze": {i}}}\n' for i in range(6))
+    )
+    output = run(model, tmp_path / "in", tmp_path / "out")
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(output), cache_dir=str(tmp_path / "cache"))["train"]
+    assert sorted(loaded["gaze"]) == list(range(6))
+    for row in loaded:
+        assert np.array_equal(np.asarray(row["image"].convert("L")), inverted(png(row["gaze"])))
