@@ -165,19 +165,7 @@ def work(job: Job, loader: Loader, worker: int, workers: int, report: Callable[[
             _publish(run, output)
             return
         if refining is None:
-            refiner = loader(job, worker, workers)
-            record = {"device": str(getattr(refiner, "device", "cpu")), "versions": versions()}
-            refining = Worker(
-                run,
-                source,
-                output,
-                refiner,
-                batch_size=job.batch_size,
-                on_error=job.on_error,
-                threads=cores(workers),
-                report=report,
-                record=record,
-            )
+            refining = make_worker(run, source, output, job, loader, worker, workers)
         # each worker begins elsewhere, so that they seldom try for one block
         offset = len(left) * worker // workers
         done = 0
@@ -191,6 +179,21 @@ def work(job: Job, loader: Loader, worker: int, workers: int, report: Callable[[
         refining.run(left[offset:] + left[:offset])
         if not done:
             time.sleep(LOOK_AGAIN)
+
+
+def make_worker(run: Run, source: Input, output: Output, job: Job, loader: Loader, worker: int, workers: int) -> Worker:
+    """Load the refiner; the `Worker` that it makes claims blocks of ``run``."""
+    refiner = loader(job, worker, workers)
+    return Worker(
+        run,
+        source,
+        output,
+        refiner,
+        batch_size=job.batch_size,
+        on_error=job.on_error,
+        threads=cores(workers),
+        record={"device": str(getattr(refiner, "device", "cpu")), "versions": versions()},
+    )
 
 
 def versions() -> dict[str, str]:
@@ -222,9 +225,16 @@ def _publish(run: Run, output: Output) -> None:
 
 
 def refine(
-    job: Job, *, workers: int = 1, loader: Loader = load, progress: Callable[[Progress], None] = lambda progress: None
+    job: Job,
+    *,
+    workers: int = 1,
+    loader: Loader = load,
+    progress: Callable[[Progress], None] = lambda progress: None,
+    elsewhere: Callable[[Run], None] | None = None,
 ) -> Report:
     """Refine a job's input into its output, in this process or in ``workers`` others on this machine.
+
+    ``elsewhere`` is called first, to have blocks done by other means (`ray_engine`); what it leaves is done here.
 
     A run that was begun before goes on; one that is complete is left as it is. Where all images are bad, or the first
     block fails, nothing is left behind; after any other failure, what is committed stays for the next start.
@@ -246,6 +256,8 @@ def refine(
     try:
         run, *_ = start(job)
         if not run.complete:
+            if elsewhere is not None:
+                elsewhere(run)
             if workers == 1:
                 work(job, loader, 0, 1, partial(add, 0))
             else:

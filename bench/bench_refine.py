@@ -1,0 +1,197 @@
+"""Refinement from disk to disk, beside the refiner alone and beside the obvious loop; images a second, stage table.
+
+``python -m bench.bench_refine --refiner runs/mine`` (see ``--help``). The sides run in turn; medians are printed.
+``--scale`` instead shows that memory stays flat over a million images, and how long resuming over ten million takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastsimgan import blocks, inputs
+from fastsimgan.data.images import decode_image, encode_image
+from fastsimgan.refine import print_stages
+from fastsimgan.workers import Job, load, refine, start
+
+
+class Identity:
+    """A refiner that costs nothing."""
+
+    channels = 1
+
+    def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
+        return images
+
+
+def make_sets(folder: Path, images: np.ndarray) -> dict[str, Path]:
+    """The same images packed and as files."""
+    np.save(folder / "packed.npy", images)
+    sets = {"packed": folder / "packed.npy"}
+    for name, suffix in (("PNG folder", "png"), ("JPEG folder", "jpg")):
+        sets[name] = folder / suffix
+        sets[name].mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(sets[name] / f"{i}.{suffix}")
+    refine(Job(folder / "model", sets["PNG folder"], folder / "tar", to="shards"), loader=lambda *_: Identity())
+    return sets | {"shards": folder / "tar"}
+
+
+def compare(refiner_path: Path, count: int, height: int, width: int, rounds: int) -> None:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        (folder / "model").write_bytes(b"identity")
+        images = np.random.default_rng(0).integers(0, 256, (count, height // 4, width // 4), dtype=np.uint8)
+        images = np.stack([np.asarray(Image.fromarray(i).resize((width, height))) for i in images])
+        sets = make_sets(folder, images)
+        job = Job(refiner_path, folder, folder, device="auto")
+        refiner = load(job)
+        refiner(images[:64], 64)
+
+        def engine() -> None:
+            refiner(images, 64)
+
+        def loop() -> None:
+            for path in sorted(sets["PNG folder"].iterdir()):
+                pixels = np.array(Image.open(path))
+                Image.fromarray(refiner(pixels[None], 1)[0]).save(folder / "one.png")
+
+        def codec(name: str) -> Callable[[], None]:
+            def run() -> None:
+                for path in sets[name].iterdir():
+                    encode_image(decode_image(path.read_bytes(), path))
+
+            return run
+
+        def ours(name: str) -> Callable[[], None]:
+            def run() -> None:
+                output = folder / f"out{sets[name].suffix}"
+                report = refine(Job(refiner_path, sets[name], output), loader=lambda *_: refiner)
+                assert report.images == count
+                tables[name] = report
+                for path in (output, blocks.state_of(output, True)):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+            return run
+
+        tables: dict = {}
+        sides = {"refiner alone": engine, "loop, batch 1, PNG": loop} | {name: ours(name) for name in sets}
+        sides |= {f"codec alone, {name}": codec(name) for name in ("PNG folder", "JPEG folder")}
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, run in sides.items():
+                begin = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - begin)
+        alone = statistics.median(seconds["refiner alone"])
+        print(f"{count} images {height}x{width}, {rounds} rounds in turn, {len(os.sched_getaffinity(0))} core(s)")
+        for name, times in seconds.items():
+            median = statistics.median(times)
+            print(f"{name:26} {count / median:10.1f} images/s  {alone / median:6.1%} of the refiner alone")
+        for name, report in tables.items():
+            print(name)
+            print_stages(report)
+    finally:
+        shutil.rmtree(folder)
+
+
+def scale(count: int, entries: int) -> None:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        (folder / "model").write_bytes(b"identity")
+        rows = np.lib.format.open_memmap(folder / "in.npy", "w+", np.uint8, (count, 35, 55))
+        for first in range(0, count, 10_000):
+            rows[first : first + 10_000] = first // 10_000 % 251
+        del rows
+        memory: list[tuple[float, float, int]] = []
+        begin = time.perf_counter()
+
+        def look(_: object) -> None:
+            if not memory or time.perf_counter() - begin - memory[-1][0] > 1:
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                shared = int(Path("/proc/self/statm").read_text().split()[2])
+                size = (pages - shared) * resource.getpagesize() / 1e6
+                memory.append((time.perf_counter() - begin, size, len(os.listdir("/proc/self/fd"))))
+
+        report = refine(
+            Job(folder / "model", folder / "in.npy", folder / "out.npy"), loader=lambda *_: Identity(), progress=look
+        )
+        equal = np.array_equal(np.load(folder / "in.npy", "r")[::997], np.load(folder / "out.npy", "r")[::997])
+        print(
+            f"{report.images} images in {report.seconds:.1f} s, {report.images / report.seconds:.0f} images/s, "
+            f"equal: {equal}"
+        )
+        print_stages(report)
+        for at, size, files in memory[:: max(1, len(memory) // 8)] + memory[-1:]:
+            print(f"  after {at:6.1f} s: {size:7.1f} MB of its own, {files} files open")
+
+        source = inputs.FolderInput(folder / "many")
+        (folder / "many").mkdir()
+        Image.new("L", (8, 8)).save(folder / "many" / "0.png")
+        job = Job(folder / "model", folder / "many", folder / "done")
+        run, *_ = start(job)  # then give it the records of a much larger folder, all but one block of them done
+        number = -(-entries // inputs.FILES_PER_BLOCK)
+        state = run.state
+        facts = json.loads((state / "listing.json").read_bytes())
+        offsets = [0]
+        with (state / "listing.jsonl").open("wb") as file:
+            for block in range(number):
+                names = range(block * inputs.FILES_PER_BLOCK, min(entries, (block + 1) * inputs.FILES_PER_BLOCK))
+                data = b"".join(b'["folder/%09d.png", "folder/%09d.json"]\n' % (i, i) for i in names)
+                file.write(data)
+                offsets.append(offsets[-1] + len(data))
+        (state / "listing.json").write_text(json.dumps(facts | {"offsets": offsets, "images": entries}))
+        for block in range(number - 1):
+            lines = (
+                f'{{"name": "folder/{block:04d}{i:05d}.png", "sha256": "{"0" * 64}", "from": "{"0" * 64}"}}'
+                for i in range(inputs.FILES_PER_BLOCK)
+            )
+            run.commit(block, {"images": inputs.FILES_PER_BLOCK, "failed": 0, "others": 0, "change": 0.0}, lines)
+        size = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
+        del run, source
+        begin = time.perf_counter()
+        run, *_ = start(job)
+        left = set(range(run.blocks)) - run.committed()
+        listed = time.perf_counter() - begin
+        totals = run.totals()
+        print(
+            f"resuming over {entries} entries ({size / 1e9:.2f} GB of records): what is left is known after "
+            f"{listed:.2f} s ({len(left)} block), totals after {time.perf_counter() - begin:.2f} s "
+            f"({totals['images']} images)"
+        )
+        print(f"peak memory of all of this: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")
+    finally:
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_refine", description=__doc__)
+    parser.add_argument("--refiner", type=Path, help="a run or a refiner's file")
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--size", type=int, nargs=2, default=(35, 55), help="height and width")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--entries", type=int, default=10_000_000)
+    parser.add_argument("--images", type=int, default=1_000_000)
+    given = parser.parse_args()
+    if given.scale:
+        scale(given.images, given.entries)
+    elif given.refiner is None:
+        parser.error("--refiner must be given")
+    else:
+        compare(given.refiner, given.count, *given.size, given.rounds)
+
+
+if __name__ == "__main__":
+    main()
