@@ -46,10 +46,6 @@ class RefineConfig:
     """Images refined at a time, fewer where they are large."""
     workers: int = 1
     """Processes on this machine; they share the cores, or the CUDA devices, out among them."""
-    engine: Literal["local", "ray"] = "local"
-    """`ray`: workers on all machines of a Ray cluster, which share the disk."""
-    address: str | None = None
-    """The Ray cluster's; `auto`: the one this machine belongs to. Without it a new one, of this machine alone."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     on_error: Literal["fail", "skip"] = "fail"
@@ -105,12 +101,7 @@ def refine(config: RefineConfig) -> int:
             bar.set_postfix_str(f"{done}/{run.blocks} blocks", refresh=False)
             bar.update(part.images)
 
-        if config.engine == "ray":
-            from fastsimgan import ray_engine
-
-            report = ray_engine.refine(job, workers=config.workers, address=config.address, progress=progress)
-        else:
-            report = workers.refine(job, workers=config.workers, progress=progress)
+        report = workers.refine(job, workers=config.workers, progress=progress)
     for _, reason in workers.start(job)[0].failures():
         print(f"skipped {reason}", file=sys.stderr)
     print_stages(report)

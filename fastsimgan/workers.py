@@ -1,4 +1,4 @@
-"""One run of refinement by one process, by several on this machine, or by many machines through Ray.
+"""One run of refinement by one process, or by several on this machine; and on other machines that share the disk.
 
 All of them do the same: open the run, claim blocks until none is left, and publish the output once all are committed.
 """
@@ -230,11 +230,8 @@ def refine(
     workers: int = 1,
     loader: Loader = load,
     progress: Callable[[Progress], None] = lambda progress: None,
-    elsewhere: Callable[[Run], None] | None = None,
 ) -> Report:
     """Refine a job's input into its output, in this process or in ``workers`` others on this machine.
-
-    ``elsewhere`` is called first, to have blocks done by other means (`ray_engine`); what it leaves is done here.
 
     A run that was begun before goes on; one that is complete is left as it is. Where all images are bad, or the first
     block fails, nothing is left behind; after any other failure, what is committed stays for the next start.
@@ -256,8 +253,6 @@ def refine(
     try:
         run, *_ = start(job)
         if not run.complete:
-            if elsewhere is not None:
-                elsewhere(run)
             if workers == 1:
                 work(job, loader, 0, 1, partial(add, 0))
             else:
