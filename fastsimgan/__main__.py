@@ -4,6 +4,7 @@ COMMANDS = {
     "train": "two folders of images in, a refiner out",
     "refine": "refine a folder or an array of images, labels carried along",
     "evaluate": "does refined data train a better model than synthetic data?",
+    "export": "a refiner as ONNX files that agree with PyTorch, and the way to TensorRT",
     "demo": "all three on the built-in eyes",
     "env": "versions, devices, and which implementation of each op runs here",
 }

@@ -28,7 +28,6 @@ PACKAGES = {
     "matplotlib": "[eval]",
     "h5py": "[eval]",
     "onnx": "[onnx]",
-    "onnxscript": "[onnx]",
     "onnxruntime": "[onnx]",
     "onnxruntime-gpu": "[gpu]",
     "tensorrt-cu13": "[trt]",

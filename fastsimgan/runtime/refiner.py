@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from fastsimgan.checkpoint import write_atomically
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.histogram import equalise
 from fastsimgan.data.values import from_float, to_float
-from fastsimgan.device import channels_last, choose_device
+from fastsimgan.device import choose_device
 from fastsimgan.errors import InputError
 from fastsimgan.models import refiner as network
+from fastsimgan.runtime.backend import Backend, Precision, TorchBackend
 
 FILE = "refiner.safetensors"
 _FORMAT = "fastsimgan.refiner/1"
@@ -28,11 +30,12 @@ _FORMAT = "fastsimgan.refiner/1"
 class Refiner:
     """R, with everything that has to happen before and after it (equalisation, normalisation, rounding).
 
-    Made by :func:`load_refiner`. Attributes: ``channels``, ``device``, ``sha256`` of the file, ``settings``.
+    Made by :func:`load_refiner`. Attributes: ``channels``, ``device``, ``sha256`` of the file, ``settings``, and
+    ``backend`` (its ``name`` says what runs R).
     """
 
-    def __init__(self, module: network.Refiner, settings: dict[str, Any], sha256: str, device: torch.device) -> None:
-        self.module = channels_last(module, device).eval()
+    def __init__(self, backend: Backend, settings: dict[str, Any], sha256: str, device: torch.device) -> None:
+        self.backend = backend
         self.settings = settings
         self.sha256 = sha256
         self.device = device
@@ -41,7 +44,7 @@ class Refiner:
     @classmethod
     def from_module(cls, module: network.Refiner, histogram: str, device: torch.device) -> Refiner:
         """A refiner that has no file yet (``sha256`` is empty)."""
-        return cls(module, describe(module, histogram), "", device)
+        return cls(TorchBackend(module, device), describe(module, histogram), "", device)
 
     @overload
     def __call__(self, images: np.ndarray[Any, Any], batch_size: int = 64) -> np.ndarray[Any, Any]: ...
@@ -57,8 +60,11 @@ class Refiner:
             batch_size: images refined at a time.
 
         Raises:
-            InputError: wrong number of channels or dimensions, another dtype, or floats outside [0, 1].
+            InputError: wrong number of channels or dimensions, another dtype, floats outside [0, 1], a file that takes
+                uint8 alone, or a size that an engine was not built for.
         """
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if isinstance(images, Tensor):
             planes = images
             if planes.ndim != 4:
@@ -72,7 +78,13 @@ class Refiner:
             raise InputError(f"images must be uint8, uint16 or float32 in [0, 1], got {planes.dtype}")
         if planes.shape[1] != self.channels:
             raise InputError(f"images must have {self.channels} channel(s), as the refiner has, got {planes.shape[1]}")
+        if self.backend.dtype == torch.uint8 and planes.dtype != torch.uint8:
+            raise InputError(
+                f"this exported refiner takes uint8 images, got {planes.dtype}: refiner.onnx and refiner.fp16.onnx, "
+                "exported beside it, take the others"
+            )
         out = torch.empty_like(planes)
+        batch_size = min(batch_size, self.backend.largest_batch or batch_size)
         for start in range(0, len(planes), batch_size):
             part = slice(start, start + batch_size)
             out[part] = self._refine(planes[part].to(self.device)).to(out.device)
@@ -80,12 +92,20 @@ class Refiner:
             return out
         return (out[:, 0] if images.ndim == 3 else out.permute(0, 2, 3, 1)).contiguous().numpy()
 
+    def warm_up(self, batch_size: int, height: int, width: int) -> None:
+        """Run twice on black images of this size, so that no choice, allocation or capture is left for later."""
+        images = torch.zeros(batch_size, self.channels, height, width, dtype=torch.uint8, device=self.device)
+        for _ in range(2):
+            self(images, batch_size)
+
     def _refine(self, images: Tensor) -> Tensor:
+        if self.backend.dtype == torch.uint8:
+            return self.backend(images.contiguous())
         if images.dtype == torch.float32 and not bool(((images >= 0) & (images <= 1)).all()):
             raise InputError(
                 f"float images must lie in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}"
             )
-        return from_float(self.module(prepare(images, self.settings["histogram"])), images.dtype)
+        return from_float(self.backend(prepare(images, self.settings["histogram"])), images.dtype)
 
 
 def prepare(images: Tensor, histogram: str) -> Tensor:
@@ -133,18 +153,63 @@ def _in_order(file: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
-def load_refiner(path: str | Path, device: str = "auto") -> Refiner:
-    """Load a trained refiner.
+def load_refiner(
+    path: str | Path,
+    device: str = "auto",
+    *,
+    precision: Precision = "float32",
+    library: Literal["tensorrt", "tensorrt-rtx"] = "tensorrt",
+    trust_engine: bool = False,
+) -> Refiner:
+    """Load a trained refiner, or one that `export` wrote.
 
     Args:
-        path: the folder of a run, or its ``refiner.safetensors``.
+        path: the folder of a run or its ``refiner.safetensors`` (runs in PyTorch), or an ``.onnx`` file of `export`
+            (runs in onnxruntime), or an ``.engine`` or ``.plan`` built from one (runs in TensorRT, on CUDA).
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        precision: of PyTorch on CUDA: "float32", or "float16" for the residual branches. Exported files have theirs.
+        library: what built an engine.
+        trust_engine: run an engine that is not from the cache of `export --engine`, such as trtexec's.
 
     Raises:
-        InputError: not there, or not a refiner of this package.
-        UnavailableError: the device asked for is not there.
+        InputError: not there, not a refiner of this package, or altered.
+        UnavailableError: the device, or the package that runs such a file, is not there.
     """
     path = Path(path)
+    if path.suffix == ".onnx":
+        return _load_onnx(path, device)
+    if path.suffix in (".engine", ".plan"):
+        from fastsimgan.runtime.tensorrt_backend import load_engine
+
+        chosen = choose_device(device)
+        backend, settings = load_engine(path, library, chosen, trusted=trust_engine)
+        return Refiner(backend, settings, hashlib.sha256(path.read_bytes()).hexdigest(), chosen)
+    file = read_refiner(path)
+    chosen = choose_device(device)
+    return Refiner(TorchBackend(file.module, chosen, precision), file.settings, file.sha256, chosen)
+
+
+def _load_onnx(path: Path, device: str) -> Refiner:
+    from fastsimgan.runtime.onnx_file import read
+    from fastsimgan.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+    file = read(path)
+    chosen = choose_device(device)
+    return Refiner(OnnxRuntimeBackend(file, chosen), file.settings, file.sha256, chosen)
+
+
+@dataclass(frozen=True)
+class RefinerFile:
+    """What ``refiner.safetensors`` holds."""
+
+    module: network.Refiner
+    settings: dict[str, Any]
+    training: str  # JSON, the settings it was trained with
+    sha256: str
+
+
+def read_refiner(path: Path) -> RefinerFile:
+    """Read and check the folder of a run, or its ``refiner.safetensors``; InputError as `load_refiner` has it."""
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file}: no such refiner (a run's folder holds one after its first checkpoint)")
@@ -177,4 +242,4 @@ def load_refiner(path: str | Path, device: str = "auto") -> Refiner:
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{file}: weights must be finite, got NaN or Inf in {name}")
-    return Refiner(module, settings, hashlib.sha256(data).hexdigest(), choose_device(device))
+    return RefinerFile(module, settings, header.get("training", "{}"), hashlib.sha256(data).hexdigest())

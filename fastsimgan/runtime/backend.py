@@ -1,0 +1,108 @@
+"""What runs R, seen from `Refiner`, and the backend that is always there: PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastsimgan.device import channels_last
+from fastsimgan.errors import InputError
+from fastsimgan.models import refiner as network
+
+Precision = Literal["float32", "float16"]
+
+
+class Backend(Protocol):
+    """R on one device. Called with ``[B, C, H, W]`` of ``dtype`` on that device; returns the same."""
+
+    name: str
+    """``torch``, ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``, and what it computes in."""
+    dtype: torch.dtype
+    """uint8: stored images, everything is done inside. float32: prepared images in [-1, 1]."""
+    largest_batch: int | None
+    """Images that one call may have; None is any number."""
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+class TorchBackend:
+    """The network itself, weights in channels_last; on CUDA a shape that comes back is replayed as a CUDA graph.
+
+    float16 (CUDA only) is the same mixture as in the exported graphs: residual branches in float16, the first and the
+    last layer and the sums along the skip connections in float32. TF32, which PyTorch allows in convolutions by
+    default, is off for these: it rounds as float16 does.
+    """
+
+    dtype = torch.float32
+    largest_batch: int | None = None
+
+    def __init__(self, module: network.Refiner, device: torch.device, precision: Precision = "float32") -> None:
+        if precision not in ("float32", "float16"):
+            raise InputError(f'precision must be "float32" or "float16", got {precision!r}')
+        if precision == "float16" and device.type != "cuda":
+            raise InputError(
+                f"precision float16 needs a CUDA device, got {device}: a CPU is slower in it, and no better"
+            )
+        self.name = f"torch {precision}"
+        self._module = channels_last(module, device).eval()
+        for block in self._module.blocks if precision == "float16" else ():
+            block.half()
+        self._half = precision == "float16"
+        self._call = Replay(self._forward) if device.type == "cuda" else self._forward
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._call(images)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            if not self._half:
+                refined: Tensor = self._module(images)
+                return refined
+            x = F.relu(self._module.first(images))
+            for block in self._module.blocks:
+                assert isinstance(block, network.ResidualBlock)
+                x = F.relu(x + block.conv2(F.relu(block.conv1(x.half()))).float())
+            return torch.tanh(self._module.last(x))
+
+
+class Replay:
+    """``call`` as a CUDA graph for a shape that has come before; the last `KEPT` shapes are kept.
+
+    Launching the dozens of kernels of a small batch takes longer than running them; a replay is one launch.
+    """
+
+    KEPT = 2
+
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+        self._call = call
+        self._seen: torch.Size | None = None
+        self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.shape not in self._graphs:
+            if images.shape != self._seen:  # capturing costs a few calls: not for the one odd batch at the end
+                self._seen = images.shape
+                return self._call(images)
+            self._capture(images)
+        graph, inside, outside = self._graphs[images.shape]
+        inside.copy_(images)
+        graph.replay()
+        return outside.clone()
+
+    def _capture(self, images: Tensor) -> None:
+        while len(self._graphs) >= self.KEPT:
+            self._graphs.pop(next(iter(self._graphs)))
+        inside = images.clone(memory_format=torch.preserve_format)
+        stream = torch.cuda.Stream(images.device)
+        stream.wait_stream(torch.cuda.current_stream(images.device))
+        with torch.cuda.stream(stream):
+            self._call(inside)  # whatever is chosen or allocated at first use
+        torch.cuda.current_stream(images.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outside = self._call(inside)
+        self._graphs[images.shape] = graph, inside, outside

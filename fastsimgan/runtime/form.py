@@ -1,0 +1,35 @@
+"""The forms in which a refiner is exported, and the names of their input and output. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+OUTPUT = "refined"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a graph takes, and the numbers in which its residual branches (all but 1 % of the work) compute.
+
+    The first and the last layer and the sums along the skip connections are float32 in every form: a refiner that
+    began at the identity subtracts large, nearly equal features in its last layer. With these in float16 a trained one
+    was up to 36 grey levels off, where this mixture stays below half a level.
+    """
+
+    uint8: bool
+    """Stored uint8 images in and out, or prepared float32 in [-1, 1]."""
+    branches: Literal["float32", "float16", "u8s8", "s8s8", "fp8"]
+    """``u8s8``: unsigned 8-bit activations, signed weights, branch outputs rounded to 8 bits too (onnxruntime, CPU);
+    ``s8s8``: both signed and symmetric, float outputs (TensorRT); ``fp8``: float8 e4m3 (TensorRT, sm_89 and later)."""
+
+    @property
+    def quantised(self) -> bool:
+        return self.branches in ("u8s8", "s8s8", "fp8")
+
+
+def input_name(uint8: bool, histogram: str) -> str:
+    """``images`` (stored uint8), ``normalised`` or ``equalised_and_normalised`` (floats in [-1, 1])."""
+    if uint8:
+        return "images"
+    return "equalised_and_normalised" if histogram == "equalise" else "normalised"

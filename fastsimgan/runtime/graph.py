@@ -1,0 +1,255 @@
+"""R as an ONNX graph, written node by node: nothing is traced, so nothing depends on a trace's mode, batch or size.
+
+Every graph takes ``[B, C, H, W]`` with B, H and W free, holds its weights itself, and is of one of two kinds:
+
+- float: prepared images in and refined ones out, float32 in [-1, 1]. An input that has to be histogram-equalised first
+  is *named* so (`input_name`), because a caller must write that name.
+- uint8: stored images in and out, with all that has to happen before and after R inside: histogram equalisation where
+  the refiner was trained with it, normalisation, rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastsimgan.models import refiner as network
+from fastsimgan.runtime.form import OUTPUT, Form, input_name
+
+Array = NDArray[Any]
+Weights = Mapping[str, Array]
+
+OPSET = 19  # the first with float8; parsed by onnxruntime 1.17, TensorRT 10 and later
+IR_VERSION = 10
+_FP8_TOP = 448  # the largest float8 e4m3
+
+#: All that a graph of ours may hold: anything else was not written here.
+OPERATORS = frozenset(
+    "Add Cast Clip Conv DequantizeLinear Div Equal Floor GatherElements Greater Less LessOrEqual MatMul Max Mul "
+    "QuantizeLinear ReduceMax ReduceMin ReduceSum Relu Reshape Round Shape Sub Tanh Transpose Where".split()
+)
+
+
+def build(
+    weights: Weights, settings: Mapping[str, Any], form: Form, peaks: Mapping[str, float] | None = None
+) -> onnx.ModelProto:
+    """The graph of a refiner, checked, without metadata.
+
+    Args:
+        weights: the refiner's tensors by the names in its file, float32.
+        settings: the refiner's settings (`fastsimgan.runtime.refiner.describe`).
+        form: what to write.
+        peaks: for a quantised form, the largest magnitude of each tensor that is rounded (`activation_peaks`).
+    """
+    graph = _Graph(weights, form, peaks or {})
+    kind = TensorProto.UINT8 if form.uint8 else TensorProto.FLOAT
+    name = input_name(form.uint8, settings["histogram"])
+    shape = ["batch", settings["channels"], "height", "width"]
+    x = _stored_to_float(graph, name, settings["histogram"]) if form.uint8 else name
+    x = graph.node("Relu", [graph.conv("first", x)], "first.relu")
+    for block in range(settings["blocks"]):
+        branch = graph.branch(f"blocks.{block}", x)
+        x = graph.node("Relu", [graph.node("Add", [x, branch], f"blocks.{block}.sum")], f"blocks.{block}.out")
+    last = graph.conv("last", x)
+    if form.uint8:
+        _float_to_stored(graph, graph.node("Tanh", [last], "tanh"))
+    else:
+        graph.node("Tanh", [last], OUTPUT)
+    model = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            "refiner",
+            [helper.make_tensor_value_info(name, kind, shape)],
+            [helper.make_tensor_value_info(OUTPUT, kind, shape)],
+            graph.initializers,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="fastsimgan",
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@torch.no_grad()
+def activation_peaks(module: network.Refiner, images: Tensor) -> dict[str, float]:
+    """Largest magnitudes over ``images`` (``[B, C, H, W]`` in [-1, 1]) of what the quantised forms round.
+
+    Names: ``blocks.I.in``, ``blocks.I.hidden``, ``blocks.I.branch``. Calibrate on images like those to be refined.
+    """
+    x = F.relu(module.first(images))
+    peaks = {}
+    for index, block in enumerate(module.blocks):
+        assert isinstance(block, network.ResidualBlock)
+        hidden = F.relu(block.conv1(x))
+        branch = block.conv2(hidden)
+        for name, value in (("in", x), ("hidden", hidden), ("branch", branch)):
+            peaks[f"blocks.{index}.{name}"] = float(value.abs().amax())
+        x = F.relu(x + branch)
+    return peaks
+
+
+class _Graph:
+    """Nodes and constants as they are added, in order."""
+
+    def __init__(self, weights: Weights, form: Form, peaks: Mapping[str, float]) -> None:
+        self.weights = weights
+        self.form = form
+        self.peaks = peaks
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[TensorProto] = []
+
+    def node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def constant(self, name: str, value: Any) -> str:
+        if all(name != known.name for known in self.initializers):
+            self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
+        return name
+
+    def conv(self, name: str, x: str, dtype: str = "float32") -> str:
+        """A convolution that keeps the size."""
+        weight, bias = (
+            self.constant(f"{name}.{part}", self.weights[f"{name}.{part}"].astype(dtype)) for part in ("weight", "bias")
+        )
+        return self.size_kept(name, [x, weight, bias])
+
+    def size_kept(self, name: str, inputs: Sequence[str]) -> str:
+        kernel = self.weights[f"{name}.weight"].shape[2:]
+        return self.node("Conv", inputs, name, kernel_shape=kernel, pads=[k // 2 for k in kernel] * 2)
+
+    def branch(self, name: str, x: str) -> str:
+        """conv2(relu(conv1(x))), float32 in and out whatever is in between."""
+        if self.form.branches == "float32":
+            hidden = self.node("Relu", [self.conv(f"{name}.conv1", x)], f"{name}.hidden")
+            return self.conv(f"{name}.conv2", hidden)
+        if self.form.branches == "float16":
+            half = self.node("Cast", [x], f"{name}.in.half", to=TensorProto.FLOAT16)
+            hidden = self.node("Relu", [self.conv(f"{name}.conv1", half, "float16")], f"{name}.hidden")
+            out = self.conv(f"{name}.conv2", hidden, "float16")
+            return self.node("Cast", [out], f"{name}.branch", to=TensorProto.FLOAT)
+        rounded, scale = self.rounded(f"{name}.in", x)
+        hidden = self.node("Relu", [self.quantised_conv(f"{name}.conv1", rounded, scale)], f"{name}.hidden")
+        rounded, scale = self.rounded(f"{name}.hidden", hidden)
+        out = self.quantised_conv(f"{name}.conv2", rounded, scale)
+        # onnxruntime multiplies in 8 bits only where the result is rounded to 8 bits again; TensorRT needs no such loss
+        return self.rounded(f"{name}.branch", out, signed=True)[0] if self.form.branches == "u8s8" else out
+
+    def rounded(self, name: str, x: str, signed: bool = False) -> tuple[str, np.float32]:
+        """``x`` through 8 bits and back, and the scale (its peak is what the largest 8-bit value stands for)."""
+        top = {"u8s8": 127 if signed else 255, "s8s8": 127, "fp8": _FP8_TOP}[self.form.branches]
+        scale = np.float32(max(self.peaks[name], 1e-6) / top)
+        if self.form.branches == "fp8":
+            zero = self.float8(f"{name}.zero", np.float32(0))
+        else:
+            kind = np.int8 if self.form.branches == "s8s8" else np.uint8
+            zero = self.constant(f"{name}.zero", kind(128 if signed else 0))
+        about = [self.constant(f"{name}.scale", scale), zero]
+        small = self.node("QuantizeLinear", [x, *about], f"{name}.quantised")
+        return self.node("DequantizeLinear", [small, *about], f"{name}.dequantised"), scale
+
+    def quantised_conv(self, name: str, x: str, x_scale: np.float32) -> str:
+        """A convolution with 8-bit weights, one scale an output channel."""
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        fp8 = self.form.branches == "fp8"
+        peak = np.maximum(np.abs(weight).max((1, 2, 3)), 1e-12)
+        scale = (peak / (_FP8_TOP if fp8 else 127)).astype(np.float32)
+        unit = weight / scale[:, None, None, None]
+        if fp8:
+            small, zero = self.float8(f"{name}.weight", unit), self.float8(f"{name}.zero", np.zeros(len(scale)))
+        else:
+            small = self.constant(f"{name}.weight", np.rint(unit).astype(np.int8))
+            zero = self.constant(f"{name}.zero", np.zeros(len(scale), np.int8))
+        about = [self.constant(f"{name}.scale", scale), zero]
+        restored = self.node("DequantizeLinear", [small, *about], f"{name}.weight.dequantised", axis=0)
+        if self.form.branches == "u8s8":  # onnxruntime wants the bias in the accumulator's own units
+            step = scale * x_scale
+            levels = np.clip(np.rint(bias / step.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
+            about = [
+                self.constant(f"{name}.bias.scale", step),
+                self.constant(f"{name}.bias.zero", np.zeros(len(step), np.int32)),
+            ]
+            level = self.constant(f"{name}.bias", levels)
+            added = self.node("DequantizeLinear", [level, *about], f"{name}.bias.dequantised", axis=0)
+        else:
+            added = self.constant(f"{name}.bias", bias)
+        return self.size_kept(name, [x, restored, added])
+
+    def float8(self, name: str, value: Any) -> str:
+        """A constant in float8 e4m3, which NumPy does not have: rounded by torch, kept as raw bytes."""
+        rounded = torch.from_numpy(np.array(value, np.float32)).to(torch.float8_e4m3fn)
+        raw = rounded.view(torch.uint8).numpy().tobytes()
+        self.initializers.append(helper.make_tensor(name, TensorProto.FLOAT8E4M3FN, list(rounded.shape), raw, raw=True))
+        return name
+
+
+def _stored_to_float(graph: _Graph, images: str, histogram: str) -> str:
+    """uint8 ``[B, C, H, W]`` to floats in [-1, 1], as `fastsimgan.runtime.prepare` does it."""
+    levels = graph.node("Cast", [images], "levels", to=TensorProto.FLOAT)
+    if histogram == "equalise":
+        levels = _equalise(graph, levels)
+    unit = graph.node("Div", [levels, graph.constant("half_white", np.float32(127.5))], "unit")
+    return graph.node("Sub", [unit, graph.constant("one", np.float32(1))], "normalised")
+
+
+def _float_to_stored(graph: _Graph, x: str) -> None:
+    """Floats in [-1, 1] to rounded uint8, as `fastsimgan.data.values.quantise` does it (ties to even)."""
+    x = graph.node("Add", [x, graph.constant("one", np.float32(1))], "from_zero")
+    x = graph.node("Mul", [x, graph.constant("half_white", np.float32(127.5))], "scaled")
+    x = graph.node("Round", [x], "rounded")
+    limits = graph.constant("black", np.float32(0)), graph.constant("white", np.float32(255))
+    x = graph.node("Clip", [x, *limits], "clipped")
+    graph.node("Cast", [x], OUTPUT, to=TensorProto.UINT8)
+
+
+def _equalise(graph: _Graph, levels: str) -> str:
+    """Histogram equalisation of each grey image, exactly as `fastsimgan.data.histogram.equalise` does it.
+
+    A level is 16 h + l. One matrix product per image counts, for every h and l, the pixels whose high digit is h and
+    whose low digit is at most l; with the pixels of smaller high digits that is the cumulative histogram. No scatter,
+    no sort, no loop, so that every runtime takes it; and zeros and ones summed in float32 are exact up to 2^24 pixels,
+    in TF32 too.
+    """
+    node, constant = graph.node, graph.constant
+
+    def digits(op: str, digit: str, name: str) -> str:  # [B, 16, H*W] of zeros and ones
+        steps = constant("steps", np.arange(16, dtype=np.float32)[:, None])
+        return node("Cast", [node(op, [digit, steps], f"{name}.mask")], name, to=TensorProto.FLOAT)
+
+    shape = node("Shape", [levels], "image_shape")
+    flat = node("Reshape", [levels, constant("flat_shape", np.array([0, 1, -1]))], "flat")  # [B, 1, H*W]
+    sixteenth = node("Mul", [flat, constant("sixteenth", np.float32(1 / 16))], "sixteenths")
+    high = node("Floor", [sixteenth], "high")
+    low = node("Sub", [flat, node("Mul", [high, constant("sixteen", np.float32(16))], "high_part")], "low")
+
+    up_to_low = node("Transpose", [digits("LessOrEqual", low, "up_to_low")], "up_to_low.t", perm=[0, 2, 1])
+    within = node("MatMul", [digits("Equal", high, "at_high"), up_to_low], "within")  # [B, 16, 16]
+    axis_2, axis_1 = constant("axis_2", np.array([2])), constant("axis_1", np.array([1]))
+    below = node("ReduceSum", [digits("Less", high, "below_high"), axis_2], "below", keepdims=1)  # [B, 16, 1]
+    counts = node("Add", [within, below], "counts")
+    cdf = node("Reshape", [counts, constant("table_shape", np.array([0, 256]))], "cdf")
+
+    pixels = node("ReduceMax", [cdf, axis_1], "pixels", keepdims=1)
+    occurs = node("Greater", [cdf, constant("black", np.float32(0))], "occurs")
+    cdf_min = node("ReduceMin", [node("Where", [occurs, cdf, pixels], "occurring"), axis_1], "cdf_min", keepdims=1)
+    above = node("Sub", [cdf, cdf_min], "above_min")
+    spread = node("Max", [node("Sub", [pixels, cdf_min], "spread"), constant("one", np.float32(1))], "spread.min_1")
+    share = node("Div", [above, spread], "share")
+    table = node("Round", [node("Mul", [share, constant("white", np.float32(255))], "table.scaled")], "table.rounded")
+    one_value = node("Equal", [cdf_min, pixels], "one_value")  # such an image stays as it is
+    same = constant("all_levels", np.arange(256, dtype=np.float32)[None])
+    table = node("Where", [one_value, same, table], "table")
+
+    row = node("Reshape", [levels, constant("row_shape", np.array([0, -1]))], "row")
+    index = node("Cast", [row], "index", to=TensorProto.INT32)
+    equalised = node("GatherElements", [table, index], "equalised.row", axis=1)
+    return node("Reshape", [equalised, shape], "equalised")

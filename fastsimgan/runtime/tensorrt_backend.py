@@ -1,0 +1,288 @@
+"""R as a TensorRT engine: built from an exported file, kept in a cache, run on torch's CUDA tensors.
+
+`tensorrt` (10.15 to 11) and `tensorrt_rtx` have one interface; the library is a parameter. Networks are strongly typed,
+the one form that both major versions take: precision is the file's. Written against the interface; engines have been
+built with TensorRT-RTX, none has been run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import stat
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastsimgan.checkpoint import write_atomically
+from fastsimgan.data.files import printable
+from fastsimgan.errors import InputError, UnavailableError
+from fastsimgan.runtime.backend import Replay
+from fastsimgan.runtime.form import OUTPUT
+from fastsimgan.runtime.onnx_file import OnnxFile
+from fastsimgan.runtime.trtexec import Profile
+
+Library = Literal["tensorrt", "tensorrt-rtx"]
+_EXTRA = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
+_INPUTS = {"images": "keep", "normalised": "keep", "equalised_and_normalised": "equalise"}  # name -> what comes before
+
+
+def library(name: Library) -> ModuleType:
+    """The module; UnavailableError if it is not there, or is of a version that is not supported."""
+    try:
+        module = importlib.import_module(name.replace("-", "_"))
+    except (ImportError, OSError) as error:
+        raise UnavailableError(f"{name} is not installed: pip install 'fastsimgan[{_EXTRA[name]}]'") from error
+    version = tuple(int(part) for part in module.__version__.split(".")[:2])
+    if name == "tensorrt" and not (10, 15) <= version < (12,):
+        raise UnavailableError(f"tensorrt must be at least 10.15 and below 12, got {module.__version__}")
+    return module
+
+
+def build_engine(file: OnnxFile, trt: ModuleType, profile: Profile, *, sm: str | None = None, cache: Any = b"") -> Any:
+    """Build a serialised engine, and return it with the timing cache (bytes; empty where the library keeps none).
+
+    Args:
+        file: what `onnx_file.read` returned.
+        trt: the module `tensorrt` or `tensorrt_rtx`.
+        profile: the sizes it is for.
+        sm: architecture such as "sm_89" (TensorRT-RTX only, which needs no GPU then); None is the GPU that is here.
+        cache: a timing cache of an earlier build with the same library and GPU.
+
+    Raises:
+        InputError: the library refuses the file, the sizes or the architecture.
+    """
+    log = _Log(trt)
+    builder = trt.Builder(log.logger)
+    if builder is None:
+        raise UnavailableError(f"{trt.__name__} cannot build here: {log.last()}")
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log.logger)
+    if not parser.parse(file.data):
+        reason = parser.get_error(0).desc().splitlines()[0] if parser.num_errors else log.last()
+        raise InputError(f"{printable(file.path)}: {trt.__name__} {trt.__version__} refuses it: {reason}")
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # it rounds the layers left in float32 as float16 would
+    if sm is not None:
+        known = getattr(getattr(trt, "ComputeCapability", None), sm.upper().replace("_", ""), None)
+        if known is None:
+            raise InputError(f"sm must be an architecture that {trt.__name__} builds for, such as sm_89, got {sm}")
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(known, 0)
+    channels = file.settings["channels"]
+    sizes = [(batch, channels, height, width) for batch, height, width in asdict(profile).values()]
+    shapes = builder.create_optimization_profile()
+    shapes.set_shape(file.input_name, *sizes)
+    config.add_optimization_profile(shapes)
+    timing = config.create_timing_cache(cache)
+    if timing is not None:
+        config.set_timing_cache(timing, ignore_mismatch=False)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise InputError(f"{printable(file.path)}: {trt.__name__} {trt.__version__} cannot build it: {log.last()}")
+    kept = config.get_timing_cache()
+    return bytes(engine), bytes(kept.serialize()) if kept is not None else b""
+
+
+def cached_engine(
+    file: OnnxFile, name: Library, profile: Profile, *, sm: str | None = None, folder: Path | None = None
+) -> Path:
+    """The path of the engine for this file, library version, GPU and profile: from the cache, or built into it.
+
+    The cache (``~/.cache/fastsimgan/engines``, or ``XDG_CACHE_HOME``) must be its owner's alone: who writes an engine
+    decides what runs.
+    """
+    trt = library(name)
+    folder = folder or default_cache()
+    _own(folder)
+    if sm is None and not torch.cuda.is_available():
+        raise UnavailableError(f"an engine is built for the GPU that is here, and there is none ({name})")
+    key = {
+        "model_sha256": file.sha256,
+        "library": f"{name} {trt.__version__}",
+        "gpu": sm or _gpu(),
+        "profile": [list(size) for size in asdict(profile).values()],
+    }
+    stem = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    path = folder / f"{stem}.engine"
+    if path.exists():
+        record(path)  # raises if it is not what was built
+        return path
+    timing = folder / f"timing-{key['library']}-{key['gpu']}.cache".replace(" ", "-")
+    known = timing.read_bytes() if timing.exists() else b""
+    engine, known = build_engine(file, trt, profile, sm=sm, cache=known)
+    write_atomically(path, engine)
+    if known:
+        write_atomically(timing, known)
+    about = key | {"sha256": hashlib.sha256(engine).hexdigest(), "settings": file.settings}
+    write_atomically(path.with_suffix(".json"), (json.dumps(about, indent=2) + "\n").encode())  # last: its commit mark
+    return path
+
+
+def default_cache() -> Path:
+    """Where engines are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsimgan" / "engines"
+
+
+def record(path: Path) -> dict[str, Any]:
+    """What was written down when the engine at ``path`` was built.
+
+    Raises:
+        InputError: the folder is open to others, or the engine has no record or is not the one recorded.
+    """
+    _own(path.parent)
+    try:
+        about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{printable(path)}: has no record of how it was built: {error}; delete it") from error
+    if found != about.get("sha256"):
+        raise InputError(f"{printable(path)}: sha256 must be {about.get('sha256')}, got {found}: delete it")
+    return about
+
+
+def load_engine(
+    path: Path, name: Library, device: torch.device, *, trusted: bool = False
+) -> tuple[TensorRTBackend, dict[str, Any]]:
+    """An engine's backend and the refiner's settings, as far as they are known.
+
+    Args:
+        path: an engine from the cache, or (with ``trusted``) from anywhere, trtexec's for one.
+        name: the library that built it.
+        device: a CUDA device.
+        trusted: run an engine that has no record here; it can hold code.
+
+    Raises:
+        InputError: an engine that is foreign and not trusted, altered, or of another version, GPU or refiner.
+        UnavailableError: no library, or no GPU.
+    """
+    about: dict[str, Any] | None = None
+    if not path.is_file():
+        raise InputError(f"{printable(path)}: no such engine")
+    if path.parent.resolve() == default_cache().resolve():
+        about = record(path)
+    elif not trusted:
+        raise InputError(
+            f"{printable(path)}: was not built here, and an engine can hold code: --trust-engine (trust_engine=True) "
+            "runs it all the same"
+        )
+    trt = library(name)
+    if about is not None and about["library"] != (ours := f"{name} {trt.__version__}"):
+        raise InputError(f"{printable(path)}: must be run by {about['library']}, which built it, got {ours}")
+    if device.type != "cuda":  # without a GPU, some of the libraries crash as they read an engine
+        raise UnavailableError(f"an engine needs a CUDA device, got {device}")
+    if about is not None and about["gpu"] not in (_gpu(device), _sm(device)):
+        raise InputError(
+            f"{printable(path)}: must be run on {about['gpu']}, for which it was built, got {_gpu(device)}"
+        )
+    log = _Log(trt)
+    engine = trt.Runtime(log.logger).deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise InputError(f"{printable(path)}: {trt.__name__} {trt.__version__} refuses it: {log.last()}")
+    try:
+        backend = TensorRTBackend(engine, trt, device, name)
+    except InputError as error:
+        raise InputError(f"{printable(path)}: {error}") from None
+    settings = about["settings"] if about else {"channels": backend.channels, "histogram": backend.histogram}
+    return backend, settings
+
+
+class TensorRTBackend:
+    """An engine and its context. Batches below the profile's smallest are padded; larger ones `Refiner` splits.
+
+    Args:
+        engine, trt: a deserialised engine and the module it came from.
+        device: where the images are.
+
+    Raises:
+        InputError: its input and output are not those of an exported refiner.
+    """
+
+    def __init__(self, engine: Any, trt: ModuleType, device: torch.device, name: str = "tensorrt") -> None:
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = [each for each in names if engine.get_tensor_mode(each) == trt.TensorIOMode.INPUT]
+        if len(inputs) != 1 or inputs[0] not in _INPUTS or set(names) - set(inputs) != {OUTPUT}:
+            raise InputError(f"must take one of {', '.join(_INPUTS)} and give {OUTPUT}, got {', '.join(names)}")
+        self._input = inputs[0]
+        kinds = {trt.DataType.UINT8: torch.uint8, trt.DataType.FLOAT: torch.float32}
+        found = {engine.get_tensor_dtype(each) for each in names}
+        wanted = trt.DataType.UINT8 if self._input == "images" else trt.DataType.FLOAT
+        if found != {wanted}:
+            raise InputError(f"{self._input} must be {wanted}, and so {OUTPUT}, got {', '.join(map(str, found))}")
+        self.dtype = kinds[wanted]
+        self.histogram = _INPUTS[self._input]
+        self.channels = int(engine.get_tensor_shape(self._input)[1])
+        self._smallest, _, self._largest = (tuple(shape) for shape in engine.get_tensor_profile_shape(self._input, 0))
+        self.largest_batch: int | None = self._largest[0]
+        self.name = f"{name} {trt.__version__}"
+        self._engine = engine  # the context does not keep it alive
+        self._context = engine.create_execution_context()
+        self._device = device
+        self._call = Replay(self._run) if device.type == "cuda" else self._run
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.contiguous()
+        low, high = self._smallest, self._largest
+        if not all(low[axis] <= images.shape[axis] <= high[axis] for axis in (2, 3)):
+            raise InputError(
+                f"images must be {low[2]}x{low[3]} to {high[2]}x{high[3]}, which the engine was built for, "
+                f"got {images.shape[2]}x{images.shape[3]}"
+            )
+        count = len(images)
+        if count < low[0]:
+            images = torch.cat([images, images.new_zeros(low[0] - count, *images.shape[1:])])
+        return self._call(images)[:count]
+
+    def _run(self, images: Tensor) -> Tensor:
+        out = torch.empty_like(images)
+        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+        if not self._context.set_input_shape(self._input, tuple(images.shape)):
+            raise InputError(f"the engine refuses images of shape {list(images.shape)}")
+        self._context.set_tensor_address(self._input, images.data_ptr())
+        self._context.set_tensor_address(OUTPUT, out.data_ptr())
+        if not self._context.execute_async_v3(stream):
+            raise RuntimeError(f"{self.name} failed on images of shape {list(images.shape)}")
+        return out
+
+
+class _Log:
+    """A logger of the library's that keeps the errors, in place of printing them."""
+
+    def __init__(self, trt: ModuleType) -> None:
+        errors: list[str] = []
+        self.errors = errors
+
+        class Logger(trt.ILogger):  # type: ignore[name-defined]
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                    errors.append(message)
+
+        self.logger = Logger()
+
+    def last(self) -> str:
+        return printable(self.errors[-1].splitlines()[0]) if self.errors else "no reason given"
+
+
+def _sm(device: torch.device | None = None) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _gpu(device: torch.device | None = None) -> str:
+    return f"{torch.cuda.get_device_name(device)} {_sm(device)}"
+
+
+def _own(folder: Path) -> None:
+    """Make ``folder`` for its owner alone, or check that it is so."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or stat.S_IMODE(about.st_mode) & 0o077:
+        raise InputError(
+            f"{printable(folder)}: must belong to uid {os.getuid()} with mode 700, got uid {about.st_uid} with mode "
+            f"{stat.S_IMODE(about.st_mode):o}"
+        )

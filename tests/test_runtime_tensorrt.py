@@ -1,0 +1,200 @@
+"""TensorRT: engines built from our files with no GPU (TensorRT-RTX), the cache, the runner against a fake engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnx", reason="onnx is not installed ([onnx])")
+
+from fastsimgan.errors import InputError, UnavailableError
+from fastsimgan.models import refiner as network
+from fastsimgan.runtime import graph, onnx_file, tensorrt_backend
+from fastsimgan.runtime.form import Form
+from fastsimgan.runtime.refiner import Refiner, describe, load_refiner, prepare
+from fastsimgan.runtime.trtexec import Profile
+
+EYES = Profile((1, 35, 55), (64, 35, 55), (512, 35, 55))
+DYNAMIC = Profile((1, 17, 9), (64, 35, 55), (512, 224, 224))
+
+
+def exported(folder: Path, form: Form, histogram: str = "equalise", blocks: int = 1, first: int = 3):
+    torch.manual_seed(0)
+    module = network.Refiner(1, width=8, blocks=blocks, first_kernel=first)
+    settings = describe(module, histogram)
+    images = torch.randint(0, 256, (4, 1, 35, 55)).to(torch.uint8)
+    weights = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    model = graph.build(weights, settings, form, graph.activation_peaks(module, prepare(images, histogram)))
+    path = folder / "refiner.onnx"
+    path.write_bytes(onnx_file.stamp(model, {"settings": settings, "uint8": form.uint8, "branches": form.branches}))
+    return onnx_file.read(path)
+
+
+@pytest.mark.parametrize(
+    ("form", "sm", "profile", "shape"),
+    [
+        (Form(False, "float32"), "sm_86", EYES, {}),
+        (Form(False, "float16"), "sm_89", DYNAMIC, {}),
+        (Form(True, "float16"), "sm_120", EYES, {}),
+        (
+            Form(True, "float16"),
+            "sm_86",
+            Profile((1, 224, 224), (8, 224, 224), (64, 224, 224)),
+            {"blocks": 10, "first": 7},
+        ),
+        (Form(True, "s8s8"), "sm_89", EYES, {}),
+        (Form(False, "fp8"), "sm_120", EYES, {}),
+    ],
+)
+def test_tensorrt_rtx_builds_our_files_with_no_gpu(tmp_path, form, sm, profile, shape) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed ([rtx])")
+    engine, _ = tensorrt_backend.build_engine(exported(tmp_path, form, **shape), trt, profile, sm=sm)
+    assert len(engine) > 10_000
+
+
+def test_what_tensorrt_rtx_refuses(tmp_path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed ([rtx])")
+    with pytest.raises(InputError, match="sm must be an architecture .* got sm_90"):
+        tensorrt_backend.build_engine(exported(tmp_path, Form(True, "float16")), trt, EYES, sm="sm_90")
+    with pytest.raises(InputError, match="tensorrt_rtx .* refuses it: "):  # the form for CPUs
+        tensorrt_backend.build_engine(exported(tmp_path, Form(True, "u8s8")), trt, EYES, sm="sm_89")
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A cache with one engine in it, its file, and the calls that built engines."""
+    calls = []
+
+    def build(file, trt, profile, *, sm, cache):
+        calls.append(profile)
+        return b"engine", b"timing"
+
+    monkeypatch.setattr(tensorrt_backend, "build_engine", build)
+    monkeypatch.setattr(tensorrt_backend, "library", lambda name: SimpleNamespace(__version__="10.15.1"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = exported(tmp_path, Form(True, "float16"))
+    return tensorrt_backend.cached_engine(file, "tensorrt-rtx", EYES, sm="sm_89"), file, calls
+
+
+def test_the_cache_is_keyed_and_its_owners_alone(cached, tmp_path) -> None:
+    path, file, calls = cached
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert tensorrt_backend.cached_engine(file, "tensorrt-rtx", EYES, sm="sm_89") == path and len(calls) == 1
+    others = {
+        tensorrt_backend.cached_engine(file, "tensorrt-rtx", DYNAMIC, sm="sm_89"),
+        tensorrt_backend.cached_engine(file, "tensorrt-rtx", EYES, sm="sm_86"),
+    }
+    assert path not in others and len(others) == 2 and len(calls) == 3
+    os.chmod(path.parent, 0o755)
+    with pytest.raises(InputError, match="must belong to uid .* with mode 700, got uid .* with mode 755"):
+        tensorrt_backend.cached_engine(file, "tensorrt-rtx", EYES, sm="sm_89")
+
+
+def test_an_altered_engine_is_refused(cached) -> None:
+    path, file, _ = cached
+    path.write_bytes(b"other")
+    for call in (
+        lambda: tensorrt_backend.cached_engine(file, "tensorrt-rtx", EYES, sm="sm_89"),
+        lambda: load_refiner(path, "cpu", library="tensorrt-rtx"),
+    ):
+        with pytest.raises(InputError, match="sha256 must be [0-9a-f]{64}, got"):
+            call()
+
+
+def test_engines_that_cannot_run_here(cached, tmp_path, monkeypatch) -> None:
+    path, *_ = cached
+    with pytest.raises(InputError, match="must be run by tensorrt-rtx 10.15.1, which built it, got tensorrt 10.15.1"):
+        load_refiner(path, "cpu")
+    with pytest.raises(UnavailableError, match="an engine needs a CUDA device, got cpu"):
+        load_refiner(path, "cpu", library="tensorrt-rtx")
+    monkeypatch.setattr(tensorrt_backend, "_gpu", lambda device=None: "H100 sm_90")
+    monkeypatch.setattr(tensorrt_backend, "_sm", lambda device=None: "sm_90")
+    with pytest.raises(InputError, match="must be run on sm_89, for which it was built, got H100 sm_90"):
+        tensorrt_backend.load_engine(path, "tensorrt-rtx", torch.device("cuda"))
+    (tmp_path / "foreign.engine").write_bytes(b"engine")
+    with pytest.raises(InputError, match="was not built here, and an engine can hold code: --trust-engine"):
+        load_refiner(tmp_path / "foreign.engine", "cpu")
+    with pytest.raises(InputError, match="no such engine"):
+        load_refiner(tmp_path / "missing.engine", "cpu")
+
+
+TRT = SimpleNamespace(
+    __version__="fake",
+    TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
+    DataType=SimpleNamespace(UINT8="uint8", FLOAT="float"),
+)
+
+
+class FakeEngine:
+    """Inverts uint8 images at the addresses that it is given, and notes the shapes."""
+
+    def __init__(self, name: str = "images", kind: str = "uint8", ok: bool = True) -> None:
+        self.names, self.kind, self.ok = [name, "refined"], kind, ok
+        self.num_io_tensors = 2
+        self.shapes: list[tuple[int, ...]] = []
+        self.addresses: dict[str, int] = {}
+        self.get_tensor_name = self.names.__getitem__
+
+    def get_tensor_mode(self, name):
+        return "out" if name == "refined" else "in"
+
+    def get_tensor_dtype(self, name):
+        return self.kind
+
+    def get_tensor_shape(self, name):
+        return (-1, 1, -1, -1)
+
+    def get_tensor_profile_shape(self, name, profile):
+        return [(4, 1, 8, 9), (4, 1, 8, 9), (6, 1, 16, 9)]
+
+    def create_execution_context(self):
+        return self
+
+    def set_input_shape(self, name, shape):
+        self.shapes.append(shape)
+        return True
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream):
+        import ctypes
+
+        count = int(np.prod(self.shapes[-1]))
+        kind = ctypes.c_uint8 * count
+        source, target = (kind.from_address(self.addresses[name]) for name in self.names)
+        np.ctypeslib.as_array(target)[:] = 255 - np.ctypeslib.as_array(source)
+        return self.ok
+
+
+def test_the_runner_pads_and_splits() -> None:
+    engine = FakeEngine()
+    backend = tensorrt_backend.TensorRTBackend(engine, TRT, torch.device("cpu"))
+    refiner = Refiner(backend, {"channels": 1, "histogram": "keep"}, "", torch.device("cpu"))
+    images = np.random.default_rng(0).integers(0, 256, (14, 8, 9), dtype=np.uint8)
+    assert np.array_equal(refiner(images), 255 - images)
+    assert engine.shapes == [(6, 1, 8, 9), (6, 1, 8, 9), (4, 1, 8, 9)]  # the last two images, padded to four
+    with pytest.raises(InputError, match="images must be 8x9 to 16x9, which the engine was built for, got 8x10"):
+        refiner(np.zeros((2, 8, 10), np.uint8))
+    engine.ok = False
+    with pytest.raises(RuntimeError, match="failed on images of shape"):
+        refiner(images)
+
+
+def test_an_engine_of_something_else_is_refused() -> None:
+    with pytest.raises(InputError, match="must take one of images.* got pixels, refined"):
+        tensorrt_backend.TensorRTBackend(FakeEngine("pixels"), TRT, torch.device("cpu"))
+    with pytest.raises(InputError, match="images must be uint8"):
+        tensorrt_backend.TensorRTBackend(FakeEngine(kind="float"), TRT, torch.device("cpu"))
+
+
+def test_trtexecs_engine_says_by_its_input_what_comes_before() -> None:
+    backend = tensorrt_backend.TensorRTBackend(
+        FakeEngine("equalised_and_normalised", "float"), TRT, torch.device("cpu")
+    )
+    assert backend.histogram == "equalise" and backend.channels == 1 and backend.dtype == torch.float32
