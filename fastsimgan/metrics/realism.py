@@ -1,0 +1,185 @@
+"""How alike two sets of images are, seen by a network: kernel and Fréchet distance, and a classifier two-sample test.
+
+No features are downloaded: the default network is a fixed, randomly weighted convolution, the same for every run. Its
+distances compare sets within one project; they are not the Inception distances of the literature.
+
+The sizes of two distances are only comparable if they were taken with the same features.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from fastsimgan.data.sampler import Sampler
+from fastsimgan.data.values import to_float
+from fastsimgan.errors import InputError
+
+Array = NDArray[Any]
+
+_MAPS = 128  # of the last random convolution; twice as many features
+_LIMIT = 5000  # images of each set that are looked at
+
+
+def random_features(images: Array, seed: int = 0) -> Array:
+    """Features of a fixed random network: three strided 3×3 convolutions, then mean and deviation of each map.
+
+    Args:
+        images: ``[N, H, W]`` or ``[N, H, W, C]`` stored images (uint8, uint16, float32 in [0, 1]).
+        seed: of the weights; the same seed gives the same features for images of as many channels.
+
+    Returns:
+        float64 ``[N, 256]``.
+    """
+    channels = 1 if images.ndim == 3 else images.shape[3]
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((channels, 32), (32, 64), (64, _MAPS)):
+        layer = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
+        with torch.no_grad():
+            layer.weight.normal_(0, math.sqrt(2 / (9 * inputs)), generator=generator)
+            assert layer.bias is not None
+            layer.bias.normal_(0, 0.1, generator=generator)
+        layers += [layer, nn.LeakyReLU(0.2)]
+    network = nn.Sequential(*layers)
+    parts = []
+    with torch.inference_mode():
+        for first in range(0, len(images), 256):
+            maps = network(torch.from_numpy(to_float(np.ascontiguousarray(images[first : first + 256]))))
+            parts.append(torch.cat([maps.mean((2, 3)), maps.std((2, 3), correction=0)], 1))
+    return torch.cat(parts).double().numpy()
+
+
+def kernel_distance(a: Array, b: Array) -> float:
+    """KID (Bińkowski et al. 2018): the unbiased squared MMD with the kernel ``(x·y / d + 1)³``; it can be negative.
+
+    Args:
+        a, b: features ``[N, d]`` and ``[M, d]``, at least two rows each.
+
+    Raises:
+        InputError: another shape.
+    """
+    _check(a, b)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+
+    def kernel(p: Array, q: Array) -> Array:
+        return (p @ q.T / p.shape[1] + 1) ** 3
+
+    def within(p: Array) -> float:  # without the diagonal, which is what makes it unbiased
+        k = kernel(p, p)
+        return float((k.sum() - np.trace(k)) / (len(p) * (len(p) - 1)))
+
+    return within(a) + within(b) - 2 * float(kernel(a, b).mean())
+
+
+def frechet_distance(a: Array, b: Array) -> float:
+    """Squared Fréchet distance of two Gaussians fitted to features ``[N, d]`` and ``[M, d]``.
+
+    It is biased upwards for few images: compare only sets of one size, and of many more images than d.
+
+    Raises:
+        InputError: another shape, or fewer than two rows.
+    """
+    _check(a, b)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # tr (C1 C2)^½ is the sum of the square roots of C1 C2's eigenvalues, which C1^½ C2 C1^½ shares and is symmetric
+    values, vectors = np.linalg.eigh(np.atleast_2d(first))
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    mixed = np.linalg.eigvalsh(root @ np.atleast_2d(second) @ root)
+    distance = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(np.atleast_2d(first)) + np.trace(np.atleast_2d(second))
+    return float(distance - 2 * np.sqrt(mixed.clip(0)).sum())
+
+
+def classifier_test(a: Array, b: Array, *, steps: int = 300, seed: int = 0) -> dict[str, float]:
+    """Classifier two-sample test: a small network learns to tell half of the images apart and is asked about the rest.
+
+    Both sets count alike. 50 % is guessing, so the sets look alike *to this network*; 100 % means that it tells them
+    apart at sight.
+
+    Args:
+        a, b: stored images ``[N, H, W]`` or ``[N, H, W, C]`` of one size; at least 20 of each.
+        steps: of the training.
+        seed: of the halves and the weights.
+
+    Returns:
+        ``accuracy`` (per cent) with its 95 % Wilson interval ``low`` and ``high``, and ``tested``, the number of
+        images that it was asked about.
+
+    Raises:
+        InputError: sizes differ, or too few images.
+    """
+    from fastsimgan.models.classifier import Classifier
+
+    if a.shape[1:] != b.shape[1:]:
+        raise InputError(f"both sets must have images of one size, got {list(a.shape[1:])} and {list(b.shape[1:])}")
+    count = min(len(a), len(b), _LIMIT)
+    if count < 20:
+        raise InputError(f"a classifier test needs at least 20 images of each set, got {len(a)} and {len(b)}")
+    rng = np.random.default_rng(seed)
+    chosen = [part[rng.permutation(len(part))[:count]] for part in (a, b)]
+    half = count // 2
+    floats = [torch.from_numpy(to_float(part)) for part in chosen]
+    train = torch.cat([part[:half] for part in floats])
+    target = torch.cat([torch.full((half,), kind) for kind in (0, 1)])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Classifier(2, train.shape[1])
+    optimiser = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    sampler = Sampler(len(train), seed)
+    for _ in range(steps):
+        indices = sampler.draw(64)
+        loss = F.cross_entropy(network(train[indices]), target[indices])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    right = 0
+    with torch.inference_mode():
+        for kind, part in enumerate(floats):
+            for first in range(half, count, 256):
+                right += int((network(part[first : first + 256]).argmax(1) == kind).sum())
+    tested = 2 * (count - half)
+    low, high = wilson_interval(right, tested)
+    return {"accuracy": 100 * right / tested, "low": 100 * low, "high": 100 * high, "tested": float(tested)}
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share ``right / count``."""
+    z = 1.959963984540054
+    share, spread = right / count, z * z / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def realism(images: Array, real: Array, *, seed: int = 0) -> dict[str, Any]:
+    """All three numbers of one set against real images (at most 5,000 of each, drawn by ``seed``).
+
+    Returns:
+        ``kid``, ``frechet`` and ``c2st`` (see `classifier_test`), and ``images``, how many of each set were compared.
+    """
+    rng = np.random.default_rng(seed)
+    count = min(len(images), len(real), _LIMIT)
+    parts = [part[np.sort(rng.permutation(len(part))[:count])] for part in (images, real)]
+    a, b = (random_features(part) for part in parts)
+    return {
+        "kid": kernel_distance(a, b),
+        "frechet": frechet_distance(a, b),
+        "c2st": classifier_test(*parts, seed=seed),
+        "images": count,
+    }
+
+
+def _check(a: Array, b: Array) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise InputError(
+            f"features must be [N, d] and [M, d] with N and M at least 2, got {list(a.shape)} and {list(b.shape)}"
+        )
