@@ -5,6 +5,7 @@ COMMANDS = {
     "refine": "refine a folder or an array of images, labels carried along",
     "evaluate": "does refined data train a better model than synthetic data?",
     "export": "a refiner as ONNX files that agree with PyTorch, and the way to TensorRT",
+    "turing": "can people tell refined images from real ones? a page to ask them, and a count of their answers",
     "demo": "all three on the built-in eyes",
     "env": "versions, devices, and which implementation of each op runs here",
 }
