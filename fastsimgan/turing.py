@@ -186,7 +186,7 @@ def _read(path: Path) -> dict[str, Any]:
     for number, answer in enumerate(answers):
         good = isinstance(answer, dict) and answer.get("truth") in kinds and answer.get("answer") in kinds
         rule(good, f"answer {number} must have truth and answer, each real or refined")
-    return sheet  # type: ignore[no-any-return]
+    return sheet
 
 
 def _png(image: Any) -> str:

@@ -95,7 +95,7 @@ def test_the_page_needs_no_network_and_markup_stays_text(page):
 
 def test_make_refuses(page, tmp_path, capsys):
     both = ["--refined", str(tmp_path / "d" / "refined.npz"), "--real", str(tmp_path / "d" / "refined.npz")]
-    assert main(["make", *both, "--out", str(page)]) == 2 and "never overwritten" in capsys.readouterr().err
+    assert main(["make", *both, "--out", str(page)]) == 2 and "ever overwritten" in capsys.readouterr().err
     assert main(["make", *both, "--out", str(tmp_path / "n.html"), "--count", "9"]) == 2
     assert "at least --count=9 images, got 8" in capsys.readouterr().err and not (tmp_path / "n.html").exists()
 

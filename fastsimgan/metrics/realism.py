@@ -97,7 +97,7 @@ def frechet_distance(a: Array, b: Array) -> float:
     return float(distance - 2 * np.sqrt(mixed.clip(0)).sum())
 
 
-def classifier_test(a: Array, b: Array, *, steps: int = 300, seed: int = 0) -> dict[str, float]:
+def classifier_test(a: Array, b: Array, *, steps: int = 150, seed: int = 0) -> dict[str, float]:
     """Classifier two-sample test: a small network learns to tell half of the images apart and is asked about the rest.
 
     Both sets count alike. 50 % is guessing, so the sets look alike *to this network*; 100 % means that it tells them
@@ -135,7 +135,7 @@ def classifier_test(a: Array, b: Array, *, steps: int = 300, seed: int = 0) -> d
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     sampler = Sampler(len(train), seed)
     for _ in range(steps):
-        indices = sampler.draw(64)
+        indices = sampler.draw(32)
         loss = F.cross_entropy(network(train[indices]), target[indices])
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -160,7 +160,7 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def realism(images: Array, real: Array, *, seed: int = 0) -> dict[str, Any]:
+def realism(images: Array, real: Array, *, steps: int = 150, seed: int = 0) -> dict[str, Any]:
     """All three numbers of one set against real images (at most 5,000 of each, drawn by ``seed``).
 
     Returns:
@@ -173,7 +173,7 @@ def realism(images: Array, real: Array, *, seed: int = 0) -> dict[str, Any]:
     return {
         "kid": kernel_distance(a, b),
         "frechet": frechet_distance(a, b),
-        "c2st": classifier_test(*parts, seed=seed),
+        "c2st": classifier_test(*parts, steps=steps, seed=seed),
         "images": count,
     }
 
