@@ -40,6 +40,12 @@ class EvaluateConfig:
     """Networks trained on each set, seeds 0, 1, ..."""
     steps: int | None = None
     """Steps of each network's training; default 600."""
+    realism: bool = False
+    """Also say how like the real images both sets look: KID, Fréchet distance, a classifier two-sample test."""
+    drift: bool = False
+    """Also say how far the iris and the edges moved from each synthetic image to its refined one, in pixels."""
+    worst: Path | None = None
+    """Draw the eight images that moved most, before and after, here (PNG); implies --drift."""
     json: Path | None = None
     """Write the numbers here."""
     plot: Path | None = None
@@ -57,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate_command(config: EvaluateConfig) -> None:
     """The command itself, on parsed settings."""
-    for path in (config.json, config.plot):
+    for path in (config.json, config.plot, config.worst):
         if path is not None and path.exists():
             raise InputError(f"{path}: must not exist yet; nothing is ever overwritten")
     if config.refined is not None and config.refiner is not None:
@@ -72,9 +78,18 @@ def evaluate_command(config: EvaluateConfig) -> None:
     sets = {"synthetic": synthetic, "refined": refined}
     if config.equalised:
         sets["equalised"] = equalised(synthetic)
+    if (config.drift or config.worst is not None) and synthetic.images.shape != refined.images.shape:
+        raise InputError(
+            f"--drift needs each synthetic image refined, got {list(synthetic.images.shape)} and "
+            f"{list(refined.images.shape)}"
+        )
     judge = Judge() if config.steps is None else Judge(steps=config.steps)
     result, predictions = compare(sets, real, seeds=config.seeds, judge=judge, device=config.device)
     print(table(result))
+    if config.realism:
+        result["realism"] = _realism(synthetic, refined, real)
+    if config.drift or config.worst is not None:
+        result["drift"] = _drift(synthetic, refined, config.worst)
     if config.json is not None:
         from fastsimgan.checkpoint import write_atomically
 
@@ -83,6 +98,40 @@ def evaluate_command(config: EvaluateConfig) -> None:
     if config.plot is not None:
         draw(config.plot, result["task"], predictions, real.labels)
         print(f"plot: {config.plot}")
+
+
+def _realism(synthetic: Labelled, refined: Labelled, real: Labelled) -> dict[str, Any]:
+    from fastsimgan.metrics.realism import realism
+
+    print(f"{'against the real images':<24}{'KID':>10}{'Fréchet':>10}   told apart from them by a classifier")
+    found = {}
+    for name, part in (("synthetic", synthetic), ("refined", refined)):
+        found[name] = row = realism(part.images, real.images)
+        test = row["c2st"]
+        print(
+            f"{name:<24}{row['kid']:>10.4f}{row['frechet']:>10.4f}   "
+            f"{test['accuracy']:.1f} % (95 % interval {test['low']:.1f} to {test['high']:.1f}; 50 is guessing)"
+        )
+    print("features: a fixed random convolution; not the Inception distances of the literature")
+    return found
+
+
+def _drift(synthetic: Labelled, refined: Labelled, worst: Path | None) -> dict[str, Any]:
+    from fastsimgan.metrics.label_drift import describe, label_drift
+
+    drift = label_drift(synthetic.images, refined.images)
+    print(describe(drift))
+    if worst is not None:
+        from fastsimgan.data.values import from_float, to_float
+        from fastsimgan.pictures import save_rows
+
+        rows = {
+            name: from_float(to_float(part.images[drift["worst"]]), "uint8")
+            for name, part in (("synthetic", synthetic), ("refined", refined))
+        }
+        save_rows(worst, rows)
+        print(f"moved most: {worst}")
+    return drift
 
 
 def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:

@@ -71,6 +71,18 @@ def test_the_json_has_its_form_and_nothing_is_overwritten(tmp_path, capsys):
     assert "must not exist yet" in capsys.readouterr().err
 
 
+def test_realism_and_drift_are_printed_and_in_the_json(tmp_path, capsys):
+    train, test = gaze_arrays(40, 0), gaze_arrays(40, 1)
+    out, worst = tmp_path / "out.json", tmp_path / "worst.png"
+    flags = ["--synthetic", save(tmp_path / "a.npz", train), "--refined", save(tmp_path / "c.npz", train)]
+    flags += ["--real", save(tmp_path / "v.npz", test), "--seeds", "1", "--steps", "2", "--device", "cpu"]
+    assert main([*flags, "--realism", "--worst", str(worst), "--json", str(out)]) == 0
+    result, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert set(result["realism"]) == {"synthetic", "refined"} and "told apart" in printed
+    assert result["drift"]["edges_px"]["max"] == 0 and "label drift: " in printed
+    assert worst.read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_set_with_true_labels_wins_and_the_api_is_the_command_module():
     train, test = class_arrays(200, 0), class_arrays(60, 1)
     wrong = train | {"label": np.roll(train["label"], 1)}
