@@ -64,8 +64,10 @@ def test_edges_without_a_margin_work_on_any_image():
     rng = np.random.default_rng(0)
     squares = np.full((6, 30, 30), 30, np.uint8)
     squares[:, 9:20, 9:20] = 220
-    np.testing.assert_allclose(edge_shifts(squares, np.roll(squares, 2, 2))[0], 2, atol=2)
-    assert edge_shifts(squares, squares).max() == 0
+    assert (edge_shifts(squares, squares) == 0).all()
+    # every edge by 2 along its normal; smoothing makes it read low
+    moved = edge_shifts(squares, np.roll(squares, (2, 2), (1, 2)))
+    assert (moved > 1).all() and (moved < 2.2).all()
     colour = rng.integers(0, 256, (3, 30, 40, 3), dtype=np.uint8)
     assert edge_shifts(colour, colour).max() == 0
 
@@ -87,9 +89,9 @@ def test_the_summary_names_the_image_that_moved_most():
 
 
 def test_gaze_drift_is_zero_where_nothing_changed_and_not_where_eyes_were_exchanged():
-    eyes = simulate_eyes(60, 3)
+    eyes = simulate_eyes(30, 3)
     part = Labelled(eyes["images"], eyes["pitch_yaw"], "gaze")
-    judge = Judge(steps=15, batch_size=16)
+    judge = Judge(steps=8, batch_size=8)
     assert gaze_drift(part, eyes["images"], judge=judge).max() < 1e-3
     assert gaze_drift(part, np.roll(eyes["images"], 1, 0), judge=judge).mean() > 0.1
 
