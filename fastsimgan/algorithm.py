@@ -29,6 +29,8 @@ Metrics = dict[str, Tensor]
 PHASES = ("pretrain_refiner", "pretrain_discriminator", "train")
 """R alone, D alone, Algorithm 1."""
 
+_BAND, _WINDOW = (0.65, 0.85), 20  # of D's accuracy, and the iterations it is averaged over; ours
+
 
 class SimGAN:
     """Refiner, discriminator, their optimisers, the history and how far training is: the state of Algorithm 1.
@@ -54,6 +56,7 @@ class SimGAN:
         self.precision = precision
         self.batch = config.batch_size // self.ranks.count  # this rank's share
         channels = image_shape[0]
+        self.image_size = image_shape[1:]
         first_kernel = 7 if config.network == "hand" else 3
         refiner = Refiner(channels, width=config.width, blocks=config.blocks, first_kernel=first_kernel)
         self.starts_at_identity = config.identity_init and refiner.identity_init_()
@@ -78,6 +81,7 @@ class SimGAN:
         )
         self._average_weight = torch.zeros((), device=device)
         self.k_g = config.k_g
+        self.accuracies: list[float] = []  # D's, since K_g was last thought about
         self.done = dict.fromkeys(PHASES, 0)  # steps of each phase behind us
 
     @property
@@ -196,6 +200,26 @@ class SimGAN:
             metrics |= self.update_discriminator(draw_synthetic, draw_real)
         return metrics
 
+    def adapt(self, accuracy: float) -> None:
+        """With --k-g-max: take in D's accuracy in an iteration, and after each 20 let K_g follow their mean."""
+        if not self.config.k_g_max:
+            return
+        self.accuracies.append(accuracy)
+        if len(self.accuracies) < _WINDOW:
+            return
+        mean = sum(self.accuracies) / _WINDOW
+        self.accuracies.clear()
+        step = 1 if mean > _BAND[1] else -1 if mean < _BAND[0] else 0
+        self.k_g = min(max(self.k_g + step, self.config.k_g), self.config.k_g_max)
+
+    def images_drawn(self) -> dict[str, int]:
+        """How many synthetic and real images an iteration draws on this rank."""
+        of_discriminator = self.batch // 2 if self.history is not None else self.batch
+        return {
+            "synthetic": self.k_g * self.batch + self.config.k_d * of_discriminator,
+            "real": self.config.k_d * self.batch,
+        }
+
     def set_schedule(self) -> None:
         """Write this iteration's learning rates and the average's weight where `updates` reads them."""
         scale = self._learning_rate_scale()
@@ -232,7 +256,7 @@ class SimGAN:
     def state(self) -> dict[str, Tensor]:
         """Every tensor that an iteration reads or writes, by flat names; the histories of all ranks on the first.
 
-        Every rank must call it. Beside them only ``done``, ``k_g`` and the samplers decide what comes next.
+        Every rank must call it. Beside them ``done``, ``k_g``, ``accuracies`` and the samplers decide what comes next.
         """
         tensors: dict[str, Tensor] = {}
         for name in ("refiner", "discriminator", "average"):

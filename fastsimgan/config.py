@@ -43,6 +43,9 @@ class TrainConfig:
     """Patch-wise adversarial loss (§2.2); --no-local is the global one."""
     k_g: int = 1
     """Updates of R in an iteration."""
+    k_g_max: int = 0
+    """Above --k-g: D's accuracy is kept in a band. K_g rises by one, to this at most, where D was right on more than
+    85 % of the last 20 iterations' patches, and falls by one, to --k-g at least, where on less than 65 %. 0: fixed."""
     k_d: int = 1
     """Updates of D in an iteration."""
     history: int = 2048
@@ -80,6 +83,10 @@ class TrainConfig:
     """`auto`, `cpu` or `cuda`."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """In which the networks compute; weights stay float32. auto: bfloat16 where the device has it, else float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of both networks. auto: on CUDA; not on a CPU, where it gains nothing worth its seconds."""
+    cuda_graph: bool = True
+    """On CUDA, with the images on the device: an iteration as one CUDA graph. Elsewhere it does nothing."""
     data: Literal["auto", "device", "host"] = "auto"
     """Where the images live: on the device as they are stored, or on the host (an .npy stays memory-mapped) and read
     ahead by a thread. auto: on the device if they take at most half of its free memory."""
@@ -87,6 +94,9 @@ class TrainConfig:
     """Implementation of the fused losses and the history: the fastest that works here, or the plain reference."""
     seed: int = 0
     """Seed of the weights and of everything drawn."""
+    profile: int = 0
+    """Iterations to profile: after ten ordinary ones, a table of where the time goes is printed and profile.txt and
+    trace.json.gz are written to --out. 0: none."""
     picture_every: int = 250
     """Iterations between contact sheets (and lines of progress in a log)."""
     checkpoint_every: int = 500
@@ -99,9 +109,11 @@ class TrainConfig:
         for name in ("steps", "batch_size", "k_g", "k_d", "width", "picture_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{_flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("blocks", "pretrain_refiner", "pretrain_discriminator", "history", "warm_up", "seed"):
+        for name in ("blocks", "pretrain_refiner", "pretrain_discriminator", "history", "warm_up", "seed", "profile"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{_flag(name)} must be at least 0, got {getattr(self, name)}")
+        if self.k_g_max and self.k_g_max < self.k_g:
+            raise InputError(f"--k-g-max must be 0 or at least --k-g ({self.k_g}), got {self.k_g_max}")
         if self.batch_size % 2:
             raise InputError(f"--batch-size must be even (half of D's batch is history, §2.3), got {self.batch_size}")
         if 0 < self.history < self.batch_size // 2:

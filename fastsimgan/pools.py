@@ -166,6 +166,21 @@ class Pools:
         self.synthetic.sampler.restart(positions["synthetic"], attempt)
         self.real.sampler.restart(positions["real"], attempt)
 
+    def reserve(self, counts: dict[str, int]) -> None:
+        """Have the indices of the next ``counts`` images of each set on the device, for a CUDA graph to draw."""
+        for name, count in counts.items():
+            self._resident(name).reserve(count)
+
+    def drawn_by_a_graph(self, images: dict[str, int]) -> None:
+        """Follow a CUDA graph's replay, which moved the cursors on the device."""
+        for name, count in images.items():
+            self._resident(name).drawn_by_a_graph(count)
+
+    def _resident(self, name: str) -> Sampler:
+        pool = getattr(self, name)
+        assert isinstance(pool, ResidentImages)
+        return pool.sampler
+
     def drawn_since(self, positions: dict[str, int]) -> dict[str, list[int]]:
         """Indices of the images drawn since `positions`, by all ranks."""
         now = self.positions()
@@ -209,7 +224,7 @@ def open_pools(
             f"got {_size(synthetic)} and {_size(real)}"
         )
     resident, reason = _placement(arrays, config.data, device)
-    if not resident or config.data != "auto" or device.type != "cpu":
+    if reason:
         say(f"data: {reason}")
     histogram = _histogram(synthetic, real, config, say)
     seeds = np.random.SeedSequence(config.seed).generate_state(2)
@@ -226,7 +241,7 @@ def open_pools(
 
 
 def _placement(arrays: dict[str, Images], choice: str, device: torch.device) -> tuple[bool, str]:
-    """Whether the images live on the device, and why."""
+    """Whether the images live on the device, and why; "" where there is no choice."""
     size = sum(images.nbytes for images in arrays.values())
     mapped = any(isinstance(images, np.memmap) for images in arrays.values())
     where = "memory-mapped" if mapped else "in host memory"
@@ -238,7 +253,7 @@ def _placement(arrays: dict[str, Images], choice: str, device: torch.device) -> 
         free, _ = torch.cuda.mem_get_info(device)
     else:
         if not mapped:
-            return True, f"{_bytes(size)} are in memory already"
+            return True, ""  # in memory already: nothing was chosen
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     # half: activations, weights and the history want the rest
     if size <= free // 2:

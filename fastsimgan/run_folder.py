@@ -103,7 +103,7 @@ class RunFolder:
         if (here := self.trainer.ranks.count) != facts["ranks"]:
             raise InputError(f"{path} must go on with the {facts['ranks']} processes it was made by, got {here}")
         self.trainer.load_state(tensors, facts["done"])
-        self.trainer.k_g = facts["k_g"]
+        self.trainer.k_g, self.trainer.accuracies = facts["k_g"], facts["accuracies"]
         self.attempt = facts["attempt"]
         self.pools.restart(facts["positions"], self.attempt)
         if self.writes:
@@ -152,6 +152,7 @@ class RunFolder:
         facts: dict[str, Any] = {
             "done": done,
             "k_g": self.trainer.k_g,
+            "accuracies": self.trainer.accuracies,
             "attempt": self.attempt,
             "positions": self.pools.positions(),
             "ranks": self.trainer.ranks.count,

@@ -17,7 +17,7 @@ Give --synthetic and --real (folders of images, .npz or .npy), or neither for th
 out, in --out: refiner.safetensors, contact_sheet.png, metrics.jsonl, config.json, checkpoints/ and pictures/."""
 
 #: What a resumed run may change without ceasing to be the same run.
-_FREE_ON_RESUME = {"out", "resume", "dry_run", "device", "picture_every", "checkpoint_every", "keep", "data"}
+_FREE_ON_RESUME = {"out", "resume", "dry_run", "device", "picture_every", "checkpoint_every", "keep", "data", "profile"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

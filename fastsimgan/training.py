@@ -9,13 +9,15 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
+from fastsimgan.acceleration import GraphedIterations, compile_networks
 from fastsimgan.algorithm import Metrics, SimGAN
 from fastsimgan.config import TrainConfig
 from fastsimgan.device import choose_device, keep_freed_memory
 from fastsimgan.errors import InputError, Stopped
 from fastsimgan.guard import GuardRails
-from fastsimgan.pools import Images, open_pools
+from fastsimgan.pools import Images, Pools, open_pools
 from fastsimgan.precision import choose_precision
+from fastsimgan.profiling import iteration_flops, peak, profile_iterations
 from fastsimgan.ranks import Ranks, join_ranks
 from fastsimgan.run_folder import RunFolder
 from fastsimgan.runtime.refiner import Refiner
@@ -77,21 +79,34 @@ def fit(
     run = RunFolder(config, trainer, pools, say)
     with StopRequest() as stop:
         run.open()
+        if config.profile:
+            say(profile_iterations(trainer, pools, config.profile, run.folder))
+        compile_networks(trainer, config.compile, say)
+        graphs = GraphedIterations(trainer, pools) if _can_graph(config, pools, device, ranks) else None
         guard = GuardRails(say)
         bar = _Progress(trainer)
         while phase := trainer.phase:
             # One step of R alone, of D alone, or one iteration of Algorithm 1.
             before = pools.positions()
-            numbers = _read(trainer.advance(pools.draw_synthetic, pools.draw_real), ranks)
+            if phase == "train" and graphs:
+                metrics = graphs()
+            else:
+                metrics = trainer.advance(pools.draw_synthetic, pools.draw_real)
+            numbers = _read(metrics, ranks)
             step = trainer.done[phase]
             if not all(map(math.isfinite, numbers.values())):
                 run.go_back(phase, numbers, before)
+                if graphs:
+                    graphs.forget()
                 continue
 
             # Report.
             if phase == "train":
                 if trainer.history is not None and step % 10 == 0:
                     numbers["history_age"] = trainer.history.statistics()["mean_age"]
+                if config.k_g_max:
+                    numbers["k_g"] = trainer.k_g
+                trainer.adapt((numbers["accuracy_refined"] + numbers["accuracy_real"]) / 2)
                 guard.watch(step, numbers)
             run.record(phase, numbers)
             bar.show(phase, numbers)
@@ -107,6 +122,11 @@ def fit(
                 raise Stopped(stopped_by, f"after {phase} step {step}; a checkpoint is written, --resume goes on")
         bar.close()
         return run.finish()
+
+
+def _can_graph(config: TrainConfig, pools: Pools, device: torch.device, ranks: Ranks) -> bool:
+    # of several ranks' graphs, one that fails to capture would leave the others waiting: not before it has been run
+    return config.cuda_graph and device.type == "cuda" and pools.resident and ranks.count == 1
 
 
 def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
@@ -147,8 +167,13 @@ class _Progress:
             self._bar.set_postfix_str(_line(numbers))
 
     def rate(self) -> str:
-        """Synthetic images that R has been trained on, a second."""
-        return f"{self._images / (time.monotonic() - self._since):.0f} images/s"
+        """Synthetic images that R has been trained on, a second; on a known GPU also the share of its matrix peak."""
+        trainer, images = self._trainer, self._images / (time.monotonic() - self._since)
+        text = f"{images:.0f} images/s"
+        if (limit := peak(trainer.device)) is not None:
+            rate = images / (trainer.config.batch_size * trainer.k_g) * iteration_flops(trainer)
+            text += f", {rate / limit / trainer.ranks.count:.0%} of the bfloat16 peak"
+        return text
 
     def close(self) -> None:
         """Leave the bar as it stands."""
