@@ -20,8 +20,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,13 @@ class Run:
         return self.state / "blocks" / f"{block:08d}.jsonl"
 
     def claim(self, block: int) -> Claim | None:
-        """Claim a block; None if it is done or another worker is at it.
+        """Claim a block; None if it is done, another worker is at it, or all was published meanwhile.
 
         Raises UnavailableError on a file system without locks.
         """
+        path = self.state / "claims" / f"{block:08d}"
         with self._writing():
-            descriptor = os.open(self.state / "claims" / f"{block:08d}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -95,7 +97,8 @@ class Run:
                 f"{printable(self.output)}: the file system must offer locks (flock), got {error.strerror}"
             ) from error
         claim = Claim(block, descriptor)
-        if self.is_committed(block):
+        # The claim's file goes when the run is published: what it says of manifests then is no longer true.
+        if self.is_committed(block) or not path.exists():
             claim.release()
             return None
         return claim
@@ -144,10 +147,17 @@ class Run:
                         yield entry["name"], entry["error"]
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run's own lock: for what one process alone may do."""
-        with _locked(self.state):
-            yield
+    def locked(self) -> Iterator[Callable[[], bool]]:
+        """Hold the run's own lock, for what one process alone may do; yields `_locked`'s function."""
+        with _locked(self.state) as is_still_there:
+            yield is_still_there
+
+    def published(self) -> bool:
+        """Whether the output has its name by now; one that is just being published is waited for, 10 s at most."""
+        deadline = time.monotonic() + 10
+        while (self.state / "done.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return is_published(self.output, self.is_file)
 
     def publish(self, totals: dict[str, Any]) -> None:
         """Give the output its name. Call it with the lock held and all blocks committed; can be repeated after a kill.
@@ -236,58 +246,74 @@ def open_run(output: Path, settings: dict[str, Any], source: Any, *, is_file: bo
     Raises InputError, before anything is written, if there is another thing or another run at ``output`` or
     ``output.partial``.
     """
-    partial = partial_of(output)
-    for attempt in range(2):
-        state = state_of(output, is_file)
-        if (state / "done.json").exists() and os.path.lexists(output):
-            source.attach(state)
-            identity = {**settings, **source.identity}
-            _compare(output, identity, read_json(state / "run.json"))
-            return Run(output, identity, source.blocks, is_file=is_file, complete=True)
-        published = is_file and (partial / STATE / "done.json").exists()  # killed between its two renames
-        if os.path.lexists(output) and not published:
-            if is_file or not output.is_dir() or output.is_symlink() or any(output.iterdir()):
-                raise InputError(
-                    f"{printable(output)}: output must not exist yet; nothing is ever overwritten, and this is no run's"
-                )
-        made = [parent for parent in partial.absolute().parents if not parent.exists()]
-        if os.path.lexists(partial) and not _may_be_a_run(partial):
-            raise InputError(f"{printable(partial)}: must not exist yet, or be an unfinished run's, got something else")
-        try:
+    for _ in range(3):
+        finished = is_published(output, is_file)
+        with suppress(_Outrun):
+            try:
+                return _open_run(output, settings, source, is_file)
+            except InputError:
+                # Where another worker published between our look and our start, the same calls find a finished run.
+                if finished or not is_published(output, is_file):
+                    raise
+    raise InputError(f"{printable(output)}: other workers keep finishing and beginning it: start again")
+
+
+class _Outrun(Exception):
+    """Another worker published, or gave up, between our look and our lock."""
+
+
+def is_published(output: Path, is_file: bool) -> bool:
+    """Whether a run's finished output, records and all, is there."""
+    return (state_of(output, is_file) / "done.json").exists() and os.path.lexists(output)
+
+
+def _open_run(output: Path, settings: dict[str, Any], source: Any, is_file: bool) -> Run:
+    partial, state = partial_of(output), state_of(output, is_file)
+    if is_published(output, is_file):
+        source.attach(state)
+        identity = {**settings, **source.identity}
+        _compare(output, identity, read_json(state / "run.json"))
+        return Run(output, identity, source.blocks, is_file=is_file, complete=True)
+    published = is_file and (partial / STATE / "done.json").exists()  # killed between its two renames
+    if os.path.lexists(output) and not published:
+        if is_file or not output.is_dir() or output.is_symlink() or any(output.iterdir()):
+            raise InputError(
+                f"{printable(output)}: output must not exist yet; nothing is ever overwritten, and this is no run's"
+            )
+    made = [parent for parent in partial.absolute().parents if not parent.exists()]
+    if os.path.lexists(partial) and not _may_be_a_run(partial):
+        raise InputError(f"{printable(partial)}: must not exist yet, or be an unfinished run's, got something else")
+    try:
+        with writing(output):
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            (partial / STATE).mkdir(parents=True, exist_ok=True)
+        with _locked(partial / STATE) as is_still_there:
+            # Only under the lock does it hold still: who publishes has it, and takes the folder away with it.
+            if is_published(output, is_file) or not is_still_there():
+                raise _Outrun
             with writing(output):
-                partial.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    partial.mkdir()
-                    fresh = True
-                except FileExistsError:
-                    fresh = False
                 for inner in ("claims", "blocks", "tmp"):
-                    (partial / STATE / inner).mkdir(parents=True, exist_ok=True)
-            with _locked(partial / STATE):
-                if fresh and (state / "done.json").exists() and attempt == 0:
-                    shutil.rmtree(partial)  # another worker finished between our look and our start
-                    continue
-                if not (partial / STATE / "run.json").exists():
-                    with writing(output):
-                        source.prepare(partial / STATE)
-                    identity = {**settings, **source.identity}
-                    run = Run(output, identity, source.blocks, is_file=is_file, complete=False)
-                    record = {"format": FORMAT, "identity": identity, "blocks": source.blocks}
-                    with writing(output):
-                        run.write_file(partial / STATE / "run.json", (json.dumps(record, indent=1) + "\n").encode())
-                    return run
-                source.attach(partial / STATE)
-                identity = {**settings, **source.identity}
-                _compare(partial, identity, read_json(partial / STATE / "run.json"))
-                return Run(output, identity, source.blocks, is_file=is_file, complete=False)
-        except BaseException:
+                    (partial / STATE / inner).mkdir(exist_ok=True)
             if not (partial / STATE / "run.json").exists():
-                shutil.rmtree(partial, ignore_errors=True)
-                for parent in made:
-                    with suppress(OSError):
-                        parent.rmdir()
-            raise
-    raise AssertionError("unreachable")
+                with writing(output):
+                    source.prepare(partial / STATE)
+                identity = {**settings, **source.identity}
+                run = Run(output, identity, source.blocks, is_file=is_file, complete=False)
+                record = {"format": FORMAT, "identity": identity, "blocks": source.blocks}
+                with writing(output):
+                    run.write_file(partial / STATE / "run.json", (json.dumps(record, indent=1) + "\n").encode())
+                return run
+            source.attach(partial / STATE)
+            identity = {**settings, **source.identity}
+            _compare(partial, identity, read_json(partial / STATE / "run.json"))
+            return Run(output, identity, source.blocks, is_file=is_file, complete=False)
+    except BaseException:
+        if not (partial / STATE / "run.json").exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in made:
+                with suppress(OSError):
+                    parent.rmdir()
+        raise
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -344,13 +370,22 @@ def _may_be_a_run(partial: Path) -> bool:
 
 
 @contextmanager
-def _locked(state: Path) -> Iterator[None]:
+def _locked(state: Path) -> Iterator[Callable[[], bool]]:
+    """Hold the lock in ``state``; yields a function that says whether this lock is still the one of that name."""
+    path = state / "lock"
     try:
-        descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise InputError(f"{printable(state)}: cannot be written: {error.strerror}") from error
+
+    def is_still_there() -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        except OSError:
+            return False
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield is_still_there
     finally:
         os.close(descriptor)

@@ -153,14 +153,20 @@ def work(job: Job, loader: Loader, worker: int, workers: int, report: Callable[[
     Raises InputError at a bad image ("fail") or a full disk, and whatever the loader raises.
     """
     run, source, output = start(job)
+    try:
+        _do_blocks(run, source, output, job, loader, worker, workers, report)
+    except InputError:
+        if not run.published():  # else another worker finished meanwhile, and its folders went with it
+            raise
+
+
+def _do_blocks(
+    run: Run, source: Input, output: Output, job: Job, loader: Loader, worker: int, workers: int,
+    report: Callable[[Progress], None],
+) -> None:  # fmt: skip
     refining: Worker | None = None
     while not run.complete:
-        try:
-            left = sorted(set(range(run.blocks)) - run.committed())
-        except InputError:
-            if _published(run):
-                return
-            raise
+        left = sorted(set(range(run.blocks)) - run.committed())
         if not left:
             _publish(run, output)
             return
@@ -201,27 +207,18 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("numpy", "pillow", "torch")}
 
 
-def _published(run: Run) -> bool:
-    return not run.partial.exists() and os.path.lexists(run.output)
-
-
 def _publish(run: Run, output: Output) -> None:
-    try:
-        lock = run.locked()
-        with lock:
-            if _published(run):
-                return
-            totals = run.totals()
-            if not totals["images"]:
-                _, reason = next(run.failures())
-                raise InputError(
-                    f"{run.identity['input']}: at least one image must be readable, got 0: {printable(reason)}"
-                )
-            labels = output.finish()
-            run.publish(totals | ({} if labels is None else {"labels": labels}))
-    except InputError:
-        if not _published(run):  # else another worker did it
-            raise
+    with run.locked() as is_still_there:
+        if not is_still_there():  # another worker published while we waited
+            return
+        totals = run.totals()
+        if not totals["images"]:
+            _, reason = next(run.failures())
+            raise InputError(
+                f"{run.identity['input']}: at least one image must be readable, got 0: {printable(reason)}"
+            )
+        labels = output.finish()
+        run.publish(totals | ({} if labels is None else {"labels": labels}))
 
 
 def refine(

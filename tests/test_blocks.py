@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastsimgan import inputs, workers
+from fastsimgan import blocks, inputs, workers
 from fastsimgan.blocks import Run
 from fastsimgan.errors import FastSimGANError, InputError
 from fastsimgan.verification import verify
@@ -367,6 +367,35 @@ def test_the_number_of_workers_never_matters(kind: str, model: Path, tmp_path: P
         assert refine(job, workers=count, loader=load_invert).images == 60
         outputs.append(content(job.output))
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+@pytest.mark.parametrize("believes", ["all is left", "nothing"])
+def test_a_worker_that_comes_late_finds_the_run_published(
+    kind: str, believes: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, suffix = MAKERS[kind]
+    job = Job(model, make(tmp_path / f"in{suffix}", 60, 0), tmp_path / f"out{suffix}", batch_size=5)
+    late = start(job)  # has opened the run, and then sleeps while another does all of it
+    refine(job, loader=load_invert)
+    done = content(job.output)
+    if believes == "all is left":
+        looks, real = iter([set()]), late[0].committed
+        monkeypatch.setattr(late[0], "committed", lambda: next(looks) if looks.__length_hint__() else real())
+    monkeypatch.setattr(workers, "start", lambda job: late)
+    workers.work(job, load_invert, 1, 2, lambda progress: None)
+    assert content(job.output) == done and not blocks.partial_of(job.output).exists()
+
+
+def test_a_worker_that_starts_during_publication_looks_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(model, MAKERS["folder"][0](tmp_path / "in", 60, 0), tmp_path / "out", batch_size=5)
+    refine(job, loader=load_invert)
+    done, looks, real = content(job.output), iter([False, False]), blocks.is_published
+    monkeypatch.setattr(blocks, "is_published", lambda *run: next(looks, None) is None and real(*run))
+    run, *_ = start(job)
+    assert run.complete and content(job.output) == done and not blocks.partial_of(job.output).exists()
 
 
 def test_a_dead_workers_block_is_redone(model: Path, tmp_path: Path) -> None:
