@@ -32,8 +32,6 @@ PACKAGES = {
     "onnxruntime-gpu": "[gpu]",
     "tensorrt-cu13": "[trt]",
     "tensorrt-rtx-cu13": "[rtx]",
-    "ray": "[ray]",
-    "tensorboard": "[tb]",
 }
 
 

@@ -169,8 +169,8 @@ def load_engine(
         about = record(path)
     elif not trusted:
         raise InputError(
-            f"{printable(path)}: was not built here, and an engine can hold code: --trust-engine (trust_engine=True) "
-            "runs it all the same"
+            f"{printable(path)}: was not built here, and an engine can hold code: "
+            "load_refiner(path, trust_engine=True) runs it all the same"
         )
     trt = library(name)
     if about is not None and about["library"] != (ours := f"{name} {trt.__version__}"):
