@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fastsimgan import cli
+from fastsimgan.data.files import refuse_existing
 from fastsimgan.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate_command(config: EvaluateConfig) -> None:
     """The command itself, on parsed settings."""
     for path in (config.json, config.plot, config.worst):
-        if path is not None and path.exists():
-            raise InputError(f"{path}: must not exist yet; nothing is ever overwritten")
+        if path is not None:
+            refuse_existing(path)
     if config.refined is not None and config.refiner is not None:
         raise InputError(f"give --refined or --refiner, not both: got {config.refined} and {config.refiner}")
 
@@ -78,7 +79,8 @@ def evaluate_command(config: EvaluateConfig) -> None:
     sets = {"synthetic": synthetic, "refined": refined}
     if config.equalised:
         sets["equalised"] = equalised(synthetic)
-    if (config.drift or config.worst is not None) and synthetic.images.shape != refined.images.shape:
+    drift = config.drift or config.worst is not None
+    if drift and synthetic.images.shape != refined.images.shape:
         raise InputError(
             f"--drift needs each synthetic image refined, got {list(synthetic.images.shape)} and "
             f"{list(refined.images.shape)}"
@@ -88,7 +90,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
     print(table(result))
     if config.realism:
         result["realism"] = _realism(synthetic, refined, real)
-    if config.drift or config.worst is not None:
+    if drift:
         result["drift"] = _drift(synthetic, refined, config.worst)
     if config.json is not None:
         from fastsimgan.checkpoint import write_atomically

@@ -15,11 +15,11 @@ from tarfile import TarInfo
 from typing import Any
 
 from fastsimgan.data.arrays import ArrayImages
-from fastsimgan.data.files import printable
+from fastsimgan.data.files import hash_file, printable
 from fastsimgan.data.hdf5 import HDF5Images, is_hdf5
 from fastsimgan.data.images import FORMATS, read_bytes, read_header
 from fastsimgan.data.listing import STATE, Unit, list_units
-from fastsimgan.data.shards import find_shards, hash_file, read_samples
+from fastsimgan.data.shards import find_shards, read_samples
 from fastsimgan.errors import InputError
 
 FILES_PER_BLOCK = 1024  # units; a kill loses a few seconds' work, and ten million files make ten thousand manifests

@@ -13,10 +13,9 @@ import numpy as np
 
 from fastsimgan.blocks import FORMAT, partial_of, read_header, read_json, read_lines, state_of
 from fastsimgan.data.arrays import ArrayImages
-from fastsimgan.data.files import printable
+from fastsimgan.data.files import hash_file, printable
 from fastsimgan.data.hdf5 import HDF5Images, is_hdf5
 from fastsimgan.data.listing import STATE
-from fastsimgan.data.shards import hash_file
 from fastsimgan.errors import InputError
 
 

@@ -5,7 +5,6 @@ All of them do the same: open the run, claim blocks until none is left, and publ
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastsimgan.blocks import Run, open_run, partial_of
-from fastsimgan.data.files import printable
+from fastsimgan.data.files import hash_file, printable
 from fastsimgan.data.images import JPEG_QUALITY, codecs
 from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
 from fastsimgan.inputs import ArraysInput, FolderInput, Input, open_input
@@ -140,11 +139,7 @@ def start(job: Job) -> tuple[Run, Input, Output]:
 def refiner_sha256(path: Path) -> str:
     """SHA-256 of a refiner's file. Raises InputError if it is not there."""
     file = path / "refiner.safetensors" if path.is_dir() else path
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{printable(file)}: the refiner cannot be read: {error.strerror}") from error
+    return hash_file(file, "the refiner cannot be read")
 
 
 def work(job: Job, loader: Loader, worker: int, workers: int, report: Callable[[Progress], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -64,6 +65,15 @@ def refuse_existing(output: Path) -> None:
     """Raise InputError if anything, even a broken link, is at ``output``."""
     if os.path.lexists(output):
         raise InputError(f"{printable(output)}: output must not exist yet; nothing is ever overwritten")
+
+
+def hash_file(path: Path, complaint: str = "cannot be read") -> str:
+    """SHA-256 of a file. Raises InputError with ``complaint`` if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{printable(path)}: {complaint}: {error.strerror}") from error
 
 
 def copy_file(source: Path, target: Path) -> None:

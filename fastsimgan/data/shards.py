@@ -7,7 +7,6 @@ The key is a member's path up to the first dot of its base name, the rest is its
 from __future__ import annotations
 
 import glob
-import hashlib
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,15 +46,6 @@ def find_shards(path: Path) -> list[Path]:
         twin = next(name for name in names if names.count(name) > 1)
         raise InputError(f"{printable(path)}: shards must differ in file name, got {printable(twin)} twice")
     return sorted(found, key=natural_key)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file. Raises InputError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{printable(path)}: cannot be read: {error.strerror}") from error
 
 
 def read_samples(path: Path, images: str | None = None) -> Iterator[Sample]:

@@ -120,7 +120,7 @@ def edge_shifts(synthetic: Array, refined: Array, lid_margin: Array | None = Non
 def gaze_drift(synthetic: Labelled, refined: Array, *, seed: int = 0, judge: Judge | None = None) -> Array:
     """How far a gaze network's answer moves from x to R(x), in degrees ``[N]``; it is trained on the synthetic images.
 
-    A drift of the labels shows here, and so does a change of look that the network was never taught: an upper bound.
+    A drift of the labels shows here, and so does a change of look that the network was never taught.
     """
     both = np.concatenate([synthetic.images, refined])
     vectors = train_and_predict(
