@@ -29,7 +29,9 @@ BAD_SHARE = 0.01  # of the images; with more left out, the command fails althoug
 @dataclass(frozen=True)
 class RefineConfig:
     refiner: Path | None = None
-    """Folder of a training run, or its refiner file."""
+    """Folder of a training run, its refiner.safetensors, or what `export` made of it (.onnx, .engine)."""
+    trust_engine: bool = False
+    """Run a TensorRT engine that `export --engine` did not build here, such as trtexec's; it can hold code."""
     input: Path | None = None
     """Folder of images, .tar shard (or a quoted glob, or a folder of them), .npz with `images`, .npy or HDF5 file."""
     output: Path | None = None
@@ -83,6 +85,7 @@ def refine(config: RefineConfig) -> int:
         images=config.images,
         to=config.to,
         link=config.link,
+        trust_engine=config.trust_engine,
     )
     run, source, _ = workers.start(job)
     print(source.describe())

@@ -43,6 +43,7 @@ class Job:
     images: str | None = None
     to: Literal["same", "folder", "shards"] = "same"
     link: bool = False
+    trust_engine: bool = False
 
 
 @dataclass
@@ -73,7 +74,7 @@ def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
         torch.set_num_threads(cores(workers))
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{worker % torch.cuda.device_count()}"
-    return load_refiner(job.refiner, device=device)
+    return load_refiner(job.refiner, device=device, trust_engine=job.trust_engine)
 
 
 def cores(workers: int) -> int:

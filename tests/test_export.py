@@ -21,6 +21,7 @@ from fastsimgan.data.histogram import equalise  # noqa: E402
 from fastsimgan.errors import InputError, UnavailableError  # noqa: E402
 from fastsimgan.export import main  # noqa: E402
 from fastsimgan.models import refiner as network  # noqa: E402
+from fastsimgan.refine import main as refine  # noqa: E402
 from fastsimgan.runtime import graph, load_refiner, onnx_file, save_refiner  # noqa: E402
 from fastsimgan.runtime.form import Form  # noqa: E402
 from fastsimgan.runtime.onnxruntime_backend import OnnxRuntimeBackend  # noqa: E402
@@ -205,6 +206,32 @@ def test_the_command(run, tmp_path, capsys) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_refine_takes_a_run_its_file_and_every_exported_one(run, exported, tmp_path, capsys) -> None:
+    eyes = simulate_eyes(70, 4)["images"]  # two batches
+    np.save(tmp_path / "eyes.npy", eyes)
+    flags = ["--input", str(tmp_path / "eyes.npy"), "--device", "cpu"]
+    refiners = [run, run / "refiner.safetensors", *(exported / name for name in (*FLOATS, "refiner.u8.fp16.onnx"))]
+    refined = []
+    for index, refiner in enumerate(refiners):
+        out = tmp_path / f"{index}.npy"
+        assert refine(["--refiner", str(refiner), "--output", str(out), *flags]) == 0, capsys.readouterr().err
+        refined.append(np.load(out).astype(int))
+        assert np.abs(refined[-1] - refined[0]).max() <= 1, refiner
+    assert np.array_equal(refined[0], refined[1]) and np.abs(refined[0] - eyes).mean() > 1
+
+
+def test_refine_with_a_file_for_other_images(exported: Path, tmp_path: Path, capsys) -> None:
+    flags = ["--refiner", str(exported / "refiner.u8.fp16.onnx"), "--output", str(tmp_path / "out.npy")]
+    for images, message in (
+        (np.zeros((2, 8, 8, 3), np.uint8), "must have 1 channel(s), as the refiner has, got 3"),
+        (np.zeros((2, 8, 8), np.uint16), "takes uint8 images, got torch.uint16"),
+    ):
+        np.save(tmp_path / "images.npy", images)
+        assert refine([*flags, "--input", str(tmp_path / "images.npy"), "--device", "cpu"]) == 2
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.glob("out*"))
+
+
 # What must be refused before any image is touched.
 
 
@@ -280,11 +307,16 @@ def half_the_facts(model, folder: Path) -> None:
         (half_the_facts, "metadata must be whole"),
     ],
 )
-def test_altered_files_are_refused(exported: Path, tmp_path: Path, change, message: str) -> None:
+def test_altered_files_are_refused(exported: Path, tmp_path: Path, capsys, change, message: str) -> None:
     path = altered(exported, tmp_path, change)
     with pytest.raises(InputError, match=message) as caught:
         load_refiner(path, device="cpu")
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    images, out = tmp_path / "images.npy", tmp_path / "out.npy"
+    np.save(images, np.zeros((2, 8, 8), np.uint8))
+    assert refine(["--refiner", str(path), "--input", str(images), "--output", str(out), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.endswith(f"error: {caught.value}\n")
+    assert not list(tmp_path.glob("out*"))  # refused before any image was touched
 
 
 def test_what_is_no_onnx_file(tmp_path: Path) -> None:
@@ -295,11 +327,15 @@ def test_what_is_no_onnx_file(tmp_path: Path) -> None:
         load_refiner(tmp_path / "junk.onnx", device="cpu")
 
 
-def test_a_provider_that_is_not_there_is_said(exported: Path) -> None:
+def test_a_provider_that_is_not_there_is_said(exported: Path, tmp_path: Path, capsys) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(UnavailableError, match="has no CUDAExecutionProvider"):
         OnnxRuntimeBackend(onnx_file.read(exported / "refiner.onnx"), torch.device("cuda"))
+    np.save(tmp_path / "images.npy", np.zeros((2, 8, 8), np.uint8))
+    flags = ["--refiner", str(exported / "refiner.onnx"), "--input", str(tmp_path / "images.npy")]
+    assert refine([*flags, "--output", str(tmp_path / "out.npy"), "--device", "cuda"]) == 3
+    assert "CUDA" in capsys.readouterr().err and not list(tmp_path.glob("out*"))
 
 
 def test_images_that_an_exported_refiner_does_not_take(exported: Path) -> None:

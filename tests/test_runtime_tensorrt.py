@@ -14,6 +14,7 @@ pytest.importorskip("onnx", reason="onnx is not installed ([onnx])")
 
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.models import refiner as network
+from fastsimgan.refine import main as refine_main
 from fastsimgan.runtime import graph, onnx_file, tensorrt_backend
 from fastsimgan.runtime.form import Form
 from fastsimgan.runtime.refiner import Refiner, describe, load_refiner, prepare
@@ -109,9 +110,9 @@ def test_an_altered_engine_is_refused(cached) -> None:
 def test_engines_that_cannot_run_here(cached, tmp_path, monkeypatch) -> None:
     path, *_ = cached
     with pytest.raises(InputError, match="must be run by tensorrt-rtx 10.15.1, which built it, got tensorrt 10.15.1"):
-        load_refiner(path, "cpu")
+        load_refiner(path, "cpu", library="tensorrt")
     with pytest.raises(UnavailableError, match="an engine needs a CUDA device, got cpu"):
-        load_refiner(path, "cpu", library="tensorrt-rtx")
+        load_refiner(path, "cpu")  # by the library of its record
     monkeypatch.setattr(tensorrt_backend, "_gpu", lambda device=None: "H100 sm_90")
     monkeypatch.setattr(tensorrt_backend, "_sm", lambda device=None: "sm_90")
     with pytest.raises(InputError, match="must be run on sm_89, for which it was built, got H100 sm_90"):
@@ -121,6 +122,66 @@ def test_engines_that_cannot_run_here(cached, tmp_path, monkeypatch) -> None:
         load_refiner(tmp_path / "foreign.engine", "cpu")
     with pytest.raises(InputError, match="no such engine"):
         load_refiner(tmp_path / "missing.engine", "cpu")
+
+
+def test_refine_refuses_engines_before_any_image_is_touched(cached, tmp_path, monkeypatch, capsys) -> None:
+    images = tmp_path / "images.npy"
+    np.save(images, np.zeros((2, 35, 55), np.uint8))
+    foreign = tmp_path / "foreign.engine"
+    foreign.write_bytes(b"engine")
+
+    def refine(engine: Path, *flags: str) -> tuple[int, str]:
+        flags = ("--refiner", str(engine), "--input", str(images), "--output", str(tmp_path / "out.npy"), *flags)
+        code = refine_main([*flags, "--device", "cpu"])
+        assert not list(tmp_path.glob("out*"))
+        return code, capsys.readouterr().err
+
+    code, message = refine(foreign)
+    assert code == 2 and "can hold code: refine --trust-engine" in message
+    code, message = refine(foreign, "--trust-engine")
+    assert code == 3 and "an engine needs a CUDA device" in message  # trusted, it fails for want of a GPU alone
+
+    path, *_ = cached
+    monkeypatch.setattr(tensorrt_backend, "library", lambda name: SimpleNamespace(__version__="10.16.0"))
+    code, message = refine(path)
+    assert code == 2 and "must be run by tensorrt-rtx 10.15.1, which built it, got tensorrt-rtx 10.16.0" in message
+    path.write_bytes(b"other")
+    code, message = refine(path)
+    assert code == 2 and "sha256 must be" in message
+    path.with_suffix(".json").unlink()
+    code, message = refine(path)
+    assert code == 2 and "has no record of how it was built" in message
+
+
+def test_what_was_checked_is_what_runs(cached, monkeypatch) -> None:
+    """The file is read once: one that changes after the check must not be what the library gets."""
+    path, *_ = cached
+    read = []
+
+    class Runtime:
+        def __init__(self, logger) -> None: ...
+
+        def deserialize_cuda_engine(self, data):
+            read.append(data)
+
+    checked = tensorrt_backend.record
+
+    def swapped_after_the_check(path, data):
+        about = checked(path, data)
+        path.write_bytes(b"another")
+        return about
+
+    trt = SimpleNamespace(
+        __version__="10.15.1", __name__="trt", Runtime=Runtime,
+        ILogger=type("ILogger", (), {"__init__": lambda self: None, "ERROR": 1, "INTERNAL_ERROR": 0}),
+    )  # fmt: skip
+    monkeypatch.setattr(tensorrt_backend, "library", lambda name: trt)
+    monkeypatch.setattr(tensorrt_backend, "record", swapped_after_the_check)
+    monkeypatch.setattr(tensorrt_backend, "_gpu", lambda device=None: "sm_89")
+    monkeypatch.setattr(tensorrt_backend, "_sm", lambda device=None: "sm_89")
+    with pytest.raises(InputError, match="refuses it: no reason given"):
+        tensorrt_backend.load_engine(path, None, torch.device("cuda"))
+    assert read == [b"engine"]
 
 
 TRT = SimpleNamespace(

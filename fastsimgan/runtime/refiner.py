@@ -158,7 +158,7 @@ def load_refiner(
     device: str = "auto",
     *,
     precision: Precision = "float32",
-    library: Literal["tensorrt", "tensorrt-rtx"] = "tensorrt",
+    library: Literal["tensorrt", "tensorrt-rtx"] | None = None,
     trust_engine: bool = False,
 ) -> Refiner:
     """Load a trained refiner, or one that `export` wrote.
@@ -168,7 +168,7 @@ def load_refiner(
             (runs in onnxruntime), or an ``.engine`` or ``.plan`` built from one (runs in TensorRT, on CUDA).
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         precision: of PyTorch on CUDA: "float32", or "float16" for the residual branches. Exported files have theirs.
-        library: what built an engine.
+        library: what built an engine; None is what the cache's record of it says, and TensorRT where there is none.
         trust_engine: run an engine that is not from the cache of `export --engine`, such as trtexec's.
 
     Raises:
@@ -182,8 +182,8 @@ def load_refiner(
         from fastsimgan.runtime.tensorrt_backend import load_engine
 
         chosen = choose_device(device)
-        backend, settings = load_engine(path, library, chosen, trusted=trust_engine)
-        return Refiner(backend, settings, hashlib.sha256(path.read_bytes()).hexdigest(), chosen)
+        backend, settings, sha256 = load_engine(path, library, chosen, trusted=trust_engine)
+        return Refiner(backend, settings, sha256, chosen)
     file = read_refiner(path)
     chosen = choose_device(device)
     return Refiner(TorchBackend(file.module, chosen, precision), file.settings, file.sha256, chosen)

@@ -80,14 +80,13 @@ def build_engine(file: OnnxFile, trt: ModuleType, profile: Profile, *, sm: str |
     shapes = builder.create_optimization_profile()
     shapes.set_shape(file.input_name, *sizes)
     config.add_optimization_profile(shapes)
-    timing = config.create_timing_cache(cache)
-    if timing is not None:
-        config.set_timing_cache(timing, ignore_mismatch=False)
+    keeps_timings = trt.__name__ != "tensorrt_rtx"  # which tunes as it runs
+    if keeps_timings:
+        config.set_timing_cache(config.create_timing_cache(cache), ignore_mismatch=False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise InputError(f"{printable(file.path)}: {trt.__name__} {trt.__version__} cannot build it: {log.last()}")
-    kept = config.get_timing_cache()
-    return bytes(engine), bytes(kept.serialize()) if kept is not None else b""
+    return bytes(engine), bytes(config.get_timing_cache().serialize()) if keeps_timings else b""
 
 
 def cached_engine(
@@ -112,7 +111,7 @@ def cached_engine(
     stem = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = folder / f"{stem}.engine"
     if path.exists():
-        record(path)  # raises if it is not what was built
+        record(path, path.read_bytes())  # raises if it is not what was built
         return path
     timing = folder / f"timing-{key['library']}-{key['gpu']}.cache".replace(" ", "-")
     known = timing.read_bytes() if timing.exists() else b""
@@ -130,8 +129,8 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsimgan" / "engines"
 
 
-def record(path: Path) -> dict[str, Any]:
-    """What was written down when the engine at ``path`` was built.
+def record(path: Path, engine: bytes) -> dict[str, Any]:
+    """What was written down when the engine at ``path``, which holds ``engine``, was built.
 
     Raises:
         InputError: the folder is open to others, or the engine has no record or is not the one recorded.
@@ -139,22 +138,22 @@ def record(path: Path) -> dict[str, Any]:
     _own(path.parent)
     try:
         about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, ValueError) as error:
         raise InputError(f"{printable(path)}: has no record of how it was built: {error}; delete it") from error
+    found = hashlib.sha256(engine).hexdigest()
     if found != about.get("sha256"):
         raise InputError(f"{printable(path)}: sha256 must be {about.get('sha256')}, got {found}: delete it")
     return about
 
 
 def load_engine(
-    path: Path, name: Library, device: torch.device, *, trusted: bool = False
-) -> tuple[TensorRTBackend, dict[str, Any]]:
-    """An engine's backend and the refiner's settings, as far as they are known.
+    path: Path, name: Library | None, device: torch.device, *, trusted: bool = False
+) -> tuple[TensorRTBackend, dict[str, Any], str]:
+    """An engine's backend, the refiner's settings as far as they are known, and the engine's SHA-256.
 
     Args:
         path: an engine from the cache, or (with ``trusted``) from anywhere, trtexec's for one.
-        name: the library that built it.
+        name: the library that built it; None is what its record says, and TensorRT where it has none.
         device: a CUDA device.
         trusted: run an engine that has no record here; it can hold code.
 
@@ -162,16 +161,21 @@ def load_engine(
         InputError: an engine that is foreign and not trusted, altered, or of another version, GPU or refiner.
         UnavailableError: no library, or no GPU.
     """
+    try:
+        data = path.read_bytes()  # once: what is checked is what runs
+    except OSError as error:
+        raise InputError(f"{printable(path)}: no such engine: {error.strerror}") from error
     about: dict[str, Any] | None = None
-    if not path.is_file():
-        raise InputError(f"{printable(path)}: no such engine")
     if path.parent.resolve() == default_cache().resolve():
-        about = record(path)
+        about = record(path, data)
     elif not trusted:
         raise InputError(
             f"{printable(path)}: was not built here, and an engine can hold code: "
-            "load_refiner(path, trust_engine=True) runs it all the same"
+            "refine --trust-engine or load_refiner(path, trust_engine=True) runs it all the same"
         )
+    if name is None:
+        rtx = about is not None and about["library"].startswith("tensorrt-rtx ")
+        name = "tensorrt-rtx" if rtx else "tensorrt"
     trt = library(name)
     if about is not None and about["library"] != (ours := f"{name} {trt.__version__}"):
         raise InputError(f"{printable(path)}: must be run by {about['library']}, which built it, got {ours}")
@@ -182,7 +186,7 @@ def load_engine(
             f"{printable(path)}: must be run on {about['gpu']}, for which it was built, got {_gpu(device)}"
         )
     log = _Log(trt)
-    engine = trt.Runtime(log.logger).deserialize_cuda_engine(path.read_bytes())
+    engine = trt.Runtime(log.logger).deserialize_cuda_engine(data)
     if engine is None:
         raise InputError(f"{printable(path)}: {trt.__name__} {trt.__version__} refuses it: {log.last()}")
     try:
@@ -190,7 +194,7 @@ def load_engine(
     except InputError as error:
         raise InputError(f"{printable(path)}: {error}") from None
     settings = about["settings"] if about else {"channels": backend.channels, "histogram": backend.histogram}
-    return backend, settings
+    return backend, settings, hashlib.sha256(data).hexdigest()
 
 
 class TensorRTBackend:
