@@ -79,6 +79,7 @@ def test_realism_and_drift_are_printed_and_in_the_json(tmp_path, capsys):
     assert main([*flags, "--realism", "--worst", str(worst), "--json", str(out)]) == 0
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert set(result["realism"]) == {"synthetic", "refined"} and "told apart" in printed
+    assert result["differences"] == {}  # one seed has no spread
     assert result["drift"]["edges_px"]["max"] == 0 and "label drift: " in printed
     assert worst.read_bytes().startswith(b"\x89PNG")
 
@@ -90,7 +91,9 @@ def test_the_set_with_true_labels_wins_and_the_api_is_the_command_module():
     assert result["task"] == "class"
     assert result["rows"]["refined"]["accuracy"]["mean"] > 90 > result["rows"]["synthetic"]["accuracy"]["mean"]
     assert result["rows"]["constant"]["accuracy"]["mean"] < 60
-    assert "accuracy %" in table(result)
+    found = result["differences"]["synthetic"]
+    assert found["low"] <= found["difference"] <= found["high"] and found["difference"] > 50
+    assert "accuracy %" in table(result) and "refined above synthetic by +" in table(result)
     # the module that is also the command answers again after it was imported
     assert callable(fastsimgan.evaluate)
 
