@@ -1,5 +1,5 @@
 # make test, make demo: on a fresh clone these set up .venv and run. Needs Python >= 3.11, a C++ compiler and make.
-.PHONY: help install test kills demo lint types aot bench bench-smoke gpu clean
+.PHONY: help install test kills labels ray demo lint types aot bench bench-smoke gpu clean
 .DEFAULT_GOAL := help
 
 # The first Python of 3.11 or later; `make BASE_PYTHON=... install` chooses another.
@@ -14,6 +14,8 @@ help:
 	@echo "make install      .venv with fastsimgan in it, editable (every target below does this first)"
 	@echo "make test         the tests"
 	@echo "make kills        refinement killed 300 times over 25 datasets, and nothing lost: half an hour"
+	@echo "make labels       10,000 images of each kind of input, and no label changed: four minutes"
+	@echo "make ray          ten runs on a local Ray cluster, a worker killed in each: two minutes"
 	@echo "make demo         train, refine and evaluate on the built-in eyes, into runs/demo"
 	@echo "make lint types   ruff, mypy"
 	@echo "make aot          compile every kernel for sm_80, sm_90, sm_100; needs no GPU"
@@ -36,6 +38,12 @@ test: install
 
 kills: install
 	FASTSIMGAN_KILLS=325 FASTSIMGAN_KILL_SETS=25 $(PYTHON) -m pytest -s tests/test_blocks.py -k test_kills
+
+labels: install
+	FASTSIMGAN_LABELS=10000 $(PYTHON) -m pytest -s tests/test_labels.py
+
+ray: install
+	FASTSIMGAN_RAY_RUNS=10 $(PYTHON) -m pytest -s tests/test_ray_engine.py
 
 demo: install
 	$(PYTHON) -m fastsimgan.demo

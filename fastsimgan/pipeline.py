@@ -241,16 +241,17 @@ class Worker:
     def _array_batches(self, tally: _Tally) -> Iterator[_Batch]:
         assert isinstance(self.source, ArraysInput)
         arrays = self.source.arrays
-        images = arrays.stored_images(mapped=True)
         first, end = self.source.range(tally.claim.block)
+        with self.stages.time(self._read_stage):
+            images = arrays.read_range(first, end)
         digest = hashlib.sha256()
         size = self._fitting(arrays._shape[1:])
-        for number, start in enumerate(range(first, end, size)):
+        for number, start in enumerate(range(0, end - first, size)):
             with self.stages.time(self._read_stage):
-                piece = np.ascontiguousarray(images[start : min(end, start + size)])
+                piece = np.ascontiguousarray(images[start : start + size])
                 digest.update(piece.reshape(-1).view(np.uint8).data)
                 piece = np.array(piece, dtype=arrays.dtype)  # torch wants memory that it may write to
-                check_range(piece, arrays.path, start)
+                check_range(piece, arrays.path, first + start)
             yield _Batch(tally, number, piece)
         tally.source_sha256 = digest.hexdigest()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -48,6 +49,10 @@ class RefineConfig:
     """Images refined at a time, fewer where they are large."""
     workers: int = 1
     """Processes on this machine; they share the cores, or the CUDA devices, out among them."""
+    engine: Literal["local", "ray"] = "local"
+    """`ray`: the workers are tasks of a Ray cluster, whose machines share the disk."""
+    address: str | None = None
+    """The Ray cluster's; `auto`: the one this machine belongs to. Without it a new one, of this machine alone."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     on_error: Literal["fail", "skip"] = "fail"
@@ -70,6 +75,9 @@ def refine(config: RefineConfig) -> int:
         if getattr(config, name) is None:
             raise InputError(f"{name} must be given: --{name} PATH")
     assert config.refiner is not None and config.input is not None and config.output is not None
+
+    if config.address is not None and config.engine != "ray":
+        raise InputError(f"address must be given with --engine ray only, got {config.address}")
 
     from tqdm import tqdm
 
@@ -104,7 +112,12 @@ def refine(config: RefineConfig) -> int:
             bar.set_postfix_str(f"{done}/{run.blocks} blocks", refresh=False)
             bar.update(part.images)
 
-        report = workers.refine(job, workers=config.workers, progress=progress)
+        supervise = None
+        if config.engine == "ray":
+            from fastsimgan import ray_engine
+
+            supervise = partial(ray_engine.supervise, address=config.address)
+        report = workers.refine(job, workers=config.workers, progress=progress, supervise=supervise)
     for _, reason in workers.start(job)[0].failures():
         print(f"skipped {reason}", file=sys.stderr)
     print_stages(report)

@@ -60,7 +60,8 @@ class Report:
     threads: dict[str, int] = field(default_factory=dict)
 
 
-Loader = Callable[[Job, int, int], ImageRefiner]  # of a job, a worker's number and how many there are
+Loader = Callable[[Job, int, int], ImageRefiner]  # of a job, a worker's number and how many share its machine
+Supervisor = Callable[[Job, Loader, int, Callable[[int, Progress], None]], None]
 
 
 def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
@@ -144,7 +145,8 @@ def refiner_sha256(path: Path) -> str:
 
 
 def work(job: Job, loader: Loader, worker: int, workers: int, report: Callable[[Progress], None]) -> None:
-    """Be one worker: do blocks until all are committed, those of workers that die included; then publish.
+    """Be one worker, one of ``workers`` on this machine: do blocks until all are committed, those of workers that die
+    included; then publish.
 
     Raises InputError at a bad image ("fail") or a full disk, and whatever the loader raises.
     """
@@ -168,8 +170,8 @@ def _do_blocks(
             return
         if refining is None:
             refining = make_worker(run, source, output, job, loader, worker, workers)
-        # each worker begins elsewhere, so that they seldom try for one block
-        offset = len(left) * worker // workers
+        # each worker begins elsewhere, so that they seldom try for one block; golden sections, for any number of them
+        offset = int(len(left) * (worker * 0.618034 % 1))
         done = 0
 
         def count(progress: Progress) -> None:
@@ -223,8 +225,11 @@ def refine(
     workers: int = 1,
     loader: Loader = load,
     progress: Callable[[Progress], None] = lambda progress: None,
+    supervise: Supervisor | None = None,
 ) -> Report:
     """Refine a job's input into its output, in this process or in ``workers`` others on this machine.
+
+    ``supervise`` keeps the workers somewhere else (`ray_engine.supervise`).
 
     A run that was begun before goes on; one that is complete is left as it is. Where all images are bad, or the first
     block fails, nothing is left behind; after any other failure, what is committed stays for the next start.
@@ -246,10 +251,10 @@ def refine(
     try:
         run, *_ = start(job)
         if not run.complete:
-            if workers == 1:
+            if workers == 1 and supervise is None:
                 work(job, loader, 0, 1, partial(add, 0))
             else:
-                _supervise(job, loader, workers, add)
+                (supervise or _supervise)(job, loader, workers, add)
             run, *_ = start(job)
     except BaseException:
         if run is not None:

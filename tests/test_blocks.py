@@ -108,6 +108,16 @@ def make_npy(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
+def make_hdf5(path: Path, count: int, seed: int = 0) -> Path:
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    rng = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("images", data=rng.integers(0, 256, (count, 5, 7), dtype=np.uint8), chunks=(16, 5, 7))
+        file["gaze"] = rng.random((count, 2))
+    return path
+
+
 def png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -127,6 +137,7 @@ MAKERS: dict[str, tuple[Callable[[Path, int, int], Path], str]] = {
     "shards": (make_shards, ""),
     "npz": (make_npz, ".npz"),
     "npy": (make_npy, ".npy"),
+    "hdf5": (make_hdf5, ".h5"),
 }
 
 

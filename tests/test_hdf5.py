@@ -99,3 +99,16 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (tmp_path / "in.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     with pytest.raises(InputError, match=r"in\.h5: cannot be read as HDF5: "):
         run(tmp_path)
+
+
+def test_damaged_pixels_are_named_and_nothing_is_left(tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (60, 20, 20), dtype=np.uint8) // 8
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file.create_dataset("images", data=images, chunks=(10, 20, 20), compression="gzip")
+    data = bytearray((tmp_path / "in.h5").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 500] = bytes(500)
+    (tmp_path / "in.h5").write_bytes(data)
+    with pytest.raises(InputError, match=r"in\.h5: cannot be read as HDF5: "):
+        run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5", "model"]

@@ -106,6 +106,10 @@ class ArrayImages:
                     self._images = np.load(self.path, mmap_mode="r", allow_pickle=False)
         return self._images
 
+    def read_range(self, first: int, end: int) -> np.ndarray:
+        """Images ``first`` to ``end - 1`` as `stored_images` gives them, mapped from the disk where possible."""
+        return self.stored_images(mapped=True)[first:end]
+
     def labels(self) -> dict[str, np.ndarray]:
         """The other arrays by name, each of length N; none in a ``.npy``. Raises InputError if they are damaged."""
         if not self.archive:

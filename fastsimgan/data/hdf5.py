@@ -83,9 +83,14 @@ class HDF5Images:
         bits = self.dtype.itemsize * 8
         return f"{printable(self.path)}: HDF5, {len(self)} images, {height}x{width} {bits}-bit {colour}, {labels}"
 
-    def stored_images(self, mapped: bool = True) -> Any:
-        """The dataset: slices of it are read from the disk as they are asked for. Floats are unchecked."""
-        return self._open()[IMAGES]
+    def read_range(self, first: int, end: int) -> np.ndarray:
+        """Images ``first`` to ``end - 1`` as the file holds them; floats unchecked. Raises InputError if damaged.
+
+        Read at once what will be needed: a compressed chunk may hold thousands of images.
+        """
+        with self._reading():
+            images: np.ndarray = self._open()[IMAGES][first:end]
+            return images
 
     def label_sha256(self) -> dict[str, str]:
         """SHA-256 of every other dataset's values, by its path in the file."""
