@@ -1,0 +1,134 @@
+"""Several processes on one batch: equal to one process, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastsimgan.algorithm import SimGAN
+from fastsimgan.checkpoint import load_checkpoint
+from fastsimgan.config import TrainConfig
+from fastsimgan.errors import InputError
+from fastsimgan.history import HistoryBuffer
+from fastsimgan.pools import open_pools
+from fastsimgan.ranks import TIMEOUT, Ranks
+from fastsimgan.training import _check_shares
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPARED, STEPS = 20, 60
+FLAGS = [
+    "--synthetic", "a.npy", "--real", "b.npy", "--device", "cpu", "--width", "20", "--blocks", "1", "--batch-size", "8",
+    "--history", "12", "--pretrain-discriminator", "0", "--picture-every", "1000", "--checkpoint-every", "10",
+    "--keep", "10", "--steps", str(STEPS),
+]  # fmt: skip
+
+
+def images(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 16, 20), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, count, seed in (("a", 13, 0), ("b", 9, 1)):
+        np.save(folder / f"{name}.npy", images(count, seed))
+    return folder
+
+
+def start(folder: Path, out: str, *flags: str) -> subprocess.Popen[str]:
+    """Two gloo processes under torchrun."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "fastsimgan.train", "--out", out, *FLAGS, *flags),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+class TwoHistories:
+    """Both ranks' histories in one process: rank r has every other image of the batch, from the r-th on."""
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        shape = (1, 16, 20)
+        self.parts = [HistoryBuffer(capacity // 2, shape, seed=Ranks(rank, 2).seed(seed)) for rank in range(2)]
+
+    def swap(self, fresh: Tensor) -> Tensor:
+        drawn = [part.swap(fresh[rank::2]) for rank, part in enumerate(self.parts)]
+        return torch.stack(drawn, 1).flatten(0, 1)
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> Path:
+    """A whole run of two processes."""
+    process = start(folder, "two")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return folder / "two"
+
+
+def test_two_processes_equal_one_with_the_same_batch(two, folder):
+    config = TrainConfig(width=20, blocks=1, batch_size=8, history=12, steps=STEPS, device="cpu")
+    pools = open_pools(images(13, 0), images(9, 1), config, torch.device("cpu"), lambda _: None)
+    trainer = SimGAN(config, pools.image_shape, torch.device("cpu"))
+    trainer.history = TwoHistories(config.history, config.seed)
+    for _ in range(COMPARED):
+        trainer.iteration(pools.draw_synthetic, pools.draw_real)
+    tensors, facts = load_checkpoint(two / "checkpoints" / f"step-{COMPARED:08d}")
+    assert facts["ranks"] == 2 and facts["positions"] == pools.positions()
+    for name in ("refiner", "discriminator", "average"):
+        for key, value in getattr(trainer, name).state_dict().items():
+            torch.testing.assert_close(tensors[f"{name}.{key}"], value, rtol=0, atol=1e-5)
+    histories = [tensors[f"history.{rank}.storage"] for rank in range(2)]
+    assert not torch.equal(*histories)
+    for rank, part in enumerate(trainer.history.parts):
+        assert (tensors[f"history.{rank}.state"] == part.state_dict()["state"]).all()
+
+
+def test_one_killed_ends_the_job_with_a_message_and_it_resumes_exactly(two, folder):
+    process = start(folder, "killed")
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    metrics = folder / "killed/metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") > 11):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    ranks = [int(pid) for pid in Path(children).read_text().split()]
+    killed = time.monotonic()
+    os.kill(ranks[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "lost another rank" in output or "Signal 9" in output or "exitcode  : -9" in output, output
+    assert TIMEOUT < 60  # what a rank waits for one that does not answer
+    print(f"the job ended {time.monotonic() - killed:.1f} s after the kill")
+    assert not (folder / "killed/checkpoints/step-00000060").exists()
+    again = start(folder, "killed", "--resume")
+    output, _ = again.communicate(timeout=600)
+    assert again.returncode == 0 and "resumed from" in output, output
+    sums = [(folder / out / "checkpoints/step-00000060/SHA256SUMS").read_text() for out in ("two", "killed")]
+    assert sums[0] == sums[1]
+
+
+def test_each_rank_has_its_own_history_and_all_the_rest_in_common():
+    assert Ranks(0, 2).seed(5) == 5 != Ranks(1, 2).seed(5) != Ranks(2, 3).seed(5)
+    assert Ranks(1, 2).seed(5) == Ranks(1, 4).seed(5)
+
+
+def test_shares_must_be_even():
+    config = TrainConfig(batch_size=8, history=12)
+    _check_shares(config, Ranks(0, 2))
+    with pytest.raises(InputError, match="multiple of twice the 3 processes, got 8"):
+        _check_shares(config, Ranks(0, 3))
+    with pytest.raises(InputError, match="--history must hold half a batch in each process, got 3"):
+        _check_shares(dataclasses.replace(config, history=3), Ranks(0, 2))
