@@ -45,6 +45,8 @@ class Invert:
 
 
 def load_invert(job: Job, worker: int, workers: int) -> Invert:
+    if "MARK" in os.environ:
+        Path(os.environ["MARK"]).touch()  # a worker is about to claim its first block
     return Invert(float(os.environ.get("DELAY", "0")))
 
 
@@ -454,7 +456,8 @@ def test_kills(model: Path, tmp_path: Path, small_blocks: None) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(tests=os.path.dirname(__file__)))
     rng = random.Random(int(os.environ.get("FASTSIMGAN_KILL_SEED", "0")))
-    kills = 0
+    mark = tmp_path / "mark"
+    kills = kills_at_work = 0
     for number in range(SETS):
         kind = list(MAKERS)[number % len(MAKERS)]
         make, suffix = MAKERS[kind]
@@ -466,18 +469,20 @@ def test_kills(model: Path, tmp_path: Path, small_blocks: None) -> None:
         for kill in range(share + 1):
             command = [sys.executable, str(script), *map(str, (model, source, job.output)), str(rng.randint(1, 4))]
             # so slow that a start does about one share-th of the work
-            delay = 0.0 if kill == share else 0.02
-            process = subprocess.Popen(
-                command, env=os.environ | {"DELAY": str(delay)}, start_new_session=True, stderr=subprocess.PIPE
-            )
+            delay = 0.0 if kill == share else max(0.05, 0.016 * share)
+            environment = os.environ | {"DELAY": str(delay), "MARK": str(mark)}
+            mark.unlink(missing_ok=True)
+            process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE)
             if kill < share:
+                # most while blocks are in work; the others at any moment, the starting of Python apart
                 partial = job.output.with_name(job.output.name + ".partial")
+                awaited = mark if rng.random() < 0.7 else partial
                 deadline = time.monotonic() + 30
-                # the starting of Python apart, any moment may be hit: before the first claim and after the last commit
-                while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+                while not awaited.exists() and process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.002)
-                time.sleep(rng.random() * (0.3 if rng.random() < 0.7 else 1.5))
+                time.sleep(rng.random() * 0.6)
                 if process.poll() is None:
+                    kills_at_work += mark.exists()
                     victim = rng.choice(["group", "parent"])
                     os.killpg(process.pid, signal.SIGKILL) if victim == "group" else process.kill()
                     kills += 1
@@ -488,5 +493,5 @@ def test_kills(model: Path, tmp_path: Path, small_blocks: None) -> None:
         assert content(job.output) == content(whole.output), (number, kind)
         assert verify(job.output)["images"] == 200
         assert not job.output.with_name(job.output.name + ".partial").exists()
-    print(f"{kills} kills over {SETS} datasets")
-    assert kills
+    print(f"{kills} kills over {SETS} datasets, {kills_at_work} of them after a worker had begun")
+    assert kills_at_work
