@@ -15,15 +15,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from fastsimgan import blocks, inputs
 from fastsimgan.data.images import decode_image, encode_image
 from fastsimgan.refine import print_stages
-from fastsimgan.workers import Job, load, refine, start
+from fastsimgan.workers import Job, Report, load, refine, start
 
 
 class Identity:
@@ -33,6 +35,19 @@ class Identity:
 
     def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
         return images
+
+
+class Pictures(Dataset):
+    """What the obvious script hands to a DataLoader."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.array(Image.open(self.paths[index]))
 
 
 def make_sets(folder: Path, images: np.ndarray) -> dict[str, Path]:
@@ -48,29 +63,55 @@ def make_sets(folder: Path, images: np.ndarray) -> dict[str, Path]:
     return sets | {"shards": folder / "tar"}
 
 
-def compare(refiner_path: Path, count: int, height: int, width: int, rounds: int) -> None:
+def spent() -> tuple[float, float]:
+    """Wall-clock and CPU seconds so far, those of ended child processes included."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(each.ru_utime + each.ru_stime for each in usage)
+
+
+def compare(refiner_path: Path, loop_path: Path, count: int, height: int, width: int, rounds: int) -> None:
+    """Each side once in every round, in turn; a ratio is the median over the rounds of the ratio within one."""
     folder = Path(tempfile.mkdtemp())
+    cores = len(os.sched_getaffinity(0))
     try:
         (folder / "model").write_bytes(b"identity")
         images = np.random.default_rng(0).integers(0, 256, (count, height // 4, width // 4), dtype=np.uint8)
         images = np.stack([np.asarray(Image.fromarray(i).resize((width, height))) for i in images])
         sets = make_sets(folder, images)
-        job = Job(refiner_path, folder, folder, device="auto")
-        refiner = load(job)
-        refiner(images[:64], 64)
+        refiner = load(Job(refiner_path, folder, folder))
+        other = refiner if loop_path == refiner_path else load(Job(loop_path, folder, folder))
+        for each, size in ((refiner, 64), (other, 64), (other, 1)):
+            each(images[:size], size)  # whatever is chosen or allocated at first use
 
         def engine() -> None:
             refiner(images, 64)
 
-        def loop() -> None:
-            for path in sorted(sets["PNG folder"].iterdir()):
-                pixels = np.array(Image.open(path))
-                Image.fromarray(refiner(pixels[None], 1)[0]).save(folder / "one.png")
+        def loop(name: str) -> Callable[[], None]:
+            def run() -> None:
+                for path in sorted(sets[name].iterdir()):
+                    pixels = np.array(Image.open(path))
+                    Image.fromarray(other(pixels[None], 1)[0]).save(folder / f"one{path.suffix}")
+
+            return run
+
+        def loader(name: str) -> Callable[[], None]:
+            def run() -> None:
+                paths = sorted(sets[name].iterdir())
+                for batch in DataLoader(Pictures(paths), batch_size=64, num_workers=cores):
+                    for pixels in other(batch.numpy(), 64):
+                        Image.fromarray(pixels).save(folder / f"one{paths[0].suffix}")
+
+            return run
 
         def codec(name: str) -> Callable[[], None]:
+            def one(path: Path) -> None:
+                (folder / f"{path.name}.again").write_bytes(encode_image(decode_image(path.read_bytes(), path)))
+
             def run() -> None:
-                for path in sets[name].iterdir():
-                    encode_image(decode_image(path.read_bytes(), path))
+                with ThreadPoolExecutor(cores) as pool:
+                    list(pool.map(one, sorted(sets[name].iterdir())))
+                for path in folder.glob("*.again"):
+                    path.unlink()
 
             return run
 
@@ -85,25 +126,44 @@ def compare(refiner_path: Path, count: int, height: int, width: int, rounds: int
 
             return run
 
-        tables: dict = {}
-        sides = {"refiner alone": engine, "loop, batch 1, PNG": loop} | {name: ours(name) for name in sets}
-        sides |= {f"codec alone, {name}": codec(name) for name in ("PNG folder", "JPEG folder")}
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(rounds):
+        tables: dict[str, Report] = {}
+        sides = {"refiner alone": engine}
+        for name in ("PNG folder", "JPEG folder"):
+            sides |= {f"codec alone, {name}": codec(name), f"loop of 1, {name}": loop(name)}
+        sides |= {"DataLoader of 64, PNG folder": loader("PNG folder")} | {name: ours(name) for name in sets}
+        wall: dict[str, list[float]] = {name: [] for name in sides}
+        cpu: dict[str, list[float]] = {name: [] for name in sides}
+        for number in range(rounds + 1):  # the first is not counted
             for name, run in sides.items():
-                begin = time.perf_counter()
+                before = spent()
                 run()
-                seconds[name].append(time.perf_counter() - begin)
-        alone = statistics.median(seconds["refiner alone"])
-        print(f"{count} images {height}x{width}, {rounds} rounds in turn, {len(os.sched_getaffinity(0))} core(s)")
-        for name, times in seconds.items():
-            median = statistics.median(times)
-            print(f"{name:26} {count / median:10.1f} images/s  {alone / median:6.1%} of the refiner alone")
+                after = spent()
+                if number:
+                    wall[name].append(after[0] - before[0])
+                    cpu[name].append(after[1] - before[1])
+        print(f"{count} images {height}x{width}, {rounds} rounds in turn, {cores} core(s), refiner {refiner_path.name}")
+        print(f"{'':28} {'images/s':>10} {'CPU ms/image':>13}   beside the refiner alone: wall, CPU")
+        for name in sides:
+            rate = count / statistics.median(wall[name])
+            each = statistics.median(cpu[name]) / count * 1e3
+            shares = ratio(wall["refiner alone"], wall[name]), ratio(cpu["refiner alone"], cpu[name])
+            print(f"{name:28} {rate:10.1f} {each:13.3f}   {shares[0]:7.1%} {shares[1]:7.1%}")
+        for name in ("PNG folder", "JPEG folder"):
+            slower = [max(pair) for pair in zip(wall["refiner alone"], wall[f"codec alone, {name}"], strict=True)]
+            print(
+                f"{name}: {ratio(slower, wall[name]):.1%} of the slower of refiner and codec alone, "
+                f"{ratio(wall[f'loop of 1, {name}'], wall[name]):.2f} times the loop of 1 "
+                f"({ratio(cpu[f'loop of 1, {name}'], cpu[name]):.2f} by CPU seconds)"
+            )
         for name, report in tables.items():
             print(name)
             print_stages(report)
     finally:
         shutil.rmtree(folder)
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def scale(count: int, entries: int) -> None:
@@ -178,6 +238,7 @@ def scale(count: int, entries: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_refine", description=__doc__)
     parser.add_argument("--refiner", type=Path, help="a run or a refiner's file")
+    parser.add_argument("--loop-refiner", type=Path, help="of the obvious loops, if another: they have no exported one")
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--size", type=int, nargs=2, default=(35, 55), help="height and width")
     parser.add_argument("--rounds", type=int, default=3)
@@ -190,7 +251,7 @@ def main() -> None:
     elif given.refiner is None:
         parser.error("--refiner must be given")
     else:
-        compare(given.refiner, given.count, *given.size, given.rounds)
+        compare(given.refiner, given.loop_refiner or given.refiner, given.count, *given.size, given.rounds)
 
 
 if __name__ == "__main__":
