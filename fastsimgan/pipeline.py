@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,7 @@ PIXELS_PER_BATCH = 1 << 20  # at most, whatever batch_size says: a network's fea
 BYTES_AHEAD = 1 << 27  # of decoded images that wait to be put into batches
 BYTES_IN_BATCHES = 1 << 26  # of batches from the reader to the disk; one batch may be larger
 MEASURED = 1 << 18  # values whose change is measured at a time, so that they stay in the cache
+BATCHES_QUEUED = 2  # in a device: one in work and the next
 BATCHES_AHEAD = 3  # batches that wait for the refiner, and again for the encoders
 
 
@@ -43,6 +44,14 @@ class ImageRefiner(Protocol):
 
     def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
         """``[N, H, W]`` or ``[N, H, W, C]``, uint8, uint16 or float32 in [0, 1] -> the same shape and type."""
+
+
+@runtime_checkable
+class QueuedRefiner(ImageRefiner, Protocol):
+    """A refiner that takes a batch before it has given back the last: `fastsimgan.runtime.streamed`."""
+
+    def begin(self, images: np.ndarray) -> Callable[[], tuple[np.ndarray, float]]:
+        """Queue a batch. The function that comes back waits for it: the batch, and the device's seconds."""
 
 
 class Stages:
@@ -60,9 +69,12 @@ class Stages:
         try:
             yield
         finally:
-            seconds = time.perf_counter() - begin
-            with self._lock:
-                self.busy[stage] = self.busy.get(stage, 0.0) + seconds
+            self.add(stage, time.perf_counter() - begin)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Count time that was measured elsewhere."""
+        with self._lock:
+            self.busy[stage] = self.busy.get(stage, 0.0) + seconds
 
 
 @dataclass
@@ -154,6 +166,8 @@ class Worker:
                     f"got {source.arrays.shape[0]}"
                 )
         self._read_stage, _, self._write_stage, _ = self.stages.threads
+        if isinstance(refiner, QueuedRefiner):
+            self.stages.threads["device"] = 1
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._held = 0
@@ -173,21 +187,42 @@ class Worker:
         self._encoders = ThreadPoolExecutor(1 if isinstance(self.source, ArraysInput) else self.threads, "encode")
         committer = ThreadPoolExecutor(1, "commit")
         commits: deque[Future[None]] = deque()
+        queued: deque[tuple[_Batch, Callable[[], tuple[np.ndarray, float]]] | _Tally] = (
+            deque()
+        )  # in the device, in order
+
+        def take_first() -> None:
+            first = queued.popleft()
+            if isinstance(first, _Tally):
+                commits.append(committer.submit(self._commit, first))
+            else:
+                self._finish(*first)
+
         reader = threading.Thread(target=self._read, args=(blocks, ready), daemon=True)
         reader.start()
         try:
             while True:
                 while commits and (commits[0].done() or len(commits) > BATCHES_AHEAD):
                     commits.popleft().result()
+                # what is queued keeps the reader waiting for room: where nothing comes, it goes on
+                if queued and (ready.empty() or len(queued) >= BATCHES_QUEUED or isinstance(queued[0], _Tally)):
+                    take_first()
+                    continue
                 kind, item = ready.get()
                 if kind == "batch":
-                    self._refine(item)
+                    if isinstance(self.refiner, QueuedRefiner):
+                        with self.stages.time("refine"):
+                            queued.append((item, self.refiner.begin(item.pixels)))
+                    else:
+                        self._refine(item)
                 elif kind == "end":
-                    commits.append(committer.submit(self._commit, item))
+                    queued.append(item)
                 elif kind == "error":
                     raise item
                 else:
                     break
+            while queued:
+                take_first()
             for commit in commits:
                 commit.result()
         finally:
@@ -357,9 +392,19 @@ class Worker:
     # --- refine
 
     def _refine(self, batch: _Batch) -> None:
-        images = batch.pixels
         with self.stages.time("refine"):
-            refined = self.refiner(images, len(images))
+            refined = self.refiner(batch.pixels, len(batch.pixels))
+        self._hand_on(batch, refined)
+
+    def _finish(self, batch: _Batch, wait: Callable[[], tuple[np.ndarray, float]]) -> None:
+        """Wait for a batch that a device has in work."""
+        with self.stages.time("refine"):
+            refined, seconds = wait()
+        self.stages.add("device", seconds)
+        self._hand_on(batch, refined)
+
+    def _hand_on(self, batch: _Batch, refined: np.ndarray) -> None:
+        images = batch.pixels
         if refined.shape != images.shape or refined.dtype != images.dtype:
             raise TypeError(
                 f"refiner must return {images.dtype}{list(images.shape)}, got {refined.dtype}{list(refined.shape)}"

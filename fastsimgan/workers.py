@@ -69,13 +69,15 @@ def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
     import torch
 
     from fastsimgan.runtime import load_refiner
+    from fastsimgan.runtime.streamed import StreamedRefiner
 
     device = job.device
     if workers > 1:
         torch.set_num_threads(cores(workers))
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{worker % torch.cuda.device_count()}"
-    return load_refiner(job.refiner, device=device, trust_engine=job.trust_engine)
+    refiner = load_refiner(job.refiner, device=device, trust_engine=job.trust_engine)
+    return StreamedRefiner(refiner) if refiner.device.type == "cuda" else refiner
 
 
 def cores(workers: int) -> int:

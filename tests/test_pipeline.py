@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from fastsimgan import inputs, pipeline
+from fastsimgan.config import TrainConfig
 from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.images import read_image
 from fastsimgan.errors import InputError
+from fastsimgan.models.refiner import Refiner
+from fastsimgan.runtime import save_refiner
 from fastsimgan.verification import verify
 from fastsimgan.workers import Job, Report, refine, start
 
@@ -81,6 +88,77 @@ def tree(folder: Path) -> dict[str, str]:
     """SHA-256 of every file, by relative name."""
     files = [path for path in folder.rglob("*") if path.is_file() and ".fastsimgan" not in path.parts]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+class Device(Fake):
+    """A refiner that works by itself, as a GPU does: what was begun is done later, in order."""
+
+    def __init__(self, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        super().__init__(change)
+        self.at_once: list[int] = []
+        self.begun = self.ended = 0
+        self._worker = ThreadPoolExecutor(1)
+
+    def begin(self, images: np.ndarray) -> Callable[[], tuple[np.ndarray, float]]:
+        number = self.begun
+        self.begun += 1
+        self.at_once.append(self.begun - self.ended)
+        result = self._worker.submit(lambda: (time.sleep(0.005), self.change(images))[1])
+
+        def finish() -> tuple[np.ndarray, float]:
+            assert number == self.ended  # the order of beginning
+            self.ended += 1
+            return result.result(), 0.005
+
+        return finish
+
+
+@pytest.mark.parametrize("kind", ["folder", "npy"])
+def test_a_device_has_the_next_batch_before_it_ends_the_last(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 20)
+    monkeypatch.setattr(inputs, "BYTES_PER_BLOCK", 20 * 35)
+    images = noise(50, 5, 7)
+    source = tmp_path / ("in" if kind == "folder" else "in.npy")
+    for i, image in enumerate(images):
+        if kind == "folder":
+            save(source / f"{i}.png", image)
+    if kind == "npy":
+        np.save(source, images)
+    outputs = [source.with_stem(name) for name in ("queued", "plain")]
+    device = Device(invert)
+    report = refine_source(source, device, outputs[0], batch_size=4)
+    assert report.images == 50 and device.ended == device.begun and not device.seen
+    assert max(device.at_once) == 2  # one in work and the next
+    assert report.busy["device"] == pytest.approx(0.005 * device.ended)
+    refine_source(source, Fake(invert), outputs[1], batch_size=4)
+    if kind == "folder":
+        assert tree(outputs[0]) == tree(outputs[1])
+    else:
+        assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_images_larger_than_all_that_may_wait_go_through_a_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "BYTES_IN_BATCHES", 10)
+    np.save(tmp_path / "in.npy", noise(6, 5, 7))
+    assert refine_source(tmp_path / "in.npy", Device(invert), tmp_path / "out.npy", batch_size=1).images == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_as_on_the_cpu(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_refiner(tmp_path / "r.safetensors", Refiner(1), histogram="keep", training=TrainConfig())
+    np.save(tmp_path / "in.npy", noise(5_000, 35, 55))
+    for device in ("cpu", "cuda"):
+        report = refine(Job(tmp_path / "r.safetensors", tmp_path / "in.npy", tmp_path / f"{device}.npy", device=device))
+        assert report.images == 5_000
+        assert ("device" in report.busy) == (device == "cuda")
+    found = [np.load(tmp_path / f"{device}.npy").astype(int) for device in ("cpu", "cuda")]
+    assert np.abs(found[0] - found[1]).max() <= 1
 
 
 # --- folders
