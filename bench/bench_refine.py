@@ -2,6 +2,7 @@
 
 ``python -m bench.bench_refine --refiner runs/mine`` (see ``--help``). The sides run in turn; medians are printed.
 ``--scale`` instead shows that memory stays flat over a million images, and how long resuming over ten million takes.
+``--packed 1200000`` is what `make gpu PART=refine` runs: seconds, and the share of them that the device was busy.
 """
 
 from __future__ import annotations
@@ -166,6 +167,31 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
+def packed(count: int, device: str) -> None:
+    """``count`` packed 35x55 images disk to disk through a gaze refiner of random weights."""
+    import torch
+
+    from fastsimgan.config import TrainConfig
+    from fastsimgan.models.refiner import Refiner
+    from fastsimgan.runtime import save_refiner
+
+    folder = Path(tempfile.mkdtemp())
+    try:
+        torch.manual_seed(0)
+        save_refiner(folder / "refiner.safetensors", Refiner(1), histogram="keep", training=TrainConfig())
+        rng = np.random.default_rng(0)
+        rows = np.lib.format.open_memmap(folder / "in.npy", "w+", np.uint8, (count, 35, 55))
+        for first in range(0, count, 10_000):
+            rows[first : first + 10_000] = rng.integers(0, 256, rows[first : first + 10_000].shape, dtype=np.uint8)
+        del rows
+        job = Job(folder / "refiner.safetensors", folder / "in.npy", folder / "out.npy", batch_size=256, device=device)
+        report = refine(job)
+        print(f"{report.images} images in {report.seconds:.1f} s, {report.images / report.seconds:.0f} images/s")
+        print_stages(report)
+    finally:
+        shutil.rmtree(folder)
+
+
 def scale(count: int, entries: int) -> None:
     folder = Path(tempfile.mkdtemp())
     try:
@@ -242,12 +268,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--size", type=int, nargs=2, default=(35, 55), help="height and width")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--packed", type=int, metavar="N", help="N packed 35x55 images, random gaze refiner")
+    parser.add_argument("--device", default="auto", help="of --packed")
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--entries", type=int, default=10_000_000)
     parser.add_argument("--images", type=int, default=1_000_000)
     given = parser.parse_args()
     if given.scale:
         scale(given.images, given.entries)
+    elif given.packed is not None:
+        packed(given.packed, given.device)
     elif given.refiner is None:
         parser.error("--refiner must be given")
     else:

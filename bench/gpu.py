@@ -33,7 +33,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PARTS = ("ops", "train", "infer", "refine")
 BENCHMARKS = {"ops": ("bench_refiner_loss.py", "bench_discriminator_loss.py", "bench_history_swap.py")}
-TESTS = {"ops": ("test_refiner_loss.py", "test_discriminator_loss.py", "test_history_swap.py")}
+TESTS = {
+    "ops": ("test_refiner_loss.py", "test_discriminator_loss.py", "test_history_swap.py"),
+    "refine": ("test_pipeline.py", "test_refine.py"),
+}
+SCRIPTS = {"refine": ("-m", "bench.bench_refine", "--packed", "1200000")}  # benchmarks that are no pytest suite
 SANITISED = {"ops": "gaze and triton and float32 or test_gpu_equals_cpu"}  # small: a sanitizer is 10 to 50 times slower
 TIME_LIMIT = 9 * 60  # seconds, of everything
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
@@ -112,7 +116,11 @@ def run_part(part: str, session: Session) -> list[dict[str, Any]]:
     session.step("build", ["cmake", "--build", "build/gpu", "--parallel"])
     tests = [f"tests/{name}" for name in TESTS[part]]
     session.step("tests", [*PYTEST, "-rs", "-s", *tests])
-    benchmarks = [f"bench/{name}" for name in BENCHMARKS[part]]
+    if part in SCRIPTS:
+        session.step("benchmark", [sys.executable, *SCRIPTS[part]])
+    benchmarks = [f"bench/{name}" for name in BENCHMARKS.get(part, ())]
+    if not benchmarks:
+        return []
     with tempfile.TemporaryDirectory() as folder:
         stored = Path(folder) / "benchmarks.json"
         command = [*PYTEST, *benchmarks, f"--benchmark-json={stored}", "--benchmark-columns=median,iqr"]
@@ -134,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Tests and benchmarks that need a GPU.")
     parser.add_argument("part", choices=PARTS, nargs="?", default="ops")
     part = parser.parse_args(argv).part
-    if part not in BENCHMARKS:
+    if part not in TESTS:
         print(f"part {part} has nothing yet")
         return 2
     if not torch.cuda.is_available():

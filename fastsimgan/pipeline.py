@@ -37,6 +37,9 @@ BATCHES_QUEUED = 2  # in a device: one in work and the next
 BATCHES_AHEAD = 3  # batches that wait for the refiner, and again for the encoders
 
 
+_Wait = Callable[[], tuple[np.ndarray, float]]
+
+
 class ImageRefiner(Protocol):
     """What the pipeline asks of a refiner: `fastsimgan.runtime.Refiner`, or anything that looks like it."""
 
@@ -50,7 +53,7 @@ class ImageRefiner(Protocol):
 class QueuedRefiner(ImageRefiner, Protocol):
     """A refiner that takes a batch before it has given back the last: `fastsimgan.runtime.streamed`."""
 
-    def begin(self, images: np.ndarray) -> Callable[[], tuple[np.ndarray, float]]:
+    def begin(self, images: np.ndarray) -> _Wait:
         """Queue a batch. The function that comes back waits for it: the batch, and the device's seconds."""
 
 
@@ -187,9 +190,7 @@ class Worker:
         self._encoders = ThreadPoolExecutor(1 if isinstance(self.source, ArraysInput) else self.threads, "encode")
         committer = ThreadPoolExecutor(1, "commit")
         commits: deque[Future[None]] = deque()
-        queued: deque[tuple[_Batch, Callable[[], tuple[np.ndarray, float]]] | _Tally] = (
-            deque()
-        )  # in the device, in order
+        queued: deque[tuple[_Batch, _Wait] | _Tally] = deque()  # in the device, and ends of blocks among them, in order
 
         def take_first() -> None:
             first = queued.popleft()
@@ -396,7 +397,7 @@ class Worker:
             refined = self.refiner(batch.pixels, len(batch.pixels))
         self._hand_on(batch, refined)
 
-    def _finish(self, batch: _Batch, wait: Callable[[], tuple[np.ndarray, float]]) -> None:
+    def _finish(self, batch: _Batch, wait: _Wait) -> None:
         """Wait for a batch that a device has in work."""
         with self.stages.time("refine"):
             refined, seconds = wait()
