@@ -1,5 +1,5 @@
 # make test, make demo: on a fresh clone these set up .venv and run. Needs Python >= 3.11, a C++ compiler and make.
-.PHONY: help install test kills labels ray demo lint types aot bench bench-smoke gpu clean
+.PHONY: help install test kills labels ray demo lint types aot bench bench-train bench-smoke gpu clean
 .DEFAULT_GOAL := help
 
 # The first Python of 3.11 or later; `make BASE_PYTHON=... install` chooses another.
@@ -20,6 +20,7 @@ help:
 	@echo "make lint types   ruff, mypy"
 	@echo "make aot          compile every kernel for sm_80, sm_90, sm_100; needs no GPU"
 	@echo "make bench        all benchmarks; bench-smoke: the short ones, each once"
+	@echo "make bench-train  an iteration of training against a plain PyTorch trainer of the same networks, CPU-seconds"
 	@echo "make gpu [PART=ops|train|infer|refine]   build, GPU tests and benchmarks on a machine with a GPU"
 	@echo "make clean        remove what was built, and .venv"
 
@@ -60,6 +61,9 @@ aot: install
 
 bench: install
 	$(PYTHON) -m pytest bench --benchmark-only
+
+bench-train: install
+	$(PYTHON) -m bench.bench_train_step
 
 # Each benchmark that is not marked large once, untimed: it proves that they run and that what they time is right.
 bench-smoke: install

@@ -1,0 +1,130 @@
+"""``python -m bench.bench_train_step``: an iteration of ours against a plain trainer's, CPU-seconds, in turn.
+
+Gaze networks of the paper (64 feature maps), K_g = 2. Sides: ours; the plain trainer of `bench.baselines`; and that one
+compiled, in bfloat16 where the device has it (a CPU that emulates it is not raced in it). Before timing, ours and the
+plain one are trained from the same weights on the same images without a history, float32, and their losses compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from bench.baselines.plain_trainer import PlainTrainer
+from fastsimgan.acceleration import GraphedIterations, compile_networks
+from fastsimgan.algorithm import SimGAN
+from fastsimgan.config import TrainConfig
+from fastsimgan.device import choose_device, keep_freed_memory
+from fastsimgan.pools import open_pools
+from fastsimgan.precision import choose_precision
+
+SIZE = (35, 55)
+
+
+def images(count: int, seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, *size), dtype=np.uint8)
+
+
+def plain(config: TrainConfig, trainer: SimGAN, sides: tuple[np.ndarray, np.ndarray], **options) -> PlainTrainer:
+    """A plain trainer with copies of ``trainer``'s weights, contiguous."""
+    refiner, discriminator = (
+        copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+        for network in (trainer.refiner, trainer.discriminator)
+    )
+    rates = config.learning_rate_refiner, config.learning_rate_discriminator
+    return PlainTrainer(
+        refiner, discriminator, *sides, batch=config.batch_size, k_g=config.k_g, lam=config.lam, rates=rates,
+        history=config.history, device=trainer.device, **options,
+    )  # fmt: skip
+
+
+def losses_side_by_side(
+    steps: int, *, batch: int, width: int = 64, size: tuple[int, int] = SIZE, identity_init: bool = False
+) -> np.ndarray:
+    """R's and D's losses of ours and of the plain trainer, ``[2, steps, 2]``: same weights, same images, float32.
+
+    The histories hand back what is put in: which slots they draw is the one thing in which the two cannot agree.
+    """
+    config = TrainConfig(
+        batch_size=batch, k_g=2, width=width, history=batch // 2, steps=steps, warm_up=0, decay=False,
+        identity_init=identity_init,
+    )  # fmt: skip
+    ours = SimGAN(config, (1, *size), torch.device("cpu"))
+    sides = images(64, 0, size), images(64, 1, size)
+    other = plain(config, ours, sides)
+    ours.history.swap = other.swap = lambda fresh: fresh  # type: ignore[method-assign,union-attr]
+    ours_drawn, other.random = np.random.default_rng(2), np.random.default_rng(2)
+
+    def draw(pool: np.ndarray, count: int) -> torch.Tensor:
+        chosen = pool[ours_drawn.integers(len(pool), size=count)]
+        return torch.from_numpy(chosen[:, None].astype(np.float32) / 127.5 - 1).to(memory_format=torch.channels_last)
+
+    rows: list[list[tuple[float, float]]] = [[], []]
+    for _ in range(steps):
+        metrics = ours.iteration(lambda n: draw(sides[0], n), lambda n: draw(sides[1], n))
+        rows[0].append((float(metrics["loss_refiner"]), float(metrics["loss_discriminator"])))
+        rows[1].append(other.iteration())
+    return np.array(rows)
+
+
+def race(batch: int, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each side's iterations, in turn: CPU-seconds on a CPU, wall-clock synchronised on a GPU."""
+    config = TrainConfig(batch_size=batch, k_g=2, width=64, history=max(2048, batch))
+    sides = images(4096, 0), images(2048, 1)
+    precision, _ = choose_precision("auto", device)
+    pools = open_pools(*sides, config, device, lambda _: None)
+    ours = SimGAN(config, pools.image_shape, device, precision=precision)
+    first = plain(config, ours, sides)
+    second = plain(config, ours, sides, autocast=torch.bfloat16 if precision == "bfloat16" else None)
+    second.refiner.compile()
+    second.discriminator.compile()
+    compile_networks(ours, "auto", print)
+    graphs = GraphedIterations(ours, pools) if device.type == "cuda" else None
+    calls: dict[str, Callable[[], object]] = {
+        "ours": graphs or (lambda: ours.iteration(pools.draw_synthetic, pools.draw_real)),
+        "plain": first.iteration,
+        f"plain, compiled, {precision}": second.iteration,
+    }
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 5 * (device.type == "cuda") + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter() if device.type == "cuda" else time.process_time()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            end = time.perf_counter() if device.type == "cuda" else time.process_time()
+            if number >= 1 + 5 * (device.type == "cuda"):
+                spent[name].append(end - begin)
+    return spent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_train_step", description=__doc__)
+    parser.add_argument("--batch", type=int, nargs="+", default=None, help="default: 32 128 on a CPU, 512 on a GPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args(argv)
+    device = choose_device("auto")
+    keep_freed_memory()  # for all sides alike: it is a setting of the process
+    rows = losses_side_by_side(20, batch=8)
+    gap = np.abs(rows[0] / rows[1] - 1).max()
+    print(f"losses after 20 steps, float32: ours {rows[0, -1]}, plain {rows[1, -1]}, largest gap of all {gap:.1e}")
+    unit = "s" if device.type == "cuda" else "CPU-s"
+    for batch in arguments.batch or ([512] if device.type == "cuda" else [32, 128]):
+        spent = race(batch, arguments.rounds, device)
+        ours = statistics.median(spent["ours"])
+        for name, seconds in spent.items():
+            median = statistics.median(seconds)
+            spread = f"({min(seconds):.3f} to {max(seconds):.3f})"
+            print(f"batch {batch:4} {name:28} {median:8.3f} {unit} {spread}, {median / ours:.2f}x ours")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
