@@ -111,6 +111,11 @@ def export(
         if name not in QUANTISED:
             raise InputError(f"quantise must be any of {', '.join(QUANTISED)}, got {name!r}")
     file = read_refiner(refiner)
+    if quantise and file.settings["blocks"] < 2:
+        raise InputError(
+            "quantise must be for refiners of at least 2 blocks, as the last stays in floats, "
+            f"got {file.settings['blocks']}"
+        )
     stored, what = _images(images, file.settings["channels"])
     compared, calibration = stored[:COMPARED], stored[COMPARED : 2 * COMPARED]
     if quantise and not len(calibration):
@@ -119,7 +124,7 @@ def export(
     profile = _profile(batch, size)
     facts = _facts(refiner, file, what)
     weights = {name: tensor.numpy() for name, tensor in file.module.state_dict().items()}
-    peaks = graph.activation_peaks(file.module, prepare(calibration, file.settings["histogram"])) if quantise else None
+    peaks = graph.calibrate(file.module, prepare(calibration, file.settings["histogram"])) if quantise else None
     truth = Truth(file, compared)
     forms = FORMS | dict(QUANTISED[name] for name in quantise)
 

@@ -118,6 +118,29 @@ def test_all_of_it_in_float16_would_not_have_agreed(tmp_path: Path) -> None:
     assert parity.broken_rule(Form(False, "float16"), 0, 0) is not None
 
 
+def test_eight_bits_hold_for_channels_of_very_different_range(tmp_path: Path) -> None:
+    """Trained refiners have them; with one scale for all channels, the small ones drown in rounding."""
+    folder = saved(tmp_path / "run", "keep", identity=True, channels=1, width=24, blocks=3)
+    module = exporting.read_refiner(folder).module
+    with torch.no_grad():
+        for block in module.blocks:
+            torch.nn.init.kaiming_uniform_(block.conv2.weight, a=8)
+            block.conv2.weight[:20] *= 0.05  # the identity's channels, which the last layer multiplies by up to 40
+            block.conv1.bias += torch.linspace(0, 2, 24)
+    save_refiner(folder / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
+    reports = exporting.export(
+        folder, tmp_path / "out", quantise=("int8-cpu", "int8-tensorrt", "fp8"), min_psnr=10, say=lambda line: None
+    )
+    found = {name: reports[exporting.QUANTISED[name][0]].psnr for name in exporting.QUANTISED}
+    assert min(found["int8-cpu"], found["int8-tensorrt"]) > 55 and found["fp8"] > 45, found
+
+
+def test_eight_bits_need_a_branch_to_be_in(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run", "keep", channels=1, width=4, blocks=1)
+    with pytest.raises(InputError, match="quantise must be for refiners of at least 2 blocks, .* got 1"):
+        exporting.export(folder, tmp_path / "out", quantise=("int8-cpu",), say=lambda line: None)
+
+
 def test_equalisation_in_the_graph_is_exactly_ours() -> None:
     module = network.Refiner(1, width=4, blocks=0)
     weights = {name: tensor.numpy() for name, tensor in module.state_dict().items()}

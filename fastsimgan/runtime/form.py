@@ -21,11 +21,18 @@ class Form:
     """Stored uint8 images in and out, or prepared float32 in [-1, 1]."""
     branches: Literal["float32", "float16", "u8s8", "s8s8", "fp8"]
     """``u8s8``: unsigned 8-bit activations, signed weights, branch outputs rounded to 8 bits too (onnxruntime, CPU);
-    ``s8s8``: both signed and symmetric, float outputs (TensorRT); ``fp8``: float8 e4m3 (TensorRT, sm_89 and later)."""
+    ``s8s8``: both signed and symmetric, float outputs (TensorRT); ``fp8``: float8 e4m3 (TensorRT, sm_89 and later).
+    The last branch of these three is in float32 or float16: half of their error came from it."""
 
     @property
     def quantised(self) -> bool:
         return self.branches in ("u8s8", "s8s8", "fp8")
+
+    def of_branch(self, block: int, blocks: int) -> str:
+        """The numbers of one block's branch, of ``blocks``."""
+        if self.quantised and block == blocks - 1:
+            return "float32" if self.branches == "u8s8" else "float16"
+        return self.branches
 
 
 def input_name(uint8: bool, histogram: str) -> str:

@@ -39,7 +39,7 @@ OPERATORS = frozenset(
 
 
 def build(
-    weights: Weights, settings: Mapping[str, Any], form: Form, peaks: Mapping[str, float] | None = None
+    weights: Weights, settings: Mapping[str, Any], form: Form, peaks: Mapping[str, Array] | None = None
 ) -> onnx.ModelProto:
     """The graph of a refiner, checked, without metadata.
 
@@ -47,7 +47,7 @@ def build(
         weights: the refiner's tensors by the names in its file, float32.
         settings: the refiner's settings (`fastsimgan.runtime.refiner.describe`).
         form: what to write.
-        peaks: for a quantised form, the largest magnitude of each tensor that is rounded (`activation_peaks`).
+        peaks: for a quantised form, what `calibrate` found.
     """
     graph = _Graph(weights, form, peaks or {})
     kind = TensorProto.UINT8 if form.uint8 else TensorProto.FLOAT
@@ -56,7 +56,7 @@ def build(
     x = _stored_to_float(graph, name, settings["histogram"]) if form.uint8 else name
     x = graph.node("Relu", [graph.conv("first", x)], "first.relu")
     for block in range(settings["blocks"]):
-        branch = graph.branch(f"blocks.{block}", x)
+        branch = graph.branch(f"blocks.{block}", x, form.of_branch(block, settings["blocks"]))
         x = graph.node("Relu", [graph.node("Add", [x, branch], f"blocks.{block}.sum")], f"blocks.{block}.out")
     last = graph.conv("last", x)
     if form.uint8:
@@ -80,10 +80,11 @@ def build(
 
 
 @torch.no_grad()
-def activation_peaks(module: network.Refiner, images: Tensor) -> dict[str, float]:
-    """Largest magnitudes over ``images`` (``[B, C, H, W]`` in [-1, 1]) of what the quantised forms round.
+def calibrate(module: network.Refiner, images: Tensor) -> dict[str, Array]:
+    """Each channel's largest magnitude (``[width]``) in what the quantised forms round, over images like those to come.
 
-    Names: ``blocks.I.in``, ``blocks.I.hidden``, ``blocks.I.branch``. Calibrate on images like those to be refined.
+    Names: ``blocks.I.in``, ``blocks.I.hidden``, ``blocks.I.branch``; and each with ``.mean``, the channel's mean.
+    ``images`` is ``[B, C, H, W]`` in [-1, 1].
     """
     x = F.relu(module.first(images))
     peaks = {}
@@ -92,7 +93,8 @@ def activation_peaks(module: network.Refiner, images: Tensor) -> dict[str, float
         hidden = F.relu(block.conv1(x))
         branch = block.conv2(hidden)
         for name, value in (("in", x), ("hidden", hidden), ("branch", branch)):
-            peaks[f"blocks.{index}.{name}"] = float(value.abs().amax())
+            peaks[f"blocks.{index}.{name}"] = value.abs().amax((0, 2, 3)).numpy()
+            peaks[f"blocks.{index}.{name}.mean"] = value.mean((0, 2, 3)).numpy()
         x = F.relu(x + branch)
     return peaks
 
@@ -100,7 +102,7 @@ def activation_peaks(module: network.Refiner, images: Tensor) -> dict[str, float
 class _Graph:
     """Nodes and constants as they are added, in order."""
 
-    def __init__(self, weights: Weights, form: Form, peaks: Mapping[str, float]) -> None:
+    def __init__(self, weights: Weights, form: Form, peaks: Mapping[str, Array]) -> None:
         self.weights = weights
         self.form = form
         self.peaks = peaks
@@ -127,61 +129,96 @@ class _Graph:
         kernel = self.weights[f"{name}.weight"].shape[2:]
         return self.node("Conv", inputs, name, kernel_shape=kernel, pads=[k // 2 for k in kernel] * 2)
 
-    def branch(self, name: str, x: str) -> str:
+    def branch(self, name: str, x: str, numbers: str) -> str:
         """conv2(relu(conv1(x))), float32 in and out whatever is in between."""
-        if self.form.branches == "float32":
+        if numbers == "float32":
             hidden = self.node("Relu", [self.conv(f"{name}.conv1", x)], f"{name}.hidden")
             return self.conv(f"{name}.conv2", hidden)
-        if self.form.branches == "float16":
+        if numbers == "float16":
             half = self.node("Cast", [x], f"{name}.in.half", to=TensorProto.FLOAT16)
             hidden = self.node("Relu", [self.conv(f"{name}.conv1", half, "float16")], f"{name}.hidden")
             out = self.conv(f"{name}.conv2", hidden, "float16")
             return self.node("Cast", [out], f"{name}.branch", to=TensorProto.FLOAT)
-        rounded, scale = self.rounded(f"{name}.in", x)
-        hidden = self.node("Relu", [self.quantised_conv(f"{name}.conv1", rounded, scale)], f"{name}.hidden")
-        rounded, scale = self.rounded(f"{name}.hidden", hidden)
-        out = self.quantised_conv(f"{name}.conv2", rounded, scale)
-        # onnxruntime multiplies in 8 bits only where the result is rounded to 8 bits again; TensorRT needs no such loss
-        return self.rounded(f"{name}.branch", out, signed=True)[0] if self.form.branches == "u8s8" else out
+        return self.quantised_branch(name, x)
 
-    def rounded(self, name: str, x: str, signed: bool = False) -> tuple[str, np.float32]:
-        """``x`` through 8 bits and back, and the scale (its peak is what the largest 8-bit value stands for)."""
-        top = {"u8s8": 127 if signed else 255, "s8s8": 127, "fp8": _FP8_TOP}[self.form.branches]
-        scale = np.float32(max(self.peaks[name], 1e-6) / top)
+    def quantised_branch(self, name: str, x: str) -> str:
+        """The same in 8 bits, in units in which each channel's peak is the largest 8-bit value.
+
+        Channels differ in range, and the last layer weighs some of them ten times more than most. Runtimes take one
+        scale an activation tensor, so that each channel's own goes into the weights before and behind it (ReLU lets it
+        pass), and at the two ends of the branch into a multiplication.
+        """
+        parts = ("in", "hidden", "branch")
+        units = {part: self.units(self.peaks[f"{name}.{part}"]) for part in parts}
+        x = self.node("Mul", [x, self.channels(f"{name}.in.per_unit", 1 / units["in"])], f"{name}.in")
+        means = {part: self.peaks[f"{name}.{part}.mean"] / units[part] for part in parts}
+        rounded = self.rounded(f"{name}.in", x)
+        conv1 = self.quantised_conv(f"{name}.conv1", rounded, units["in"], units["hidden"], means["in"])
+        hidden = self.node("Relu", [conv1], f"{name}.hidden")
+        rounded = self.rounded(f"{name}.hidden", hidden)
+        out = self.quantised_conv(f"{name}.conv2", rounded, units["hidden"], units["branch"], means["hidden"])
+        if self.form.branches == "u8s8":
+            # onnxruntime multiplies in 8 bits only where the result is rounded to 8 bits again
+            out = self.rounded(f"{name}.branch", out, signed=True)
+        return self.node("Mul", [out, self.channels(f"{name}.branch.unit", units["branch"])], f"{name}.branch")
+
+    def units(self, peaks: Array) -> Array:
+        """What the number 1 stands for in each channel; one that calibration found (nearly) dead gets some room.
+
+        Unsigned activations reach 127, not 255, at their peak: processors with AVX2 and no VNNI add two products in 16
+        bits, and 255 * 127 * 2 would not fit. What is above the peaks of calibration has the upper half.
+        """
+        if self.form.branches == "fp8":  # floats need no range of their own in each channel
+            peaks = np.full_like(peaks, peaks.max())
+        room: Array = np.maximum(peaks, max(0.01 * peaks.max(), 1e-6))
+        return room / (_FP8_TOP if self.form.branches == "fp8" else 127)
+
+    def channels(self, name: str, values: Array) -> str:
+        return self.constant(name, values.astype(np.float32)[:, None, None])
+
+    def rounded(self, name: str, x: str, signed: bool = False) -> str:
+        """``x``, in units, through 8 bits and back."""
         if self.form.branches == "fp8":
-            zero = self.float8(f"{name}.zero", np.float32(0))
+            zero = "float8_zero"
+            if all(zero != known.name for known in self.initializers):
+                self.float8(zero, np.float32(0))
+        elif self.form.branches == "s8s8":
+            zero = self.constant("int8_zero", np.int8(0))
         else:
-            kind = np.int8 if self.form.branches == "s8s8" else np.uint8
-            zero = self.constant(f"{name}.zero", kind(128 if signed else 0))
-        about = [self.constant(f"{name}.scale", scale), zero]
+            zero = self.constant("uint8_middle" if signed else "uint8_zero", np.uint8(128 if signed else 0))
+        about = [self.constant("one", np.float32(1)), zero]
         small = self.node("QuantizeLinear", [x, *about], f"{name}.quantised")
-        return self.node("DequantizeLinear", [small, *about], f"{name}.dequantised"), scale
+        return self.node("DequantizeLinear", [small, *about], f"{name}.dequantised")
 
-    def quantised_conv(self, name: str, x: str, x_scale: np.float32) -> str:
-        """A convolution with 8-bit weights, one scale an output channel."""
-        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+    def quantised_conv(self, name: str, x: str, x_units: Array, out_units: Array, x_means: Array) -> str:
+        """A convolution with 8-bit weights, one scale an output channel; input, output and means are in their units.
+
+        Activations behind a ReLU are far from zero on average, and so is what rounded weights make of them: that much
+        is taken out of the bias (Nagel et al., 2019, arXiv 1906.04721).
+        """
+        weight = self.weights[f"{name}.weight"] * x_units[:, None, None] / out_units[:, None, None, None]
+        bias = self.weights[f"{name}.bias"] / out_units
         fp8 = self.form.branches == "fp8"
         peak = np.maximum(np.abs(weight).max((1, 2, 3)), 1e-12)
         scale = (peak / (_FP8_TOP if fp8 else 127)).astype(np.float32)
         unit = weight / scale[:, None, None, None]
         if fp8:
+            held = torch.from_numpy(unit).to(torch.float8_e4m3fn).double().numpy()
             small, zero = self.float8(f"{name}.weight", unit), self.float8(f"{name}.zero", np.zeros(len(scale)))
         else:
-            small = self.constant(f"{name}.weight", np.rint(unit).astype(np.int8))
+            held = np.rint(unit)
+            small = self.constant(f"{name}.weight", held.astype(np.int8))
             zero = self.constant(f"{name}.zero", np.zeros(len(scale), np.int8))
+        bias = bias - scale * ((held - unit).sum((2, 3)) @ x_means)
         about = [self.constant(f"{name}.scale", scale), zero]
         restored = self.node("DequantizeLinear", [small, *about], f"{name}.weight.dequantised", axis=0)
         if self.form.branches == "u8s8":  # onnxruntime wants the bias in the accumulator's own units
-            step = scale * x_scale
-            levels = np.clip(np.rint(bias / step.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
-            about = [
-                self.constant(f"{name}.bias.scale", step),
-                self.constant(f"{name}.bias.zero", np.zeros(len(step), np.int32)),
-            ]
+            levels = np.clip(np.rint(bias / scale.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
+            about = [about[0], self.constant(f"{name}.bias.zero", np.zeros(len(scale), np.int32))]
             level = self.constant(f"{name}.bias", levels)
             added = self.node("DequantizeLinear", [level, *about], f"{name}.bias.dequantised", axis=0)
         else:
-            added = self.constant(f"{name}.bias", bias)
+            added = self.constant(f"{name}.bias", bias.astype(np.float32))
         return self.size_kept(name, [x, restored, added])
 
     def float8(self, name: str, value: Any) -> str:
