@@ -211,6 +211,39 @@ def test_nan_again_and_again_stops_and_names_the_batch(pair, tmp_path, monkeypat
     assert list_checkpoints(Path("run/checkpoints"))[-1].name == "step-00000004"
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_resume_needs_the_rest_of_the_state(precision, pair, tmp_path, monkeypatch):
+    """As below, for what only some runs have: a K_g that moves, a run that went back from NaN, float16's loss scales."""
+    monkeypatch.setattr("fastsimgan.algorithm._WINDOW", 4)
+    monkeypatch.setattr("fastsimgan.algorithm._BAND", (-1.0, -0.5))  # K_g rises after every fourth iteration
+    config = dataclasses.replace(CONFIG, steps=10, keep=10, k_g_max=4, precision=precision, picture_every=100)
+    with monkeypatch.context() as patch:
+        poison(patch, at=3, times=1, where="loss")
+        (tmp_path / "whole").mkdir()
+        patch.chdir(tmp_path / "whole")
+        fit(*pair, config, say=quiet)
+    expected = files(tmp_path / "whole")
+    tensors, facts = load_checkpoint(tmp_path / "whole/run/checkpoints/step-00000006")
+    assert facts["k_g"] == 2 and len(facts["accuracies"]) == 2
+    empty: dict[str, object] = {"k_g": 1, "accuracies": []}
+    if precision == "float32":  # in float16 the loss scale takes the NaN for an overflow and leaves that update out
+        assert facts["attempt"] == 1
+        empty["attempt"] = 0
+    scales = {name.split(".")[0] for name in tensors if "_scale" in name}
+    assert scales == ({"refiner_scale", "discriminator_scale"} if precision == "float16" else set())
+    for part in ["nothing", *empty, *sorted(scales)]:
+        folder = tmp_path / part
+        shutil.copytree(tmp_path / "whole", folder)
+        for number in (6, 8, 10):
+            shutil.rmtree(folder / f"run/checkpoints/step-{number:08d}")
+        less = {n: torch.ones_like(t) if n.startswith(part + ".") else t for n, t in tensors.items()}
+        other = facts | ({part: empty[part]} if part in empty else {})
+        save_checkpoint(folder / "run/checkpoints", "step-00000006", less, other, keep=10)
+        monkeypatch.chdir(folder)
+        fit(*pair, dataclasses.replace(config, resume=True), say=quiet)
+        assert (files(folder) == expected) == (part == "nothing"), part
+
+
 def test_resume_needs_every_part_of_the_state(pair, tmp_path, monkeypatch):
     """Take one part of a checkpoint away, and the run ends with other files."""
     finished(tmp_path / "whole", monkeypatch)
