@@ -213,7 +213,7 @@ def test_nan_again_and_again_stops_and_names_the_batch(pair, tmp_path, monkeypat
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_resume_needs_the_rest_of_the_state(precision, pair, tmp_path, monkeypatch):
-    """As below, for what only some runs have: a K_g that moves, a run that went back from NaN, float16's loss scales."""
+    """As below, for what only some runs have: a K_g that moves, a way back from NaN, float16's loss scales."""
     monkeypatch.setattr("fastsimgan.algorithm._WINDOW", 4)
     monkeypatch.setattr("fastsimgan.algorithm._BAND", (-1.0, -0.5))  # K_g rises after every fourth iteration
     config = dataclasses.replace(CONFIG, steps=10, keep=10, k_g_max=4, precision=precision, picture_every=100)
