@@ -3,7 +3,7 @@
 Needs Python >= 3.11, torch >= 2.11 with CUDA, and nvcc. In order: the device's limits, the extension built in place,
 the tests, the benchmarks, and compute-sanitizer over a few of the tests. Leaves ``bench/results/<device>-<date>.json``
 (commit, versions, errors beside speeds) and a log of the same name that ends with a short table. Exit codes: 0 all
-passed, 1 a step failed, 2 the part has nothing yet, 3 no GPU.
+passed, 1 a step failed, 3 no GPU.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from bench import limits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PARTS = ("ops", "train", "infer", "refine")
 BENCHMARKS = {"ops": ("bench_refiner_loss.py", "bench_discriminator_loss.py", "bench_history_swap.py")}
 TESTS = {
     "ops": ("test_refiner_loss.py", "test_discriminator_loss.py", "test_history_swap.py"),
     "refine": ("test_pipeline.py", "test_refine.py"),
+    "train": ("test_acceleration.py", "test_algorithm.py"),
 }
-SCRIPTS = {"refine": ("-m", "bench.bench_refine", "--packed", "1200000")}  # benchmarks that are no pytest suite
+SCRIPTS = {  # benchmarks that are no pytest suite
+    "refine": (("-m", "bench.bench_refine", "--packed", "1200000"),),
+    "train": (("-m", "bench.bench_train_step", "--rounds", "20"), ("-m", "bench.bench_train_step", "--schedule")),
+}
 SANITISED = {"ops": "gaze and triton and float32 or test_gpu_equals_cpu"}  # small: a sanitizer is 10 to 50 times slower
 TIME_LIMIT = 9 * 60  # seconds, of everything
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
@@ -116,8 +119,8 @@ def run_part(part: str, session: Session) -> list[dict[str, Any]]:
     session.step("build", ["cmake", "--build", "build/gpu", "--parallel"])
     tests = [f"tests/{name}" for name in TESTS[part]]
     session.step("tests", [*PYTEST, "-rs", "-s", *tests])
-    if part in SCRIPTS:
-        session.step("benchmark", [sys.executable, *SCRIPTS[part]])
+    for number, script in enumerate(SCRIPTS.get(part, ()), 1):
+        session.step(f"benchmark {number}", [sys.executable, *script])
     benchmarks = [f"bench/{name}" for name in BENCHMARKS.get(part, ())]
     if not benchmarks:
         return []
@@ -140,11 +143,8 @@ def run_part(part: str, session: Session) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Tests and benchmarks that need a GPU.")
-    parser.add_argument("part", choices=PARTS, nargs="?", default="ops")
+    parser.add_argument("part", choices=tuple(TESTS), nargs="?", default="ops")
     part = parser.parse_args(argv).part
-    if part not in TESTS:
-        print(f"part {part} has nothing yet")
-        return 2
     if not torch.cuda.is_available():
         print("no GPU")
         return 3

@@ -12,8 +12,3 @@ from bench import gpu
 def test_without_a_gpu_it_says_so(capsys):
     assert gpu.main([]) == 3
     assert capsys.readouterr().out == "no GPU\n"
-
-
-def test_a_part_without_content_says_so(capsys):
-    assert gpu.main(["train"]) == 2
-    assert capsys.readouterr().out == "part train has nothing yet\n"
