@@ -13,7 +13,7 @@ PART ?= ops
 help:
 	@echo "make install      .venv with fastsimgan in it, editable (every target below does this first)"
 	@echo "make test         the tests"
-	@echo "make kills        refinement killed 300 times over 25 datasets, and nothing lost: half an hour"
+	@echo "make kills        refinement killed 300 times over 25 datasets, and nothing lost: a quarter of an hour"
 	@echo "make labels       10,000 images of each kind of input, and no label changed: four minutes"
 	@echo "make ray          ten runs on a local Ray cluster, a worker killed in each: two minutes"
 	@echo "make demo         train, refine and evaluate on the built-in eyes, into runs/demo"

@@ -40,7 +40,7 @@ def supervise(
     if ours:
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
-        except (ConnectionError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError) as error:
             raise UnavailableError(f"address must be a running Ray cluster's, got {address}: {error}") from error
     try:
         _supervise(ray, _absolute(job), loader, workers, report)
