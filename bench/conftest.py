@@ -5,6 +5,7 @@ Under ``--benchmark-disable`` each side runs once, its result is checked and not
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection
@@ -24,6 +25,11 @@ _table: list[str] = []
 @cache
 def measured_copy_bandwidth() -> float:
     return limits.copy_bandwidth(DEVICE)
+
+
+@cache
+def measured_matrix_rate(dtype: torch.dtype) -> float:
+    return limits.matrix_rate(DEVICE, dtype)
 
 
 def synchronise() -> None:
@@ -53,6 +59,7 @@ class Race:
     device: torch.device = DEVICE
     disabled: bool = False
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    clock: Callable[[], float] = time.perf_counter
 
     def run(
         self,
@@ -70,18 +77,7 @@ class Race:
         calls = dict(sides)
         if self.device.type == "cuda" and not self.disabled:
             calls |= {f"{name}, graph": captured(call) for name, call in sides.items() if name not in not_capturable}
-        ours, *others = calls
-        for _ in range(1 if self.disabled else 3):
-            for call in calls.values():
-                call()
-        synchronise()
-
-        def time_others() -> None:
-            for name in others:
-                self._time(name, calls[name])
-
-        rounds = 1 if self.disabled else 50 if self.device.type == "cuda" else 20
-        self.benchmark.pedantic(lambda: self._time(ours, calls[ours]), setup=time_others, rounds=rounds, iterations=1)
+        self._take_turns(calls, rounds=50 if self.device.type == "cuda" else 20)
         if self.disabled:
             return
         bandwidth = measured_copy_bandwidth()
@@ -102,11 +98,65 @@ class Race:
             )
         self.benchmark.extra_info |= {"title": title, "copy_GB_per_s": bandwidth / 1e9, "sides": rows}
 
+    def run_images(
+        self,
+        title: str,
+        sides: dict[str, Callable[[], object]],
+        agreement: dict[str, tuple[float, int]],
+        images: int,
+        flop: float,
+        baseline: str,
+    ) -> None:
+        """Time ``sides`` (name → the public call on ``images`` images, of ``flop`` operations), ours first.
+
+        On a CPU in CPU-seconds, which a busy machine does not stretch, and shares are of its float32 matrix product; on
+        CUDA of the float16 one. agreement: PSNR in dB and most grey levels. baseline: the side that ratios are to.
+        """
+        on_cpu = self.device.type == "cpu"
+        self.clock = time.process_time if on_cpu else time.perf_counter
+        self._take_turns(sides, rounds=7 if on_cpu else 50)
+        if self.disabled:
+            return
+        peak = measured_matrix_rate(torch.float32 if on_cpu else torch.float16)
+        rows = {}
+        for name in sides:
+            low, median, high = statistics.quantiles(self.seconds[name], n=4)
+            ratios = [old / new for old, new in zip(self.seconds[baseline], self.seconds[name], strict=True)]
+            rows[name] = {
+                "median_us": median * 1e6,
+                "iqr_us": (high - low) * 1e6,
+                "images_per_s": images / median,
+                "times_baseline": statistics.median(ratios),
+                "share_of_matrix_rate": flop / median / peak,
+                "psnr": agreement[name][0] if math.isfinite(agreement[name][0]) else None,
+                "most_levels": agreement[name][1],
+            }
+            _table.append(
+                f"{title:24} {name:22} {images / median:10.1f} images/{'CPU-s' if on_cpu else 's'}  "
+                f"{rows[name]['times_baseline']:5.2f} x {baseline}  {flop / median / peak:6.1%} of matrix rate  "
+                f"PSNR {agreement[name][0]:5.1f} dB, at most {agreement[name][1]} levels"
+            )
+        self.benchmark.extra_info |= {"title": title, "matrix_TFLOP_per_s": peak / 1e12, "sides": rows}
+
+    def _take_turns(self, calls: dict[str, Callable[[], object]], rounds: int) -> None:
+        ours, *others = calls
+        for _ in range(1 if self.disabled else 3):
+            for call in calls.values():
+                call()
+        synchronise()
+
+        def time_others() -> None:
+            for name in others:
+                self._time(name, calls[name])
+
+        rounds = 1 if self.disabled else rounds
+        self.benchmark.pedantic(lambda: self._time(ours, calls[ours]), setup=time_others, rounds=rounds, iterations=1)
+
     def _time(self, name: str, call: Callable[[], object]) -> None:
-        begin = time.perf_counter()
+        begin = self.clock()
         call()
         synchronise()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
+        self.seconds.setdefault(name, []).append(self.clock() - begin)
 
 
 @pytest.fixture
@@ -123,6 +173,8 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if _table:
-        terminalreporter.section("sides in turn: median ± interquartile range, largest relative error against float64")
+        terminalreporter.section(
+            "sides in turn: medians; ops: ± interquartile range, largest relative error against float64"
+        )
         for line in _table:
             terminalreporter.write_line(line)

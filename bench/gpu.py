@@ -31,9 +31,13 @@ from bench import limits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-BENCHMARKS = {"ops": ("bench_refiner_loss.py", "bench_discriminator_loss.py", "bench_history_swap.py")}
+BENCHMARKS = {
+    "ops": ("bench_refiner_loss.py", "bench_discriminator_loss.py", "bench_history_swap.py"),
+    "infer": ("bench_infer.py",),
+}
 TESTS = {
     "ops": ("test_refiner_loss.py", "test_discriminator_loss.py", "test_history_swap.py"),
+    "infer": ("test_runtime.py", "test_export.py", "test_runtime_tensorrt.py"),
     "refine": ("test_pipeline.py", "test_refine.py"),
     "train": ("test_acceleration.py", "test_algorithm.py"),
 }
@@ -105,6 +109,7 @@ def measure_limits() -> dict[str, float]:
     return {
         "copy_GB_per_s": limits.copy_bandwidth("cuda") / 1e9,
         "float32_TFLOP_per_s": limits.matrix_rate("cuda", torch.float32) / 1e12,
+        "float16_TFLOP_per_s": limits.matrix_rate("cuda", torch.float16) / 1e12,
         "bfloat16_TFLOP_per_s": limits.matrix_rate("cuda", torch.bfloat16) / 1e12,
     }
 
@@ -130,7 +135,9 @@ def run_part(part: str, session: Session) -> list[dict[str, Any]]:
         session.step("benchmarks", command)
         entries = json.loads(stored.read_text())["benchmarks"] if stored.exists() and stored.stat().st_size else []
 
-    if shutil.which("compute-sanitizer") is None:
+    if part not in SANITISED:
+        session.say("no compute-sanitizer: this part has no kernels of its own")
+    elif shutil.which("compute-sanitizer") is None:
         session.say("skipped for want of compute-sanitizer: memcheck and racecheck")
     else:
         for tool in ("memcheck", "racecheck"):
@@ -179,8 +186,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             session.say(f"{name:12} {step['exit_code']:4}  {step['seconds']:7}  {step['last_line']}")
         for entry in benchmarks:
             for name, side in entry.get("sides", {}).items():
-                speed = f"{side['median_us']:10.1f} us  {side['share_of_copy']:6.1%} of copy"
-                session.say(f"{entry['title']:40} {name:22} {speed}  error {side['error']:.1e}")
+                if "images_per_s" in side:
+                    speed = f"{side['images_per_s']:10.0f} images/s  {side['share_of_matrix_rate']:6.1%} of matrix rate"
+                    error = f"at most {side['most_levels']} levels"
+                else:
+                    speed = f"{side['median_us']:10.1f} us  {side['share_of_copy']:6.1%} of copy"
+                    error = f"error {side['error']:.1e}"
+                session.say(f"{entry['title']:40} {name:22} {speed}  {error}")
         session.say(f"wrote {(RESULTS / stem).relative_to(ROOT)}.json")
         return 1 if any(step["exit_code"] for step in session.steps.values()) else 0
 

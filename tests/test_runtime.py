@@ -39,6 +39,21 @@ def test_what_comes_back_is_of_the_same_kind(identity, dtype):
     assert np.array_equal(with_channel[..., 0], refined)
 
 
+def test_float32_means_float32_and_the_users_flags_stay(identity, monkeypatch):
+    """TF32 is off while R runs, and nothing else of PyTorch's global state changes, then or after."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", True)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+
+    def flags():
+        return cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, torch.get_float32_matmul_precision()
+
+    before, during = flags(), []
+    identity.backend._module.first.register_forward_pre_hook(lambda *_: during.append(flags()))
+    identity(np.zeros((2, 8, 8), np.uint8))
+    assert before[0] and during == [(False, *before[1:])] and flags() == before
+
+
 def test_the_batch_size_changes_no_more_than_rounding(identity):
     images = np.random.default_rng(0).random((7, 9, 11)).astype(np.float32)
     np.testing.assert_allclose(identity(images, batch_size=1), identity(images, batch_size=7), atol=1e-5)

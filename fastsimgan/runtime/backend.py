@@ -58,7 +58,8 @@ class TorchBackend:
         return self._call(images)
 
     def _forward(self, images: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        cudnn = torch.backends.cudnn  # `flags` sets all of them for the time being: the user's others stay
+        with cudnn.flags(True, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
             if not self._half:
                 refined: Tensor = self._module(images)
                 return refined

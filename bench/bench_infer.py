@@ -1,0 +1,134 @@
+"""R through every backend that is here, uint8 images in and out: images a second, agreement, share of the matrix peak.
+
+The same images for all, in turn. Agreement is with PyTorch's float32: PSNR, and the most grey levels that a pixel is
+off. ``FASTSIMGAN_BENCH_REFINER=runs/mine`` takes that refiner in place of the paper's at random weights. bfloat16 is
+left out where the processor only emulates it, and torch.compile in the untimed run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsimgan.config import TrainConfig
+from fastsimgan.data.builtin import builtin_pair
+from fastsimgan.data.values import from_float
+from fastsimgan.errors import FastSimGANError
+from fastsimgan.models.refiner import Refiner as Network
+from fastsimgan.precision import choose_precision
+from fastsimgan.runtime.refiner import load_refiner, prepare, read_refiner, save_refiner
+
+SIZES = {"gaze": (35, 55, 64), "hand": (224, 224, 4)}  # height, width, batch on a CPU; 512 on CUDA
+SHAPES = {"gaze": {}, "hand": {"blocks": 10, "first_kernel": 7}}
+
+
+def saved(folder: Path, size: str, small: bool) -> Path:
+    """The refiner to run: of the environment, or the paper's for ``size`` (a small one where nothing is timed)."""
+    if path := os.environ.get("FASTSIMGAN_BENCH_REFINER"):
+        return Path(path)
+    torch.manual_seed(0)
+    network = Network(1, width=8, blocks=2) if small else Network(1, **SHAPES[size])
+    save_refiner(folder / "refiner.safetensors", network, histogram="keep", training=TrainConfig())
+    return folder
+
+
+def plain(network: Callable[[Tensor], Tensor], histogram: str, layout: torch.memory_format) -> Callable[..., Tensor]:
+    """``network`` between the steps that `Refiner` has around it, images in ``layout``."""
+
+    @torch.inference_mode()
+    def call(images: Tensor) -> Tensor:
+        return from_float(network(prepare(images, histogram).contiguous(memory_format=layout)).float(), torch.uint8)
+
+    return call
+
+
+def sides_here(path: Path, folder: Path, device: torch.device, batch: int, size: tuple[int, int], compiled: bool):
+    """Name of each side → the call on uint8 images ``[B, 1, H, W]`` on ``device``; ours, the public one, first."""
+    file = read_refiner(path)
+    histogram = file.settings["histogram"]
+    module = file.module.to(device).eval()
+    nhwc = deepcopy(module).to(memory_format=torch.channels_last)
+    last, first = torch.channels_last, torch.contiguous_format
+    bfloat16 = choose_precision("auto", device)[0] == "bfloat16"
+
+    def in_bfloat16(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(images: Tensor) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                return network(images)
+
+        return call
+
+    sides: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def ours(name: str, **arguments: object) -> None:
+        refiner = load_refiner(arguments.pop("path", path), device=device.type, **arguments)
+        sides[name] = lambda images: refiner(images, len(images))
+
+    ours("ours, torch float32")
+    if device.type == "cuda":
+        ours("ours, torch float16", precision="float16")
+    sides["eager"] = plain(module, histogram, first)
+    sides["eager channels_last"] = plain(nhwc, histogram, last)
+    if bfloat16:
+        sides["eager bfloat16"] = plain(in_bfloat16(nhwc), histogram, last)
+    if compiled:
+        sides["compile"] = plain(torch.compile(nhwc, dynamic=False), histogram, last)
+        if bfloat16:
+            sides["compile bfloat16"] = plain(
+                in_bfloat16(torch.compile(deepcopy(nhwc), dynamic=False)), histogram, last
+            )
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")):
+        return sides
+    from fastsimgan.exporting import engine, export
+
+    export(path, folder / "exported", quantise=("int8-cpu",), min_psnr=0, say=lambda line: None)
+    files = {"float32": "refiner.onnx", "int8": "refiner.u8.int8-cpu.onnx"}
+    if device.type == "cuda":
+        files = {"float32": "refiner.onnx", "float16": "refiner.u8.fp16.onnx"}
+    for name, file_name in files.items():
+        try:
+            ours(f"onnxruntime {name}", path=folder / "exported" / file_name)
+        except FastSimGANError as error:  # said, not hidden: onnxruntime without CUDA
+            print(f"left out: onnxruntime {name}: {error}")
+    for library in ("tensorrt", "tensorrt-rtx") if device.type == "cuda" else ():
+        try:
+            built = engine(folder / "exported", library, batch=(1, batch, batch), size=size)
+            ours(f"{library} float16", path=built)
+        except FastSimGANError as error:
+            print(f"left out: {library}: {error}")
+    return sides
+
+
+@pytest.mark.parametrize("size", ["gaze", pytest.param("hand", marks=pytest.mark.large)])
+def test_infer(race, size, tmp_path):
+    height, width, batch = SIZES[size]
+    batch = 512 if race.device.type == "cuda" else 4 if race.disabled else batch
+    eyes = torch.from_numpy(builtin_pair(0)[0]["images"][:batch])[:, None].float()
+    images = torch.nn.functional.interpolate(eyes, (height, width), mode="bilinear").to(torch.uint8).to(race.device)
+    path = saved(tmp_path, size, small=race.disabled)
+    calls = sides_here(path, tmp_path, race.device, batch, (height, width), compiled=not race.disabled)
+    truth = calls["ours, torch float32"](images).int()
+    agreement = {}
+    for name, call in calls.items():
+        off = (call(images).int() - truth).abs()
+        square = float(off.double().square().mean())
+        agreement[name] = 10 * math.log10(255**2 / square) if square else math.inf, int(off.max())
+        # TF32, which plain PyTorch allows in convolutions on CUDA, and the narrow types may be further off
+        assert agreement[name][1] <= 1 or not name.endswith("float32"), (name, agreement[name])
+    weights = sum(parameter.numel() for parameter in read_refiner(path).module.parameters() if parameter.ndim == 4)
+    race.run_images(
+        f"R {size} {height}x{width} b={batch}",
+        {name: (lambda call=call: call(images)) for name, call in calls.items()},
+        agreement,
+        images=batch,
+        flop=2.0 * weights * height * width * batch,
+        baseline="eager",
+    )
