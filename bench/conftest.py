@@ -28,8 +28,8 @@ def measured_copy_bandwidth() -> float:
 
 
 @cache
-def measured_matrix_rate(dtype: torch.dtype) -> float:
-    return limits.matrix_rate(DEVICE, dtype)
+def measured_matrix_rate(dtype: torch.dtype, clock: Callable[[], float]) -> float:
+    return limits.matrix_rate(DEVICE, dtype, clock)
 
 
 def synchronise() -> None:
@@ -117,7 +117,7 @@ class Race:
         self._take_turns(sides, rounds=7 if on_cpu else 50)
         if self.disabled:
             return
-        peak = measured_matrix_rate(torch.float32 if on_cpu else torch.float16)
+        peak = measured_matrix_rate(torch.float32 if on_cpu else torch.float16, self.clock)
         rows = {}
         for name in sides:
             low, median, high = statistics.quantiles(self.seconds[name], n=4)

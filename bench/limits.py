@@ -15,8 +15,13 @@ import torch
 ROUNDS = 20
 
 
-def seconds(call: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
-    """Median seconds of ``call`` after three warm-up calls: by events on CUDA, by the clock elsewhere."""
+Clock = Callable[[], float]
+
+
+def seconds(
+    call: Callable[[], object], device: torch.device, rounds: int = ROUNDS, clock: Clock = time.perf_counter
+) -> float:
+    """Median seconds of ``call`` after three warm-up calls: by events on CUDA, by ``clock`` elsewhere."""
     for _ in range(3):
         call()
     times = []
@@ -31,9 +36,9 @@ def seconds(call: Callable[[], object], device: torch.device, rounds: int = ROUN
         times = [start.elapsed_time(end) * 1e-3 for start, end in events]
     else:
         for _ in range(rounds):
-            begin = time.perf_counter()
+            begin = clock()
             call()
-            times.append(time.perf_counter() - begin)
+            times.append(clock() - begin)
     return statistics.median(times)
 
 
@@ -46,12 +51,12 @@ def copy_bandwidth(device: torch.device | str) -> float:
     return 2 * size / seconds(lambda: target.copy_(source), device)
 
 
-def matrix_rate(device: torch.device | str, dtype: torch.dtype) -> float:
+def matrix_rate(device: torch.device | str, dtype: torch.dtype, clock: Clock = time.perf_counter) -> float:
     """Floating-point operations a second of a large square matrix product in ``dtype`` (float32 as PyTorch is set)."""
     device = torch.device(device)
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b, device)
+    return 2 * size**3 / seconds(lambda: a @ b, device, clock=clock)
 
 
 def main() -> None:
