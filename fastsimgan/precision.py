@@ -37,6 +37,15 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, DTYPES[precision])
 
 
+def no_tf32() -> AbstractContextManager[object]:
+    """Where float32 convolutions on CUDA are computed in float32: by default cuDNN rounds their inputs to TF32.
+
+    For a refiner that began at the identity that is as wrong as float16 throughout (see `models.refiner`).
+    """
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, allow_tf32=False)
+
+
 class LossScale:
     """Keeps float16 gradients out of the subnormals: the loss is multiplied by a factor that is as large as it can be.
 

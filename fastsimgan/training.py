@@ -16,7 +16,7 @@ from fastsimgan.device import choose_device, keep_freed_memory
 from fastsimgan.errors import InputError, Stopped
 from fastsimgan.guard import GuardRails
 from fastsimgan.pools import Images, Pools, open_pools
-from fastsimgan.precision import choose_precision
+from fastsimgan.precision import choose_precision, no_tf32
 from fastsimgan.profiling import iteration_flops, peak, profile_iterations
 from fastsimgan.ranks import Ranks, join_ranks
 from fastsimgan.run_folder import RunFolder
@@ -77,7 +77,7 @@ def fit(
         return Refiner.from_module(trainer.average, pools.histogram, device)
 
     run = RunFolder(config, trainer, pools, say)
-    with StopRequest() as stop:
+    with StopRequest() as stop, no_tf32():
         run.open()
         if config.profile:
             say(profile_iterations(trainer, pools, config.profile, run.folder))
