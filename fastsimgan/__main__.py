@@ -1,6 +1,7 @@
 """`python -m fastsimgan` lists the commands."""
 
 COMMANDS = {
+    "data": "`data import`: UnityEyes and MPIIGaze as they lie on the disk into packed arrays",
     "train": "two folders of images in, a refiner out",
     "refine": "refine a folder or an array of images, labels carried along",
     "evaluate": "does refined data train a better model than synthetic data?",
