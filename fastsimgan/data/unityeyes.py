@@ -4,9 +4,9 @@ Every number of the json is a string, vectors too (``"(-0.5557, 0.4563, -0.6950,
 one pattern and never evaluated. Image points count y from the bottom edge: row = height - y.
 
 **The crop** is the one most gaze code uses (GazeML, Park et al. 2018): centred on the bounding box of the lid margin,
-as wide as 1.5 times the horizontal distance from the inner corner (mean of the caruncle's points) to the outer one (point
-8 of the lid margin), with the output's aspect. It is resampled with a triangle filter (antialiased) from Rec. 601 luma.
-A crop that leaves the image, or is smaller than the output, is rejected: nothing is padded or enlarged.
+as wide as 1.5 times the horizontal distance from the inner corner (mean of the caruncle's points) to the outer one
+(point 8 of the lid margin), with the output's aspect. It is resampled with a triangle filter (antialiased) from
+Rec. 601 luma. A crop that leaves the image, or is smaller than the output, is rejected: nothing is padded or enlarged.
 """
 
 from __future__ import annotations
