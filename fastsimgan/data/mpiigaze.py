@@ -16,11 +16,13 @@ import numpy as np
 
 from fastsimgan.data.eye_set import EyeSet, gaze_to_pitch_yaw, scan
 from fastsimgan.data.files import natural_key, printable
-from fastsimgan.errors import InputError, UnavailableError
+from fastsimgan.data.matlab import MAX_BYTES, read_matlab
+from fastsimgan.errors import InputError
 
 HEIGHT, WIDTH = 36, 60
 EVALUATION_LISTS = Path("Evaluation Subset") / "sample list for eye image"
 _LISTED = re.compile(r"(day[0-9]{2}/[0-9]{1,9}\.jpg) (left|right)")
+_NAME = re.compile(r"[0-9]{1,9}\.jpg")
 _MAX_LIST_BYTES = 1 << 24
 
 Eye = tuple[str, str]
@@ -40,7 +42,7 @@ def read_mpiigaze(folder: Path, size: tuple[int, int] = (35, 55), evaluation: bo
         ``subject`` int64 ``[N]``; ``mirrored`` bool ``[N]``, the right eyes; ``source``, names with the side.
         Rejected are ``.mat`` files that break a rule, eyes whose gaze does, and listed eyes that are not there.
 
-    Raises InputError if ``folder`` or a list does not keep to the format, UnavailableError without SciPy.
+    Raises InputError if ``folder`` or a list does not keep to the format.
     """
     if not (1 <= size[0] <= HEIGHT and 1 <= size[1] <= WIDTH):
         raise InputError(f"size must be from 1x1 to {HEIGHT}x{WIDTH}, got {size[0]}x{size[1]}")
@@ -116,25 +118,31 @@ def _turned(image: np.ndarray, gaze: np.ndarray, side: str, size: tuple[int, int
 def _read_mat(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
     """``{side: (images [N, 36, 60] uint8, gaze [N, 3] float64)}`` and the N names of one day."""
     try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise UnavailableError("MPIIGaze's .mat files need SciPy: pip install fastsimgan[eval]") from error
-    try:
-        content = loadmat(path, appendmat=False, variable_names=["data", "filenames"])
-    except Exception as error:  # damaged bytes make SciPy's reader raise almost anything
-        reason = getattr(error, "strerror", None) or printable(str(error)) or type(error).__name__
-        raise InputError(f"{printable(path)}: cannot be read as MATLAB v5: {reason}") from error
-    try:
-        names = [_text(name) for name in _array(content.get("filenames"), "filenames").ravel()]
-        data = _field(content, "data")
-        sides = {side: _side(_field(data, side), side, len(names)) for side in ("left", "right")}
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise InputError(f"must have at most {MAX_BYTES} bytes")
+        content = read_matlab(data)
+        names = content.get("filenames")
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list):
+            raise InputError("must have filenames, a cell array")
+        for name in names:
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise InputError(f"filenames must be like '0001.jpg', got {printable(repr(name)[:60])}")
+        eyes = content.get("data")
+        return {side: _side(eyes, side, len(names)) for side in ("left", "right")}, names
     except InputError as error:
         raise InputError(f"{printable(path)}: {error}") from error
-    return sides, names
+    except OSError as error:
+        raise InputError(f"{printable(path)}: cannot be read: {error.strerror}") from error
 
 
-def _side(holder: Any, side: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    images, gaze = (_array(_inner(holder, name), f"{side}.{name}") for name in ("image", "gaze"))
+def _side(eyes: Any, side: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    eye = eyes.get(side) if isinstance(eyes, dict) else None
+    images, gaze = (eye.get(name) if isinstance(eye, dict) else None for name in ("image", "gaze"))
+    if not isinstance(images, np.ndarray) or not isinstance(gaze, np.ndarray):
+        raise InputError(f"must have data.{side}.image and data.{side}.gaze")
     if images.dtype != np.uint8 or images.shape != (count, HEIGHT, WIDTH):
         raise InputError(
             f"{side}.image must be uint8 [{count}, {HEIGHT}, {WIDTH}], got {images.dtype} {list(images.shape)}"
@@ -142,33 +150,3 @@ def _side(holder: Any, side: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     if gaze.dtype.kind != "f" or gaze.shape != (count, 3):
         raise InputError(f"{side}.gaze must be floats [{count}, 3], got {gaze.dtype} {list(gaze.shape)}")
     return images, gaze.astype(np.float64)
-
-
-def _inner(holder: Any, name: str) -> Any:
-    """Entry ``name`` of a dict or of a MATLAB struct, which SciPy gives as an array of records."""
-    if isinstance(holder, np.void):
-        return holder[name] if name in (holder.dtype.names or ()) else None
-    return holder.get(name) if isinstance(holder, dict) else None
-
-
-def _field(holder: Any, name: str) -> np.void:
-    struct = _array(_inner(holder, name), name)
-    if struct.size != 1 or struct.dtype.names is None:
-        raise InputError(f"{name} must be one MATLAB struct, got {struct.dtype} {list(struct.shape)}")
-    return struct.ravel()[0]
-
-
-def _array(value: Any, name: str) -> np.ndarray:
-    if not isinstance(value, np.ndarray):
-        raise InputError(f"must have {name}")
-    return value
-
-
-def _text(cell: Any) -> str:
-    """One of ``filenames``: of a cell SciPy gives an array of one string, of a character matrix's row a string."""
-    if isinstance(cell, np.ndarray) and cell.size == 1:
-        cell = cell.ravel()[0]
-    text = str(cell) if isinstance(cell, str) else ""
-    if not re.fullmatch(r"[0-9]{1,9}\.jpg", text):
-        raise InputError(f"filenames must be cells like '0001.jpg', got {printable(repr(cell)[:60])}")
-    return text
