@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -15,6 +16,7 @@ from fastsimgan.config import TrainConfig
 from fastsimgan.device import choose_device, keep_freed_memory
 from fastsimgan.errors import InputError, Stopped
 from fastsimgan.guard import GuardRails
+from fastsimgan.metrics.label_drift import describe, label_drift
 from fastsimgan.pools import Images, Pools, open_pools
 from fastsimgan.precision import choose_precision, no_tf32
 from fastsimgan.profiling import iteration_flops, peak, profile_iterations
@@ -121,7 +123,17 @@ def fit(
                 bar.close()
                 raise Stopped(stopped_by, f"after {phase} step {step}; a checkpoint is written, --resume goes on")
         bar.close()
-        return run.finish()
+        refiner = run.finish()
+    if ranks.first:
+        say(_drift(synthetic, refiner))
+    return refiner
+
+
+def _drift(synthetic: Images, refiner: Refiner) -> str:
+    """A line on how far R moved what labels speak of; a second or two, so of a sample of the images."""
+    count = max(16, min(400, 800_000 // math.prod(synthetic.shape[1:3])))
+    sample = np.array(synthetic[:: max(1, len(synthetic) // count)][:count])  # a copy: the images may be a mapped file
+    return f"{describe(label_drift(sample, refiner(sample)))}; of {len(sample)} images"
 
 
 def _can_graph(config: TrainConfig, pools: Pools, device: torch.device, ranks: Ranks) -> bool:

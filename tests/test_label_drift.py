@@ -86,6 +86,7 @@ def test_the_summary_names_the_image_that_moved_most():
     drift = label_drift(before, after)
     assert drift["worst"][0] == 7 and drift["pupil_px"]["max"] > 1.5 > drift["pupil_px"]["p90"]
     assert "iris moved" in describe(drift)
+    assert "iris" not in describe(drift | {"pupil_found": 0.4})  # then these are hardly eyes
 
 
 def test_gaze_drift_is_zero_where_nothing_changed_and_not_where_eyes_were_exchanged():

@@ -38,7 +38,9 @@ def quiet(_: str) -> None:
 def test_a_run_writes_what_it_says(pair, tmp_path):
     out = tmp_path / "run"
     config = TrainConfig(**SMALL, out=out, steps=4, picture_every=2, checkpoint_every=2, keep=1)
-    refiner = fit(*pair, config, say=quiet)
+    said: list[str] = []
+    refiner = fit(*pair, config, say=said.append)
+    assert said[-1].startswith("label drift: ") and said[-1].endswith(f"; of {len(pair[0])} images")
     assert {p.name for p in out.iterdir()} == {
         "config.json", "metrics.jsonl", "refiner.safetensors", "contact_sheet.png", "pictures", "checkpoints"
     }  # fmt: skip

@@ -154,10 +154,10 @@ def label_drift(synthetic: Array, refined: Array, lid_margin: Array | None = Non
 
 
 def describe(drift: dict[str, Any]) -> str:
-    """A `label_drift` in one line."""
+    """A `label_drift` in one line; without the iris where most images show none."""
     edges, pupil = drift["edges_px"], drift["pupil_px"]
     text = "label drift: "
-    if pupil is not None:
+    if pupil is not None and drift["pupil_found"] >= 0.5:
         right, down = drift["pupil_mean_shift_px"]
         text += (
             f"iris moved {pupil['median']:.2f} px (median; 90 % within {pupil['p90']:.2f}; mean shift {right:+.2f} "
