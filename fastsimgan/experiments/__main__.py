@@ -1,0 +1,28 @@
+"""`python -m fastsimgan.experiments NAME`: the experiments by name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+EXPERIMENTS = {"gaze": "§3.1.3: do gaze networks trained on refined eyes do better on real ones?"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hand the arguments to the experiment that the first one names; return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in EXPERIMENTS:
+        code: int = importlib.import_module(f"fastsimgan.experiments.{arguments[0]}").main(arguments[1:])
+        return code
+    if arguments and arguments[0] not in ("-h", "--help"):
+        print(f"error: the experiment must be one of {', '.join(EXPERIMENTS)}, got {arguments[0]!r}", file=sys.stderr)
+        return 2
+    print("python -m fastsimgan.experiments NAME --help\n")
+    for name, what in EXPERIMENTS.items():
+        print(f"  {name:<10}{what}")
+    return 0 if arguments else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The gaze experiment whole, in a few steps, and its report."""
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from fastsimgan.data.eye_simulator import simulate_eyes
+from fastsimgan.experiments.__main__ import main
+from fastsimgan.experiments.report import Report
+
+
+class Links(HTMLParser):
+    """What a page would load or run, and the tags it has."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gaze")
+    names = {"synthetic": (80, "synthetic"), "real": (40, "stand_in_real"), "validation": (30, "stand_in_real")}
+    given = ["gaze", "--out", str(folder / "out"), "--seeds", "2", "--steps", "2", "--judge-steps", "2"]
+    for seed, (name, (count, population)) in enumerate(names.items()):
+        eyes = simulate_eyes(count, seed, population=population)
+        np.savez(folder / f"{name}.npz", images=eyes["images"], pitch_yaw=eyes["pitch_yaw"])
+        given += [f"--{name}", str(folder / f"{name}.npz")]
+    return folder, [*given, "--device", "cpu"]
+
+
+def test_a_whole_experiment_resumes_and_refuses_other_data(flags, capsys):
+    folder, given = flags
+    out = folder / "out"
+    assert main(given) == 0
+    numbers = json.loads((out / "report.json").read_text())
+    assert set(numbers["comparison"]["rows"]) == {
+        "constant", "synthetic", "equalised", "refined", "refined ×4", "supervised"
+    }  # fmt: skip
+    assert numbers["counts"] == {"synthetic": 80, "real": 40, "validation": 30} and numbers["drift"]["images"] == 80
+    page = (out / "report.html").read_text()
+    links = Links(page)
+    assert all(source.startswith("data:image/png;base64,") for source in links.sources)
+    assert "svg" in links.tags and "script" not in links.tags and str(out) in page
+
+    refined = [np.load(out / f"refined-{seed}.npy") for seed in range(4)]
+    assert not any((refined[0] == other).all() for other in refined[1:])  # four refiners, not one four times
+
+    # a kill after training: pieces that are there stay, what is missing is made again and is the same
+    before = (out / "refined-1.npy").stat().st_mtime_ns
+    old = (out / "refined-0.npy").read_bytes()
+    for name in ("refined-0.npy", "realism.json", "report.json", "report.html"):
+        (out / name).unlink()
+    assert main(given) == 0
+    assert json.loads((out / "report.json").read_text()) == numbers
+    assert (out / "refined-0.npy").read_bytes() == old and (out / "refined-1.npy").stat().st_mtime_ns == before
+
+    capsys.readouterr()
+    assert main([*given[:6], "3", *given[7:]]) == 2
+    assert "holds an experiment with another training" in capsys.readouterr().err
+    assert (out / "report.html").read_text() == page
+
+
+def test_bad_arguments_are_one_line_and_exit_2(flags, tmp_path, capsys):
+    folder, given = flags
+    real = str(folder / "real.npz")
+    for wrong, message in (
+        (["pose"], "must be one of gaze, got 'pose'"),
+        (["gaze", "--out", str(tmp_path / "a"), "--real", real], "give --synthetic, --real and --validation"),
+        (["gaze", "--out", str(tmp_path / "a"), "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        ([*given, "--out", str(tmp_path / "a"), "--validation", real], "must not be the file given as --real"),
+        ([*given, "--out", str(folder)], "must be new, empty, or a folder that this experiment began"),
+    ):
+        assert main(wrong) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_report_escapes_every_text_and_its_curve_is_in_place():
+    bad = "<img src=x onerror=alert(1)>\"'&"
+    report = Report(bad)
+    report.heading(bad)
+    report.paragraph(bad)
+    report.table([bad, bad], [[bad, bad]])
+    report.picture(b"\x89PNG", bad)
+    report.curves({bad: (np.array([0.0, 10.0]), np.array([0.0, 100.0]))}, bad, bad, bad)
+    links = Links(report.html())
+    assert links.sources == ["data:image/png;base64,iVBORw=="]  # its own picture, and none of the text's
+    assert 'points="48.0,332.0 608.0,12.0"' in report.html()
+    with pytest.raises(ValueError, match="finite"):
+        report.curves({"a": (np.array([np.nan]), np.array([0.0]))}, "", "", "")
