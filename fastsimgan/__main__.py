@@ -7,6 +7,7 @@ COMMANDS = {
     "evaluate": "does refined data train a better model than synthetic data?",
     "export": "a refiner as ONNX files that agree with PyTorch, and the way to TensorRT",
     "turing": "can people tell refined images from real ones? a page to ask them, and a count of their answers",
+    "experiments": "the paper's experiments: train, refine, judge, one report",
     "demo": "all three on the built-in eyes",
     "env": "versions, devices, and which implementation of each op runs here",
 }
@@ -14,4 +15,4 @@ COMMANDS = {
 if __name__ == "__main__":
     print("python -m fastsimgan.COMMAND --help\n")
     for name, what in COMMANDS.items():
-        print(f"  {name:<10}{what}")
+        print(f"  {name:<12}{what}")

@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from fastsimgan.config import PRESETS
 from fastsimgan.data.eye_simulator import simulate_eyes
+from fastsimgan.experiments import gaze
 from fastsimgan.experiments.__main__ import main
 from fastsimgan.experiments.report import Report
 
@@ -32,18 +34,20 @@ def flags(tmp_path_factory):
     given = ["gaze", "--out", str(folder / "out"), "--seeds", "2", "--steps", "2", "--judge-steps", "2"]
     for seed, (name, (count, population)) in enumerate(names.items()):
         eyes = simulate_eyes(count, seed, population=population)
-        np.savez(folder / f"{name}.npz", images=eyes["images"], pitch_yaw=eyes["pitch_yaw"])
+        np.savez(folder / f"{name}.npz", images=eyes["images"][:, 5:29, 14:40], pitch_yaw=eyes["pitch_yaw"])
         given += [f"--{name}", str(folder / f"{name}.npz")]
     return folder, [*given, "--device", "cpu"]
 
 
-def test_a_whole_experiment_resumes_and_refuses_other_data(flags, capsys):
+def test_a_whole_experiment_resumes_and_refuses_other_data(flags, capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "gaze", {"pretrain_discriminator": 1, "batch_size": 4, "width": 20})
+    monkeypatch.setattr(gaze, "REFINERS", 2)
     folder, given = flags
     out = folder / "out"
     assert main(given) == 0
     numbers = json.loads((out / "report.json").read_text())
     assert set(numbers["comparison"]["rows"]) == {
-        "constant", "synthetic", "equalised", "refined", "refined ×4", "supervised"
+        "constant", "synthetic", "equalised", "refined", "refined ×2", "supervised"
     }  # fmt: skip
     assert numbers["counts"] == {"synthetic": 80, "real": 40, "validation": 30} and numbers["drift"]["images"] == 80
     page = (out / "report.html").read_text()
@@ -51,13 +55,13 @@ def test_a_whole_experiment_resumes_and_refuses_other_data(flags, capsys):
     assert all(source.startswith("data:image/png;base64,") for source in links.sources)
     assert "svg" in links.tags and "script" not in links.tags and str(out) in page
 
-    refined = [np.load(out / f"refined-{seed}.npy") for seed in range(4)]
-    assert not any((refined[0] == other).all() for other in refined[1:])  # four refiners, not one four times
+    refined = [np.load(out / f"refined-{seed}.npy") for seed in range(2)]
+    assert (refined[0] != refined[1]).any()  # two refiners, not one twice
 
     # a kill after training: pieces that are there stay, what is missing is made again and is the same
     before = (out / "refined-1.npy").stat().st_mtime_ns
     old = (out / "refined-0.npy").read_bytes()
-    for name in ("refined-0.npy", "realism.json", "report.json", "report.html"):
+    for name in ("refined-0.npy", "report.json", "report.html"):
         (out / name).unlink()
     assert main(given) == 0
     assert json.loads((out / "report.json").read_text()) == numbers

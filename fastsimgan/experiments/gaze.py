@@ -321,9 +321,9 @@ def _page(numbers: dict[str, Any], out: Path, builtin: bool) -> str:
         [[name, *(_interval(row[key], name == "constant") for key in columns)] for name, row in rows.items()],
     )
     report.paragraph(
-        f"{spread} Constant: the mean synthetic gaze, whatever the image. Bias: mean of predicted minus true; bias-free: "
-        "with it taken out, which nobody has without labels. ×4: the synthetic set refined by four refiners "
-        "(seeds 0 to 3), all labels kept. Supervised: trained on the labels of the real set, which the refiner never saw. "
+        f"{spread} Constant: the mean synthetic gaze for every image. Bias: mean of predicted minus true; bias-free: with "
+        "it taken out, which nobody has without labels. ×N: the synthetic set refined by N refiners "
+        "(seeds 0, 1, ...), labels kept. Supervised: trained on the real set's labels, which no refiner saw. "
         "All gaze networks take equally many steps. The intervals are over the gaze networks' seeds alone, not over "
         "refiners or people."
     )
@@ -346,7 +346,7 @@ def _page(numbers: dict[str, Any], out: Path, builtin: bool) -> str:
     angle = drift["gaze_deg"]
     report.paragraph(
         f"{drift['images']} images: {drift['text']}. A gaze network trained on the synthetic images changes its answer "
-        f"by {angle['median']:.1f}° (median; 90 % within {angle['p90']:.1f}°), which also holds what the new look does to it."
+        f"by {angle['median']:.1f}° (median; 90 % within {angle['p90']:.1f}°); the new look has its share in that."
     )
     report.picture((out / "moved_most.png").read_bytes(), "The eight images that moved most")
     report.heading("Do they look real?")

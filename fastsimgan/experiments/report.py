@@ -125,5 +125,6 @@ th:first-child { text-align: left } figure { margin: 1em 0 } figcaption, .axis {
 svg { width: 100%; max-width: 640px; display: block } svg text { fill: currentColor; font-size: 13px }
 .grid { stroke: var(--line); fill: none } .keys { list-style: none; padding: 0; display: flex; flex-wrap: wrap;
   gap: 4px 18px } .key { display: inline-block; width: 18px; height: 4px; margin-right: 6px; vertical-align: middle }
-@media (prefers-color-scheme: dark) { body { color: #e6e8ec; background: #15171b } figcaption, .axis { color: #a0a6b2 } }
+@media (prefers-color-scheme: dark) { body { color: #e6e8ec; background: #15171b }
+  figcaption, .axis { color: #a0a6b2 } }
 """
