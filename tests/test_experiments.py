@@ -1,11 +1,13 @@
 """The gaze experiment whole, in a few steps, and its report."""
 
 import json
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from fastsimgan.checkpoint import list_checkpoints
 from fastsimgan.config import PRESETS
 from fastsimgan.data.eye_simulator import simulate_eyes
 from fastsimgan.experiments import gaze
@@ -66,6 +68,13 @@ def test_a_whole_experiment_resumes_and_refuses_other_data(flags, capsys, monkey
     assert main(given) == 0
     assert json.loads((out / "report.json").read_text()) == numbers
     assert (out / "refined-0.npy").read_bytes() == old and (out / "refined-1.npy").stat().st_mtime_ns == before
+
+    # a kill in training: the run's folder has a refiner already, which is not what training ends with
+    shutil.rmtree(list_checkpoints(out / "refiner-0/checkpoints")[-1])
+    shutil.copy(out / "refiner-1/refiner.safetensors", out / "refiner-0/refiner.safetensors")
+    (out / "refined-0.npy").unlink()
+    assert main(given) == 0
+    assert (out / "refined-0.npy").read_bytes() == old
 
     capsys.readouterr()
     assert main([*given[:6], "3", *given[7:]]) == 2

@@ -214,9 +214,9 @@ def _refined(out: Path, seed: int, training: TrainConfig, arrays: dict[str, dict
 
     path, folder = out / f"refined-{seed}.npy", out / f"refiner-{seed}"
     if not path.is_file():
-        if not (folder / "refiner.safetensors").is_file():
-            settings = dataclasses.replace(training, out=folder, seed=seed, resume=folder.exists())
-            fit(arrays["synthetic"]["images"], arrays["real"]["images"], settings)
+        # A run holds a refiner from its start on; the trainer knows whether it is done, and does nothing if so.
+        settings = dataclasses.replace(training, out=folder, seed=seed, resume=folder.exists())
+        fit(arrays["synthetic"]["images"], arrays["real"]["images"], settings)
         images = load_refiner(folder, training.device)(arrays["synthetic"]["images"])
         with staged(path) as partial:
             np.save(partial, images, allow_pickle=False)
