@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +15,7 @@ from fastsimgan.data.files import refuse_existing
 from fastsimgan.errors import InputError
 
 if TYPE_CHECKING:
-    from fastsimgan.metrics.downstream import Labelled
+    from fastsimgan.metrics.downstream import Judge, Labelled
 
 DESCRIPTION = """Train the same task network on the synthetic and on the refined images, test both on labelled real
 images, and print a table: mean ± standard deviation over the seeds, and the prediction averaged over them.
@@ -43,6 +43,10 @@ class EvaluateConfig:
     """Steps of each network's training; default 600."""
     realism: bool = False
     """Also say how like the real images both sets look: KID, Fréchet distance, a classifier two-sample test."""
+    features: str = "random"
+    """In which --realism takes its two distances: `random`, a fixed random convolution; `task`, the hidden layer of a
+    task network trained on the synthetic set; or an ONNX file of your own, float32 [N, C, H, W] in [-1, 1] to [N, d]
+    or [N, d, h, w]."""
     drift: bool = False
     """Also say how far the iris and the edges moved from each synthetic image to its refined one, in pixels."""
     worst: Path | None = None
@@ -76,6 +80,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
     if config.plot is not None:
         pyplot()  # missing matplotlib is better said now than after the training
     synthetic, refined, real = _sets(config)
+    features = _features(config, real) if config.realism else None
     sets = {"synthetic": synthetic, "refined": refined}
     if config.equalised:
         sets["equalised"] = equalised(synthetic)
@@ -89,7 +94,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
     result, predictions = compare(sets, real, seeds=config.seeds, judge=judge, device=config.device)
     print(table(result))
     if config.realism:
-        result["realism"] = _realism(synthetic, refined, real)
+        result["realism"] = _realism(synthetic, refined, real, judge, config, features)
     if drift:
         result["drift"] = _drift(synthetic, refined, config.worst)
     if config.json is not None:
@@ -102,20 +107,51 @@ def evaluate_command(config: EvaluateConfig) -> None:
         print(f"plot: {config.plot}")
 
 
-def _realism(synthetic: Labelled, refined: Labelled, real: Labelled) -> dict[str, Any]:
+def _features(config: EvaluateConfig, real: Labelled) -> Callable[[Any], Any] | None:
+    """--features, tried on two images before the training, not after; None for the task network, still to come."""
+    from fastsimgan.metrics.realism import onnx_features, random_features
+
+    if config.features == "task":
+        return None
+    features = random_features if config.features == "random" else onnx_features(Path(config.features))
+    features(real.images[:2])
+    return features
+
+
+def _realism(
+    synthetic: Labelled, refined: Labelled, real: Labelled, judge: Judge, config: EvaluateConfig,
+    features: Callable[[Any], Any] | None,
+) -> dict[str, Any]:  # fmt: skip
     from fastsimgan.metrics.realism import realism
 
+    if features is None:
+        features = _task_features(synthetic, judge, config.device)
     print(f"{'against the real images':<24}{'KID':>10}{'Fréchet':>10}   told apart from them by a classifier")
     found = {}
     for name, part in (("synthetic", synthetic), ("refined", refined)):
-        found[name] = row = realism(part.images, real.images)
+        found[name] = row = realism(part.images, real.images, features=features)
         test = row["c2st"]
         print(
             f"{name:<24}{row['kid']:>10.4f}{row['frechet']:>10.4f}   "
             f"{test['accuracy']:.1f} % (95 % interval {test['low']:.1f} to {test['high']:.1f}; 50 is guessing)"
         )
-    print("features: a fixed random convolution; not the Inception distances of the literature")
-    return found
+    named = {
+        "random": "a fixed random convolution",
+        "task": "the hidden layer of a network trained on the synthetic set",
+    }
+    print(f"features: {named.get(config.features, config.features)}; not the Inception distances of the literature")
+    return {"features": config.features, **found}
+
+
+def _task_features(synthetic: Labelled, judge: Judge, device: str) -> Callable[[Any], Any]:
+    """Stored images to what the last layer of a task network sees, which was trained on the synthetic set."""
+    from fastsimgan.device import choose_device
+    from fastsimgan.metrics.downstream import run_network, train_network
+
+    place = choose_device(device)
+    classes = 0 if synthetic.task == "gaze" else 1 + int(synthetic.labels.max())
+    network = train_network(synthetic, classes=classes, seed=0, judge=judge, device=place)
+    return lambda images: run_network(network, images, place, hidden=True).double().numpy()
 
 
 def _drift(synthetic: Labelled, refined: Labelled, worst: Path | None) -> dict[str, Any]:

@@ -78,10 +78,27 @@ def test_realism_and_drift_are_printed_and_in_the_json(tmp_path, capsys):
     flags += ["--real", save(tmp_path / "v.npz", test), "--seeds", "1", "--steps", "2", "--device", "cpu"]
     assert main([*flags, "--realism", "--worst", str(worst), "--json", str(out)]) == 0
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert set(result["realism"]) == {"synthetic", "refined"} and "told apart" in printed
+    assert set(result["realism"]) == {"features", "synthetic", "refined"} and "told apart" in printed
     assert result["differences"] == {}  # one seed has no spread
     assert result["drift"]["edges_px"]["max"] == 0 and "label drift: " in printed
     assert worst.read_bytes().startswith(b"\x89PNG")
+
+
+def test_realism_takes_features_of_the_task_network(tmp_path, capsys):
+    train, test = class_arrays(60, 0), class_arrays(60, 1)
+    flags = ["--synthetic", save(tmp_path / "a.npz", train), "--refined", save(tmp_path / "c.npz", train)]
+    flags += ["--real", save(tmp_path / "v.npz", test), "--seeds", "1", "--steps", "2", "--device", "cpu", "--realism"]
+    found = {}
+    for name in ("random", "task"):
+        out = tmp_path / f"{name}.json"
+        assert main([*flags, "--features", name, "--json", str(out)]) == 0
+        found[name] = json.loads(out.read_text())["realism"]
+        assert found[name]["features"] == name
+    assert "the hidden layer of a network trained on the synthetic set" in capsys.readouterr().out
+    assert found["random"]["refined"]["kid"] != found["task"]["refined"]["kid"]
+    assert found["random"]["refined"]["c2st"] == found["task"]["refined"]["c2st"]  # which uses no features
+    assert main([*flags, "--features", str(tmp_path / "none.onnx")]) == 2
+    assert "none.onnx" in (told := capsys.readouterr()).err and "task networks" not in told.err  # said before training
 
 
 def test_the_set_with_true_labels_wins_and_the_api_is_the_command_module():

@@ -9,6 +9,7 @@ from fastsimgan.metrics.realism import (
     classifier_test,
     frechet_distance,
     kernel_distance,
+    onnx_features,
     random_features,
     realism,
     wilson_interval,
@@ -66,6 +67,37 @@ def test_realism_orders_sets_and_repeats_itself():
     assert near["kid"] < far["kid"] and near["frechet"] < far["frechet"]
     assert near == realism(noise(0), noise(1), steps=3)
     assert random_features(np.zeros((3, 20, 20, 3), np.uint8)).shape == (3, 256)
+
+
+def save_pooling(path, rank=4, kind=1):
+    """An ONNX file whose features are the image's channel mean over 2×2 windows; ``kind`` 1 is float32, 10 float16."""
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    helper = onnx.helper
+    shape = ["n", 1, "h", "w"][:rank]
+    node = helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], strides=[2, 2])
+    values = [helper.make_tensor_value_info(name, kind, s) for name, s in (("x", shape), ("y", [None] * 4))]
+    graph = helper.make_graph([node], "pooling", values[:1], values[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_a_file_of_the_users_own_gives_the_features(tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    features = onnx_features(save_pooling(tmp_path / "pool.onnx"))
+    images = noise(0, 300)
+    assert features(images) == pytest.approx(images.mean((1, 2))[:, None] / 127.5 - 1, abs=1e-5)
+    kid = realism(noise(0), noise(1), features=features, steps=1)["kid"]
+    assert kid == pytest.approx(kernel_distance(features(noise(0)), features(noise(1))), rel=1e-6)
+
+
+def test_a_file_that_gives_no_features_is_refused(tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    (tmp_path / "no.onnx").write_bytes(b"not a network")
+    for path in (tmp_path / "none.onnx", tmp_path / "no.onnx", save_pooling(tmp_path / "half.onnx", kind=10)):
+        with pytest.raises(InputError, match=path.name):
+            onnx_features(path)
+    with pytest.raises(InputError, match="refuses images"):  # three channels to a network of one
+        onnx_features(save_pooling(tmp_path / "pool.onnx"))(np.zeros((2, 20, 20, 3), np.uint8))
 
 
 @pytest.mark.parametrize("bad", [np.zeros((1, 10)), np.zeros((5, 9)), np.zeros(10)])

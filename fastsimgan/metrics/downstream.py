@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastsimgan.data.sampler import Sampler
@@ -82,7 +82,21 @@ def train_and_predict(
     train: Labelled, test_images: Array, *, classes: int, seed: int, judge: Judge, device: torch.device,
     progress: Callable[[], None] = lambda: None,
 ) -> Array:  # fmt: skip
-    """Train a fresh task network on ``train`` and predict for ``test_images`` (stored values, same size).
+    """Train a fresh task network on ``train`` (see `train_network`) and predict for ``test_images`` (stored values).
+
+    Returns:
+        Unit gaze vectors ``[N, 3]``, or class probabilities ``[N, classes]``.
+    """
+    network = train_network(train, classes=classes, seed=seed, judge=judge, device=device, progress=progress)
+    outputs = run_network(network, test_images, device)
+    return (F.normalize(outputs) if train.task == "gaze" else outputs.softmax(1)).numpy()
+
+
+def train_network(
+    train: Labelled, *, classes: int, seed: int, judge: Judge, device: torch.device,
+    progress: Callable[[], None] = lambda: None,
+) -> GazeNetwork | Classifier:  # fmt: skip
+    """Train a fresh task network.
 
     Args:
         classes: number of classes (ignored for gaze).
@@ -90,12 +104,12 @@ def train_and_predict(
         progress: called after each step.
 
     Returns:
-        Unit gaze vectors ``[N, 3]``, or class probabilities ``[N, classes]``.
+        The network with the average of its weights over the last steps.
     """
     torch.manual_seed(seed)
     height, width = train.images.shape[1:3]
     channels = 1 if train.images.ndim == 3 else train.images.shape[3]
-    network: nn.Module
+    network: GazeNetwork | Classifier
     if train.task == "gaze":
         network, targets = GazeNetwork(height, width, channels), torch.from_numpy(gaze_vectors(train.labels)).float()
     else:
@@ -119,12 +133,16 @@ def train_and_predict(
             decay = min(judge.average, step / (step + 10))
             torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
         progress()
+    return average
+
+
+def run_network(
+    network: GazeNetwork | Classifier, images: Array, device: torch.device, *, hidden: bool = False
+) -> Tensor:
+    """A task network's raw outputs for stored ``images``, or with ``hidden`` what its last layer sees; on the host."""
+    ask = network.hidden if hidden else network
     with torch.inference_mode():
-        outputs = torch.cat(
-            [average(_batch(test_images[i : i + 256], device)).cpu() for i in range(0, len(test_images), 256)]
-        )
-    normal = F.normalize(outputs) if train.task == "gaze" else outputs.softmax(1)
-    return normal.numpy()
+        return torch.cat([ask(_batch(images[i : i + 256], device)).cpu() for i in range(0, len(images), 256)])
 
 
 def _batch(images: Array, device: torch.device) -> Tensor:

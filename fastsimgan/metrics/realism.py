@@ -1,7 +1,8 @@
 """How alike two sets of images are, seen by a network: kernel and Fréchet distance, and a classifier two-sample test.
 
 No features are downloaded: the default network is a fixed, randomly weighted convolution, the same for every run. Its
-distances compare sets within one project; they are not the Inception distances of the literature.
+distances compare sets within one project; they are not the Inception distances of the literature. A task network's
+hidden layer or the user's own ONNX file can stand in its place.
 
 The sizes of two distances are only comparable if they were taken with the same features.
 """
@@ -9,6 +10,8 @@ The sizes of two distances are only comparable if they were taken with the same 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from torch.nn import functional as F
 
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.data.values import to_float
-from fastsimgan.errors import InputError
+from fastsimgan.errors import InputError, UnavailableError
 
 Array = NDArray[Any]
 
@@ -160,8 +163,65 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def realism(images: Array, real: Array, *, steps: int = 150, seed: int = 0) -> dict[str, Any]:
+def onnx_features(path: Path) -> Callable[[Array], Array]:
+    """Features by a network of the user's own, run by onnxruntime on the CPU.
+
+    Args:
+        path: an ONNX file with one input, float32 ``[N, C, H, W]`` in [-1, 1], N, H and W not fixed (or fixed to what
+            is asked of it); its first output is the features, float ``[N, d]``, or ``[N, d, h, w]``, which are averaged
+            over h and w.
+
+    Returns:
+        A function from stored images to float64 ``[N, d]``; it raises InputError where the network refuses the images.
+
+    Raises:
+        InputError: not such a file. UnavailableError: onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UnavailableError(
+            f"{path}: features from ONNX need onnxruntime: pip install 'fastsimgan[onnx]'"
+        ) from error
+    if not path.is_file():
+        raise InputError(f"{path}: --features must be 'random', 'task' or an ONNX file, got no such file")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own exceptions share no base class
+        raise InputError(f"{path}: onnxruntime refuses it: {str(error).splitlines()[0]}") from error
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)":
+        raise InputError(f"{path}: must have one input of float32, got {', '.join(i.type for i in inputs)}")
+
+    def features(images: Array) -> Array:
+        parts = []
+        for first in range(0, len(images), 256):
+            batch = to_float(np.ascontiguousarray(images[first : first + 256]))
+            try:
+                found = session.run([session.get_outputs()[0].name], {inputs[0].name: batch})[0]
+            except Exception as error:
+                raise InputError(f"{path}: refuses images {list(batch.shape)}: {str(error).splitlines()[0]}") from error
+            parts.append(found.mean((2, 3)) if found.ndim == 4 else found)
+        joined = np.concatenate(parts).astype(np.float64)
+        if joined.ndim != 2 or len(joined) != len(images) or not np.isfinite(joined).all():
+            raise InputError(f"{path}: features must be finite [{len(images)}, d], got {list(joined.shape)}")
+        return joined
+
+    return features
+
+
+def realism(
+    images: Array, real: Array, *, features: Callable[[Array], Array] = random_features, steps: int = 150, seed: int = 0
+) -> dict[str, Any]:
     """All three numbers of one set against real images (at most 5,000 of each, drawn by ``seed``).
+
+    Args:
+        images, real: stored images of one size.
+        features: in which the two distances are taken, stored images to ``[N, d]``.
+        steps: of the classifier's training.
+        seed: of the draw and of the classifier.
 
     Returns:
         ``kid``, ``frechet`` and ``c2st`` (see `classifier_test`), and ``images``, how many of each set were compared.
@@ -169,7 +229,7 @@ def realism(images: Array, real: Array, *, steps: int = 150, seed: int = 0) -> d
     rng = np.random.default_rng(seed)
     count = min(len(images), len(real), _LIMIT)
     parts = [part[np.sort(rng.permutation(len(part))[:count])] for part in (images, real)]
-    a, b = (random_features(part) for part in parts)
+    a, b = (features(part) for part in parts)
     return {
         "kid": kernel_distance(a, b),
         "frechet": frechet_distance(a, b),

@@ -34,5 +34,10 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` for ``images`` ``[B, C, H, W]`` in [-1, 1]."""
-        logits: Tensor = self.layers(images)
+        logits: Tensor = self.layers[-1](self.hidden(images))
         return logits
+
+    def hidden(self, images: Tensor) -> Tensor:
+        """What the last layer sees, ``[B, 128]``."""
+        values: Tensor = self.layers[:-1](images)
+        return values

@@ -43,5 +43,10 @@ class GazeNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Gaze vectors ``[B, 3]`` (camera space, not normalised) for ``images`` ``[B, C, H, W]`` in [-1, 1]."""
-        vectors: Tensor = self.head(self.features(images))
+        vectors: Tensor = self.head[2](self.hidden(images))
         return vectors
+
+    def hidden(self, images: Tensor) -> Tensor:
+        """What the last layer sees, ``[B, 1000]``."""
+        values: Tensor = self.head[:2](self.features(images))
+        return values
