@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,9 @@ def evaluate(
 
 
 def compare(
-    sets: dict[str, Labelled], real: Labelled, *, seeds: int, judge: Judge, device: str = "auto"
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    sets: dict[str, Labelled], real: Labelled, *, seeds: int, judge: Judge, device: str = "auto",
+    keep: Callable[[str, Callable[[], Any]], Any] = lambda name, work: work(),
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Train on each set with each seed and test on ``real``.
 
     Args:
@@ -53,6 +56,8 @@ def compare(
         seeds: networks for each set, seeds 0, 1, ...
         judge: how each is trained.
         device: where.
+        keep: called with each network's name (its set and seed) and the work that gives its predictions; returns them.
+            A caller that keeps them on the disk need not do that work twice.
 
     Returns:
         The result as ``--json`` writes it, and each set's ensemble prediction.
@@ -72,11 +77,12 @@ def compare(
     for seed in range(seeds):  # sets inside seeds: an interrupted look at the bar compares like with like
         for name, part in sets.items():
             bar.set_postfix_str(f"{name}, seed {seed}")
-            runs[name].append(
-                train_and_predict(
-                    part, real.images, classes=classes, seed=seed, judge=judge, device=place, progress=bar.update
-                )
-            )
+            train = partial(
+                train_and_predict, part, real.images,
+                classes=classes, seed=seed, judge=judge, device=place, progress=bar.update,
+            )  # fmt: skip
+            runs[name].append(keep(f"{name}-{seed}", train))
+            bar.update(sum(map(len, runs.values())) * judge.steps - bar.n)  # past what was kept
     bar.close()
     for name, outputs in runs.items():
         predictions[name] = np.mean(outputs, 0)

@@ -63,11 +63,13 @@ def test_a_whole_experiment_resumes_and_refuses_other_data(flags, capsys, monkey
     # a kill after training: pieces that are there stay, what is missing is made again and is the same
     before = (out / "refined-1.npy").stat().st_mtime_ns
     old = (out / "refined-0.npy").read_bytes()
-    for name in ("refined-0.npy", "report.json", "report.html"):
+    kept = (out / "predicted-refined-x2-1.npy").stat().st_mtime_ns
+    for name in ("refined-0.npy", "predicted-refined-0.npy", "comparison.json", "report.json", "report.html"):
         (out / name).unlink()
     assert main(given) == 0
     assert json.loads((out / "report.json").read_text()) == numbers
     assert (out / "refined-0.npy").read_bytes() == old and (out / "refined-1.npy").stat().st_mtime_ns == before
+    assert (out / "predicted-refined-x2-1.npy").stat().st_mtime_ns == kept
 
     # a kill in training: the run's folder has a refiner already, which is not what training ends with
     shutil.rmtree(list_checkpoints(out / "refiner-0/checkpoints")[-1])

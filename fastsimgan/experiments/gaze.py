@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -14,11 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsimgan import __version__, cli
+from fastsimgan import cli
 from fastsimgan.errors import InputError
+from fastsimgan.experiments.pieces import (
+    SETS,
+    array_piece,
+    check_counts,
+    check_sets,
+    claim,
+    hash_sets,
+    piece,
+    read_sets,
+    refined_by,
+    versions,
+    write_report,
+)
 
 if TYPE_CHECKING:
-    from fastsimgan.config import TrainConfig
+    from fastsimgan.experiments.report import Report
     from fastsimgan.metrics.downstream import Labelled
 
 DESCRIPTION = """Train refiners, refine the synthetic eyes, train gaze networks on synthetic, equalised and refined
@@ -77,11 +86,10 @@ def run(config: GazeConfig, command: str) -> dict[str, Any]:
     Raises:
         InputError: a setting or a file breaks a rule, or --out holds another experiment.
     """
-    _check(config)
+    check_sets(config, "eyes")
+    check_counts(config, "seeds", "steps", "judge_steps")
     import numpy as np
-    import torch
 
-    from fastsimgan.checkpoint import write_atomically
     from fastsimgan.config import preset
     from fastsimgan.metrics.downstream import Judge, Labelled
 
@@ -96,131 +104,51 @@ def run(config: GazeConfig, command: str) -> dict[str, Any]:
         training = dataclasses.replace(training, steps=config.steps)
     training.validate()
     judge = Judge(steps=config.judge_steps or (300 if config.quick else Judge.steps))
-    settings = dataclasses.asdict(training) | {"out": None}
-    identity = {
-        "version": __version__,
-        "data_sha256": hashes,
-        "training": settings,
-        "judge": dataclasses.asdict(judge),
-        "seeds": config.seeds,
-        "quick": config.quick,
-    }
-    identity = json.loads(json.dumps(identity, default=str))
-    _claim(config.out, identity)
+    identity = claim(
+        config.out,
+        {
+            "experiment": "gaze",
+            "data_sha256": hashes,
+            "training": dataclasses.asdict(training) | {"out": None},
+            "judge": dataclasses.asdict(judge),
+            "seeds": config.seeds,
+            "quick": config.quick,
+        },
+    )
 
+    synthetic, real = sets["synthetic"], arrays["real"]["images"]
     refined = [
-        _refined(config.out, seed, training, arrays) for seed in range(1 if config.quick else REFINERS)
+        refined_by(config.out, str(seed), dataclasses.replace(training, seed=seed), synthetic.images, real)
+        for seed in range(1 if config.quick else REFINERS)
     ]  # each [N, H, W]
-    trained = _sets(sets["synthetic"], refined, arrays["real"], config.quick)
-    result = _piece(config.out, "comparison", lambda: _compare(trained, sets["validation"], config, judge))
-    synthetic = sets["synthetic"]
+    trained = _sets(synthetic, refined, arrays["real"], config.quick)
+    result = piece(config.out, "comparison", lambda: _compare(trained, sets["validation"], config, judge))
     chosen = np.sort(np.random.default_rng(0).permutation(len(refined[0]))[:DRIFT_IMAGES])
     some = dataclasses.replace(synthetic, images=synthetic.images[chosen], labels=synthetic.labels[chosen])
-    drift = _piece(config.out, "drift", lambda: _drift(config.out, synthetic, some, refined[0][chosen], judge))
-    realism = _piece(config.out, "realism", lambda: _realism(synthetic.images, refined[0], arrays["real"]["images"]))
+    drift = piece(config.out, "drift", lambda: _drift(config.out, synthetic, some, refined[0][chosen], judge))
+    realism = piece(config.out, "realism", lambda: _realism(synthetic.images, refined[0], real))
 
     numbers = {
         "command": command,
-        "versions": {
-            "fastsimgan": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
         **identity,
         "counts": {name: len(part["images"]) for name, part in arrays.items()},
         "comparison": result,
         "drift": drift,
         "realism": realism,
     }
-    page = _page(numbers, config.out, builtin)
-    write_atomically(config.out / "report.html", page.encode())
-    write_atomically(config.out / "report.json", (json.dumps(numbers, indent=2) + "\n").encode())
-    print(f"report: {config.out / 'report.html'}")
+    write_report(config.out, _page(numbers, config.out, builtin), numbers)
     return numbers
-
-
-def _check(config: GazeConfig) -> None:
-    given = [getattr(config, name) is not None for name in ("synthetic", "real", "validation")]
-    if any(given) and not all(given):
-        raise InputError("give --synthetic, --real and --validation, or none of them for the built-in eyes")
-    for name in ("seeds", "steps", "judge_steps"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 def _read(config: GazeConfig) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The three sets as arrays, and the SHA-256 of each: of its file, or of the built-in arrays' bytes."""
     from fastsimgan.data.builtin import builtin_pair, builtin_validation
-    from fastsimgan.data.files import hash_file
-    from fastsimgan.data.source import open_images
 
-    if config.synthetic is None or config.real is None or config.validation is None:
-        parts = dict(zip(("synthetic", "real", "validation"), (*builtin_pair(0), builtin_validation(0)), strict=True))
-        digests = {}
-        for name, arrays in parts.items():
-            digest = hashlib.sha256()
-            for key in ("images", "pitch_yaw"):
-                digest.update(arrays[key].tobytes())
-            digests[name] = digest.hexdigest()
-        return parts, digests
-    paths = {"synthetic": config.synthetic, "real": config.real, "validation": config.validation}
-    for name, path in paths.items():
-        if path.suffix not in (".npz", ".npy"):
-            raise InputError(f"{path}: --{name} must be an .npz or .npy file")
-    hashes = {name: hash_file(path) for name, path in paths.items()}
-    if hashes["real"] == hashes["validation"]:
-        raise InputError(f"{config.validation}: --validation must not be the file given as --real")
-    sources = {name: open_images(path) for name, path in paths.items()}
-    return {name: {"images": source.load(), **source.labels()} for name, source in sources.items()}, hashes
-
-
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Make ``out`` this experiment's folder, or see that it is; so every piece in it was made of the same things."""
-    from fastsimgan.checkpoint import write_atomically
-
-    path = out / "experiment.json"
-    if path.is_file():
-        there = json.loads(path.read_text())
-        changed = [name for name in identity if there.get(name) != identity[name]]
-        if changed:
-            raise InputError(f"{out}: --out holds an experiment with another {', '.join(changed)}; name another folder")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: --out must be new, empty, or a folder that this experiment began")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(identity, indent=2) + "\n").encode())
-
-
-def _piece(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """``work``'s result, kept as a file; not done again if that is there."""
-    from fastsimgan.checkpoint import write_atomically
-
-    path = out / f"{name}.json"
-    if not path.is_file():
-        write_atomically(path, (json.dumps(work()) + "\n").encode())
-    kept: dict[str, Any] = json.loads(path.read_text())
-    return kept
-
-
-def _refined(out: Path, seed: int, training: TrainConfig, arrays: dict[str, dict[str, Any]]) -> Any:
-    """The synthetic images as the refiner of this seed makes them; trained, or trained on, or read if it is done."""
-    import numpy as np
-
-    from fastsimgan.data.files import staged
-    from fastsimgan.runtime import load_refiner
-    from fastsimgan.training import fit
-
-    path, folder = out / f"refined-{seed}.npy", out / f"refiner-{seed}"
-    if not path.is_file():
-        # A run holds a refiner from its start on; the trainer knows whether it is done, and does nothing if so.
-        settings = dataclasses.replace(training, out=folder, seed=seed, resume=folder.exists())
-        fit(arrays["synthetic"]["images"], arrays["real"]["images"], settings)
-        images = load_refiner(folder, training.device)(arrays["synthetic"]["images"])
-        with staged(path) as partial:
-            np.save(partial, images, allow_pickle=False)
-    return np.load(path, allow_pickle=False)
+    if config.synthetic is not None:
+        return read_sets(config)
+    parts = dict(zip(SETS, (*builtin_pair(0), builtin_validation(0)), strict=True))
+    return parts, hash_sets(parts, "images", "pitch_yaw")
 
 
 def _sets(synthetic: Labelled, refined: list[Any], real: dict[str, Any], quick: bool) -> dict[str, Labelled]:
@@ -248,7 +176,10 @@ def _compare(sets: dict[str, Labelled], real: Labelled, config: GazeConfig, judg
     from fastsimgan.comparison import compare, table
     from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
 
-    result, predictions = compare(sets, real, seeds=config.seeds, judge=judge, device=config.device)
+    def keep(name: str, work: Callable[[], Any]) -> Any:
+        return array_piece(config.out, f"predicted-{name}", work)
+
+    result, predictions = compare(sets, real, seeds=config.seeds, judge=judge, device=config.device, keep=keep)
     print(table(result))
     degrees = np.linspace(0, 25, 101)
     result["degrees"] = degrees.tolist()
@@ -290,10 +221,10 @@ def _realism(synthetic: Any, refined: Any, real: Any) -> dict[str, Any]:
     return {name: realism(images, real) for name, images in (("synthetic", synthetic), ("refined", refined))}
 
 
-def _page(numbers: dict[str, Any], out: Path, builtin: bool) -> str:
+def _page(numbers: dict[str, Any], out: Path, builtin: bool) -> Report:
     import numpy as np
 
-    from fastsimgan.experiments.report import Report
+    from fastsimgan.experiments.report import Report, interval
 
     result, counts, drift = numbers["comparison"], numbers["counts"], numbers["drift"]
     rows, seeds = result["rows"], result["seeds"]
@@ -318,7 +249,7 @@ def _page(numbers: dict[str, Any], out: Path, builtin: bool) -> str:
     }
     report.table(
         ["trained on", *columns.values()],
-        [[name, *(_interval(row[key], name == "constant") for key in columns)] for name, row in rows.items()],
+        [[name, *(interval(row[key], name == "constant") for key in columns)] for name, row in rows.items()],
     )
     report.paragraph(
         f"{spread} Constant: the mean synthetic gaze for every image. Bias: mean of predicted minus true; bias-free: "
@@ -364,17 +295,4 @@ def _page(numbers: dict[str, Any], out: Path, builtin: bool) -> str:
         ],
     )
     report.paragraph("Features of a fixed random convolution: compare within one project only. 50 % is guessing.")
-    report.heading("How to get this again")
-    report.paragraph(numbers["command"])
-    report.table(["version of", ""], [[name, text] for name, text in numbers["versions"].items()])
-    report.table(["data", "SHA-256"], [[name, text] for name, text in numbers["data_sha256"].items()])
-    return report.html()
-
-
-def _interval(row: dict[str, Any], constant: bool) -> str:
-    from fastsimgan.metrics.intervals import t_quantile
-
-    count = len(row["each"])
-    if constant or count < 2:
-        return f"{row['mean']:.2f}"
-    return f"{row['mean']:.2f} ± {t_quantile(0.975, count - 1) * row['std'] / math.sqrt(count):.2f}"
+    return report

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastsimgan.metrics.intervals import t_quantile
+
 _COLOURS = ("#888888", "#c2410c", "#a16207", "#1d6fd1", "#7c3aed", "#15803d")  # read on white and on near-black
 
 
@@ -105,6 +107,14 @@ class Report:
             + "\n".join(self._blocks)
             + "\n</body></html>\n"
         )
+
+
+def interval(row: Mapping[str, Any], constant: bool = False) -> str:
+    """A cell: ``row["mean"]`` ± half of its 95 % interval (Student's t) over ``row["each"]``, from two of these on."""
+    count = len(row["each"])
+    if constant or count < 2:
+        return f"{row['mean']:.2f}"
+    return f"{row['mean']:.2f} ± {t_quantile(0.975, count - 1) * row['std'] / math.sqrt(count):.2f}"
 
 
 def _round_step(end: float) -> float:
