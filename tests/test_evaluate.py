@@ -10,7 +10,7 @@ import torch
 import fastsimgan
 from fastsimgan.comparison import table
 from fastsimgan.evaluate import main
-from fastsimgan.metrics.downstream import _reframe
+from fastsimgan.metrics.downstream import Judge, Labelled, _reframe, train_and_predict
 from fastsimgan.metrics.gaze_error import angular_errors, gaze_summary, gaze_vectors, pitch_yaw
 
 
@@ -82,6 +82,19 @@ def test_realism_and_drift_are_printed_and_in_the_json(tmp_path, capsys):
     assert result["differences"] == {}  # one seed has no spread
     assert result["drift"]["edges_px"]["max"] == 0 and "label drift: " in printed
     assert worst.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_answer_is_the_mean_over_nine_shifted_copies():
+    train, test = Labelled.from_arrays(class_arrays(60, 0), "a"), class_arrays(5, 1)["images"]
+    settings = {"classes": 3, "seed": 0, "device": torch.device("cpu")}
+    single = Judge(steps=3, test_shift=0)
+    padded = np.pad(test, ((0, 0), (2, 2), (2, 2)), mode="edge")
+    height, width = test.shape[1:]
+    copies = [padded[:, down : down + height, right : right + width] for down in (0, 2, 4) for right in (0, 2, 4)]
+    expected = np.mean([train_and_predict(train, each, judge=single, **settings) for each in copies], 0)
+    found = train_and_predict(train, test, judge=Judge(steps=3), **settings)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert found != pytest.approx(train_and_predict(train, test, judge=single, **settings), abs=1e-6)
 
 
 def test_realism_takes_features_of_the_task_network(tmp_path, capsys):
