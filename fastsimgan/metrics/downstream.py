@@ -10,7 +10,6 @@ averaged over the seeds.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from fastsimgan.data.values import to_float
 from fastsimgan.device import channels_last
 from fastsimgan.errors import InputError
 from fastsimgan.metrics.gaze_error import gaze_summary, gaze_vectors, pitch_yaw
+from fastsimgan.metrics.task_training import train_task_network
 from fastsimgan.models.classifier import Classifier
 from fastsimgan.models.gaze import GazeNetwork
 
@@ -121,25 +121,16 @@ def train_network(
     else:
         network, targets = Classifier(classes, channels), torch.from_numpy(train.labels.astype(np.int64))
     network = channels_last(network, device)
-    average = copy.deepcopy(network).requires_grad_(False)
-    optimiser = torch.optim.Adam(network.parameters(), judge.learning_rate, fused=True)
     sampler, frames = Sampler(len(train.images), seed), torch.Generator().manual_seed(seed)
-    for step in range(judge.steps):
-        warm, turn = min(1.0, (step + 1) / 20), 0.5 * (1 + math.cos(math.pi * step / judge.steps))
-        for group in optimiser.param_groups:
-            group["lr"] = judge.learning_rate * warm * turn
+
+    def loss() -> Tensor:
         chosen = sampler.draw(judge.batch_size)
         images = _reframe(_batch(train.images[chosen.numpy()], device), judge.shift, judge.zoom, frames)
-        output = network(images)
-        loss = _loss(train.task, output, targets[chosen].to(device))
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        with torch.no_grad():
-            decay = min(judge.average, step / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
-        progress()
-    return average
+        return _loss(train.task, network(images), targets[chosen].to(device))
+
+    return train_task_network(
+        network, loss, steps=judge.steps, learning_rate=judge.learning_rate, average=judge.average, progress=progress
+    )
 
 
 def run_network(
