@@ -98,7 +98,11 @@ class TrainConfig:
     """Iterations to profile: after ten ordinary ones, a table of where the time goes is printed and profile.txt and
     trace.json.gz are written to --out. 0: none."""
     picture_every: int = 250
-    """Iterations between contact sheets (and lines of progress in a log)."""
+    """Iterations between contact sheets, lines of progress in a log, and looks at how real the refined images are (KID)
+    and how far labels drifted; the best look is kept as best.safetensors."""
+    max_drift: float = 0.0
+    """Largest label drift, in pixels: the median that a look prints. Beyond it training stops, and the refiner is the
+    best look before. 0: no limit."""
     checkpoint_every: int = 500
     """Iterations between checkpoints."""
     keep: int = 2
@@ -123,6 +127,8 @@ class TrainConfig:
         for name in ("learning_rate_refiner", "learning_rate_discriminator"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"--{_flag(name)} must be between 0 and 1, got {getattr(self, name)}")
+        if not self.max_drift >= 0:
+            raise InputError(f"--max-drift must be at least 0, got {self.max_drift}")
         if not self.lam >= 0:
             raise InputError(f"--lambda must be at least 0, got {self.lam}")
         if not 0 <= self.ema < 1:

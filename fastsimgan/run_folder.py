@@ -29,7 +29,8 @@ from fastsimgan.data.values import to_float
 from fastsimgan.errors import InputError, TrainingError
 from fastsimgan.pictures import save_contact_sheet
 from fastsimgan.pools import Pools
-from fastsimgan.runtime.refiner import FILE, Refiner, load_refiner, prepare, save_refiner
+from fastsimgan.runtime.refiner import BEST, FILE, Refiner, load_refiner, prepare, save_refiner
+from fastsimgan.selection import Selection, seen
 
 ATTEMPTS = 3
 """How often a run goes back to a checkpoint after a number that is not finite."""
@@ -38,7 +39,8 @@ _SHOWN, _NEIGHBOURS = 8, 20_000  # images in a contact sheet, and real ones that
 
 
 class RunFolder:
-    """Writes ``config.json``, ``metrics.jsonl``, ``pictures/``, ``checkpoints/`` and ``refiner.safetensors``.
+    """Writes ``config.json``, ``metrics.jsonl``, ``pictures/``, ``checkpoints/``, ``refiner.safetensors`` and
+    ``best.safetensors``.
 
     Of several ranks only the first writes; each of them must make every call of `open`, `checkpoint` and `go_back`.
 
@@ -53,6 +55,8 @@ class RunFolder:
         self.resume, self.trainer, self.pools, self.say = config.resume, trainer, pools, say
         self.folder: Path = config.out
         self.writes = trainer.ranks.first
+        self.selection = Selection(trainer, pools, config.max_drift)
+        self.drifted = False  # whether a look was beyond --max-drift, so that training is over
         self.attempt = 0  # how often this run has gone back
         self.started = time.monotonic()
 
@@ -86,7 +90,7 @@ class RunFolder:
         if self.writes:
             self._write_config()
             # A run that was killed just after its last checkpoint has an older refiner and one checkpoint too many.
-            self._save_refiner()
+            self._save_refiners()
             if list_checkpoints(path.parent)[-1] == path:
                 remove_old(path.parent, self.config.keep)
         done = self.trainer.done
@@ -105,6 +109,8 @@ class RunFolder:
         self.trainer.load_state(tensors, facts["done"])
         self.trainer.k_g, self.trainer.accuracies = facts["k_g"], facts["accuracies"]
         self.attempt = facts["attempt"]
+        self.selection.load_state(tensors, facts)
+        self.drifted = self.selection.drifted
         self.pools.restart(facts["positions"], self.attempt)
         if self.writes:
             self._cut_metrics(facts["done"])
@@ -132,6 +138,12 @@ class RunFolder:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row | {name: round(value, 6) for name, value in metrics.items()}) + "\n")
 
+    def look(self) -> dict[str, float]:
+        """Have the refiner judged as it is (see `Selection`), on the first rank; the others get nothing."""
+        looked = self.selection.look() if self.writes else {}
+        self.drifted = bool(self.trainer.ranks.largest(int(self.selection.drifted), self.trainer.device))
+        return looked
+
     def picture(self) -> Path:
         """Draw the contact sheet of this moment; always the same images, so that pictures can be compared."""
         path = self.folder / "pictures" / f"{self.trainer.step:08d}.png"
@@ -149,6 +161,7 @@ class RunFolder:
         state = self.trainer.state()
         if not self.writes:
             return
+        best, choice = self.selection.state()
         facts: dict[str, Any] = {
             "done": done,
             "k_g": self.trainer.k_g,
@@ -157,13 +170,18 @@ class RunFolder:
             "positions": self.pools.positions(),
             "ranks": self.trainer.ranks.count,
             "data": self.pools.hashes,
+            **choice,
         }
         _flush(self.folder / "metrics.jsonl")
-        save_checkpoint(self.folder / "checkpoints", _name(self.trainer), state, facts, keep=self.config.keep)
-        self._save_refiner()
+        save_checkpoint(self.folder / "checkpoints", _name(self.trainer), state | best, facts, keep=self.config.keep)
+        self._save_refiners()
 
-    def _save_refiner(self) -> None:
-        save_refiner(self.folder / FILE, self.trainer.average, histogram=self.pools.histogram, training=self.config)
+    def _save_refiners(self) -> None:
+        """R as it is and, from the first look on, the best one; after a drift beyond the limit that is both."""
+        last = self.selection.network if self.drifted else self.trainer.average
+        files = {FILE: last} | ({BEST: self.selection.network} if self.selection.best else {})
+        for name, network in files.items():
+            save_refiner(self.folder / name, network, histogram=self.pools.histogram, training=self.config)
 
     def go_back(self, phase: str, metrics: dict[str, float], positions: dict[str, int]) -> None:
         """After a number that is not finite: back to the newest checkpoint, and on from there in another order.
@@ -204,7 +222,14 @@ class RunFolder:
         last = self.picture()
         if self.writes:
             write_atomically(self.folder / "contact_sheet.png", last.read_bytes())
+            if self.drifted:
+                self.say(
+                    f"warning: stopped after iteration {self.trainer.step}: labels drift by more than --max-drift "
+                    f"{self.config.max_drift:g} px; the refiner is the best look before"
+                )
             self.say(f"refiner: {self.folder / FILE}")
+            if (best := self.selection.best) is not None:
+                self.say(f"best look: iteration {best['step']:.0f}, {seen(best)}: {self.folder / BEST}")
             self.say(f"contact sheet: {self.folder / 'contact_sheet.png'}")
         self.trainer.ranks.largest(0, self.trainer.device)  # the others read only what is finished
         return load_refiner(self.folder, str(self.trainer.device))

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -16,13 +15,13 @@ from fastsimgan.config import TrainConfig
 from fastsimgan.device import choose_device, keep_freed_memory
 from fastsimgan.errors import InputError, Stopped
 from fastsimgan.guard import GuardRails
-from fastsimgan.metrics.label_drift import describe, label_drift
 from fastsimgan.pools import Images, Pools, open_pools
 from fastsimgan.precision import choose_precision, no_tf32
 from fastsimgan.profiling import iteration_flops, peak, profile_iterations
 from fastsimgan.ranks import Ranks, join_ranks
 from fastsimgan.run_folder import RunFolder
 from fastsimgan.runtime.refiner import Refiner
+from fastsimgan.selection import drift_line, seen
 from fastsimgan.signals import StopRequest
 
 
@@ -36,8 +35,9 @@ def fit(
     """Train a refiner.
 
     Writes into ``config.out``: ``config.json``, ``metrics.jsonl``, ``refiner.safetensors`` (the moving average of R),
-    ``contact_sheet.png``, ``pictures/`` and ``checkpoints/``. With ``config.resume`` it goes on from the newest whole
-    checkpoint there and ends exactly where an uninterrupted run would have. Under ``torchrun`` each process calls it
+    ``best.safetensors`` (the best of it on the way, see `Selection`), ``contact_sheet.png``, ``pictures/`` and
+    ``checkpoints/``. With ``config.resume`` it goes on from the newest whole checkpoint there and ends exactly where an
+    uninterrupted run would have. Under ``torchrun`` each process calls it
     with the same arguments.
 
     Args:
@@ -50,7 +50,8 @@ def fit(
 
     Raises:
         InputError: images or settings break a rule; nothing has been written.
-        TrainingError: a loss or gradient is not finite, again and again; or another rank is gone.
+        TrainingError: a loss or gradient is not finite, again and again; labels drift beyond ``config.max_drift`` at
+            the first look; or another rank is gone.
         Stopped: SIGTERM or SIGINT came; a checkpoint has been written.
     """
     config = config or TrainConfig()
@@ -87,7 +88,7 @@ def fit(
         graphs = GraphedIterations(trainer, pools) if _can_graph(config, pools, device, ranks) else None
         guard = GuardRails(say)
         bar = _Progress(trainer)
-        while phase := trainer.phase:
+        while (phase := trainer.phase) and not run.drifted:
             # One step of R alone, of D alone, or one iteration of Algorithm 1.
             before = pools.positions()
             if phase == "train" and graphs:
@@ -110,30 +111,27 @@ def fit(
                     numbers["k_g"] = trainer.k_g
                 trainer.adapt((numbers["accuracy_refined"] + numbers["accuracy_real"]) / 2)
                 guard.watch(step, numbers)
-            run.record(phase, numbers)
+            looked = {}
+            if phase == "train" and (step % config.picture_every == 0 or trainer.phase is None):
+                looked = run.look()
+            run.record(phase, numbers | looked)
             bar.show(phase, numbers)
             if phase == "train" and step % config.picture_every == 0:
-                say(f"{step}/{config.steps}: {_line(numbers)}; {bar.rate()}; {run.picture()}")
+                text = f"{_line(numbers)}; {seen(looked)}" if looked else _line(numbers)
+                say(f"{step}/{config.steps}: {text}; {bar.rate()}; {run.picture()}")
 
             # Save.
             stopped_by = ranks.largest(stop.signal, device)
-            if step % config.checkpoint_every == 0 or trainer.phase != phase or stopped_by:
+            if step % config.checkpoint_every == 0 or trainer.phase != phase or stopped_by or run.drifted:
                 run.checkpoint()
-            if stopped_by and trainer.phase:
+            if stopped_by and trainer.phase and not run.drifted:
                 bar.close()
                 raise Stopped(stopped_by, f"after {phase} step {step}; a checkpoint is written, --resume goes on")
         bar.close()
         refiner = run.finish()
     if ranks.first:
-        say(_drift(synthetic, refiner))
+        say(drift_line(synthetic, refiner))
     return refiner
-
-
-def _drift(synthetic: Images, refiner: Refiner) -> str:
-    """A line on how far R moved what labels speak of; a second or two, so of a sample of the images."""
-    count = max(16, min(400, 800_000 // math.prod(synthetic.shape[1:3])))
-    sample = np.array(synthetic[:: max(1, len(synthetic) // count)][:count])  # a copy: the images may be a mapped file
-    return f"{describe(label_drift(sample, refiner(sample)))}; of {len(sample)} images"
 
 
 def _can_graph(config: TrainConfig, pools: Pools, device: torch.device, ranks: Ranks) -> bool:

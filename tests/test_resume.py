@@ -253,8 +253,9 @@ def test_resume_needs_every_part_of_the_state(pair, tmp_path, monkeypatch):
     tensors, facts = load_checkpoint(folder / "run/checkpoints/step-00000006")
     shutil.copytree(folder, tmp_path / "original")
     parts = sorted({name.split(".")[0] for name in tensors})
-    assert parts == ["average", "discriminator", "discriminator_optimiser", "history", "refiner", "refiner_optimiser"]
-    for part in ["nothing", *parts, "positions", "done"]:
+    networks = ["discriminator", "discriminator_optimiser", "history", "refiner", "refiner_optimiser"]
+    assert parts == ["average", "best", *networks]
+    for part in ["nothing", *parts, "positions", "done", "best look"]:
         shutil.rmtree(folder / "run")
         shutil.copytree(tmp_path / "original/run", folder / "run")
         less = {n: torch.zeros_like(t) if n.startswith(part + ".") else t for n, t in tensors.items()}
@@ -263,6 +264,8 @@ def test_resume_needs_every_part_of_the_state(pair, tmp_path, monkeypatch):
             other["positions"] = {"synthetic": 0, "real": 0}
         if part == "done":
             other["done"] = facts["done"] | {"train": 5}
+        if part == "best look":
+            other["best"] = None
         save_checkpoint(folder / "run/checkpoints", "step-00000006", less, other, keep=2)
         fit(*pair, dataclasses.replace(CONFIG, resume=True), say=quiet)
         assert (files(folder) == expected) == (part == "nothing"), part

@@ -44,8 +44,8 @@ def random_features(images: Array, seed: int = 0) -> Array:
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     for inputs, outputs in ((channels, 32), (32, 64), (64, _MAPS)):
-        layer = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
-        with torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # a layer is born with weights of the caller's dice
+            layer = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
             layer.weight.normal_(0, math.sqrt(2 / (9 * inputs)), generator=generator)
             assert layer.bias is not None
             layer.bias.normal_(0, 0.1, generator=generator)

@@ -23,7 +23,7 @@ from fastsimgan.errors import InputError
 from fastsimgan.models import refiner as network
 from fastsimgan.runtime.backend import Backend, Precision, TorchBackend
 
-FILE = "refiner.safetensors"
+FILE, BEST = "refiner.safetensors", "best.safetensors"
 _FORMAT = "fastsimgan.refiner/1"
 
 
