@@ -42,7 +42,8 @@ def test_a_run_writes_what_it_says(pair, tmp_path):
     refiner = fit(*pair, config, say=said.append)
     assert said[-1].startswith("label drift: ") and said[-1].endswith(f"; of {len(pair[0])} images")
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "refiner.safetensors", "contact_sheet.png", "pictures", "checkpoints"
+        "config.json", "metrics.jsonl", "refiner.safetensors", "best.safetensors", "contact_sheet.png", "pictures",
+        "checkpoints",
     }  # fmt: skip
     assert [p.name for p in list_checkpoints(out / "checkpoints")] == ["step-00000004"]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
