@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+_SMALLEST = 2.0**-10  # loss scale that no overflow calls for: gradients would have to pass 6e7
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,8 +76,12 @@ class LossScale:
         torch._amp_update_scale_(self._factor, self._good_steps, self._overflow, 2.0, 0.5, 2000)
 
     def left_out_is_zero(self, value: Tensor) -> Tensor:
-        """``value``, or 0 where the step was left out."""
-        return torch.where(self._overflow > 0, torch.zeros_like(value), value)
+        """``value``, or 0 where the step was left out for an overflow.
+
+        From a factor of 2⁻¹⁰ down, 26 halvings, it is no overflow but a NaN that comes again: ``value`` is given.
+        """
+        left_out = (self._overflow > 0) & (self._factor > _SMALLEST)
+        return torch.where(left_out, torch.zeros_like(value), value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What `load_state_dict` goes on from."""

@@ -112,7 +112,7 @@ def fit(
                 trainer.adapt((numbers["accuracy_refined"] + numbers["accuracy_real"]) / 2)
                 guard.watch(step, numbers)
             looked = {}
-            if phase == "train" and (step % config.picture_every == 0 or trainer.phase is None):
+            if phase == "train" and (step % config.picture_every == 0 or not trainer.phase):
                 looked = run.look()
             run.record(phase, numbers | looked)
             bar.show(phase, numbers)

@@ -14,7 +14,7 @@ from fastsimgan.acceleration import GraphedIterations, compile_networks
 from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.sampler import Sampler
-from fastsimgan.errors import InputError, UnavailableError
+from fastsimgan.errors import InputError, TrainingError, UnavailableError
 from fastsimgan.pools import open_pools
 from fastsimgan.precision import LossScale
 from fastsimgan.profiling import iteration_flops
@@ -76,6 +76,34 @@ def test_loss_scale_leaves_an_overflowing_step_out_halves_and_is_in_the_state():
     other = LossScale(CPU)
     other.load_state_dict(scale.state_dict())
     assert other.state_dict() == scale.state_dict()
+
+
+def test_a_nan_that_comes_again_is_no_overflow():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimiser = torch.optim.Adam([weight], 0.1, fused=True)
+    scale = LossScale(CPU)
+    told = []
+    for _ in range(30):
+        weight.grad = torch.full((3,), torch.nan)
+        scale.unscale([weight.grad])
+        scale.step(optimiser)
+        told.append(scale.left_out_is_zero(weight.grad.norm()).item())
+    assert told[:25] == [0] * 25 and np.isnan(told[26:]).all()
+    assert torch.equal(weight, torch.ones(3))
+
+
+def test_a_float16_run_whose_gradients_stay_nan_goes_back_and_then_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastsimgan.precision._SMALLEST", 2.0**14)  # two halvings
+    unscale = LossScale.unscale
+
+    def broken(self, gradients):
+        gradients[0].fill_(torch.nan)
+        unscale(self, gradients)
+
+    monkeypatch.setattr(LossScale, "unscale", broken)
+    config = dataclasses.replace(SMALL, precision="float16", out=tmp_path / "r", steps=40)
+    with pytest.raises(TrainingError, match="after going back 3 times"):
+        fit(images(12, 0), images(9, 1), config, say=quiet)
 
 
 def test_float16_run_resumes_with_its_loss_scale(tmp_path, monkeypatch):

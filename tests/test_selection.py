@@ -119,6 +119,13 @@ def test_training_stops_beyond_the_limit_and_the_refiner_is_the_best_look_before
     assert files(tmp_path) == expected
 
 
+def test_the_last_iteration_is_looked_at_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit(bars(12, 0), bars(9, 1), CONFIG, say=quiet)  # 8 iterations, a picture every 3
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "kid" in row] == [3, 6, 8]
+
+
 def test_a_first_look_beyond_the_limit_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scripted(monkeypatch, 2.0)
