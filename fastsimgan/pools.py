@@ -155,7 +155,11 @@ class Pools:
         """``count`` images spread evenly over a set ("synthetic" or "real"), as stored; always the same."""
         array = self.arrays[name]
         spread = np.linspace(0, len(array) - 1, min(count, len(array))).astype(np.int64)
-        return _planes(torch.from_numpy(array[spread])).to(self.device)
+        return self.stored(array[spread])
+
+    def stored(self, images: Images) -> Tensor:
+        """An array ``[n, H, W]`` or ``[n, H, W, C]`` as ``[n, C, H, W]`` on the device."""
+        return _planes(torch.from_numpy(images)).to(self.device)
 
     def positions(self) -> dict[str, int]:
         """How far each set has been drawn."""

@@ -7,18 +7,21 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastsimgan.algorithm import SimGAN
 from fastsimgan.checkpoint import flatten, select
+from fastsimgan.data.values import from_float
 from fastsimgan.errors import TrainingError
 from fastsimgan.metrics.label_drift import describe, label_drift
 from fastsimgan.metrics.realism import kernel_distance, random_features
 from fastsimgan.models.refiner import Refiner as Network
 from fastsimgan.pools import Images, Pools
-from fastsimgan.runtime.refiner import Refiner
+from fastsimgan.runtime.refiner import Refiner, prepare
 
 _REAL = 2000  # real images that refined ones are compared with
+_BATCH = 64
 
 
 class Selection:
@@ -58,7 +61,7 @@ class Selection:
         if self._real is None:
             chosen = np.linspace(0, len(real) - 1, min(_REAL, len(real))).astype(np.int64)
             self._real = random_features(np.asarray(real[chosen]))
-        refined = Refiner.from_module(self._trainer.average, self._pools.histogram, self._pools.device)(synthetic)
+        refined = self._refined(synthetic)
         numbers = {"kid": kernel_distance(random_features(refined), self._real)}
         found = label_drift(synthetic, refined)
         parts = [found["pupil_px"] if found["pupil_found"] >= 0.5 else None, found["edges_px"]]
@@ -69,6 +72,16 @@ class Selection:
             raise TrainingError("--max-drift needs edges to measure by, and the synthetic images have none")
         self._judge(self._trainer.step, numbers)
         return numbers
+
+    @torch.no_grad()
+    def _refined(self, images: Images) -> Images:
+        # by the network itself, not a `Refiner`: on CUDA that would record a graph for each look
+        parts = []
+        for first in range(0, len(images), _BATCH):
+            stored = self._pools.stored(images[first : first + _BATCH])
+            refined = self._trainer.average(prepare(stored, self._pools.histogram))
+            parts.append(from_float(refined.cpu().numpy(), images.dtype).reshape(-1, *images.shape[1:]))
+        return np.concatenate(parts)
 
     def _judge(self, step: int, numbers: dict[str, float]) -> None:
         if self._max_drift and numbers["drift_px"] > self._max_drift:
