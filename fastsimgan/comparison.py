@@ -70,7 +70,7 @@ def compare(
     keep_freed_memory()
     classes = 0 if real.task == "gaze" else 1 + int(max(part.labels.max() for part in (real, *sets.values())))
     constant = constant_prediction(sets["synthetic"], len(real.images), classes)
-    rows: dict[str, Any] = {"constant": _statistics([summarise(real.task, constant, real.labels)])}
+    rows: dict[str, Any] = {"constant": statistics([summarise(real.task, constant, real.labels)])}
     predictions = {"constant": constant}
     bar = tqdm(total=len(sets) * seeds * judge.steps, desc="task networks", unit="step", dynamic_ncols=True)
     runs: dict[str, list[Any]] = {name: [] for name in sets}
@@ -86,7 +86,7 @@ def compare(
     bar.close()
     for name, outputs in runs.items():
         predictions[name] = np.mean(outputs, 0)
-        rows[name] = _statistics([summarise(real.task, output, real.labels) for output in outputs])
+        rows[name] = statistics([summarise(real.task, output, real.labels) for output in outputs])
         rows[name]["ensemble"] = summarise(real.task, predictions[name], real.labels)
     result = {
         "task": real.task,
@@ -173,8 +173,8 @@ def equalised(part: Labelled) -> Labelled:
     return dataclasses.replace(part, images=equal)
 
 
-def _statistics(summaries: list[dict[str, float]]) -> dict[str, Any]:
-    """Mean and sample standard deviation over the seeds (0 for a single one)."""
+def statistics(summaries: list[dict[str, float]]) -> dict[str, Any]:
+    """Mean and sample standard deviation of each number over the seeds (0 for a single one), and each seed's."""
     return {
         key: {
             "mean": float(np.mean([s[key] for s in summaries])),

@@ -10,7 +10,8 @@ import pytest
 from fastsimgan.checkpoint import list_checkpoints
 from fastsimgan.config import PRESETS
 from fastsimgan.data.eye_simulator import simulate_eyes
-from fastsimgan.experiments import gaze
+from fastsimgan.data.hand_simulator import simulate_hands
+from fastsimgan.experiments import gaze, hand
 from fastsimgan.experiments.__main__ import main
 from fastsimgan.experiments.report import Report
 
@@ -88,7 +89,7 @@ def test_bad_arguments_are_one_line_and_exit_2(flags, tmp_path, capsys):
     folder, given = flags
     real = str(folder / "real.npz")
     for wrong, message in (
-        (["pose"], "must be one of gaze, got 'pose'"),
+        (["pose"], "must be one of gaze, hand, got 'pose'"),
         (["gaze", "--out", str(tmp_path / "a"), "--real", real], "give --synthetic, --real and --validation"),
         (["gaze", "--out", str(tmp_path / "a"), "--seeds", "0"], "--seeds must be at least 1, got 0"),
         ([*given, "--out", str(tmp_path / "a"), "--validation", real], "must not be the file given as --real"),
@@ -113,3 +114,68 @@ def test_the_report_escapes_every_text_and_its_curve_is_in_place():
     assert 'points="48.0,332.0 608.0,12.0"' in report.html()
     with pytest.raises(ValueError, match="finite"):
         report.curves({"a": (np.array([np.nan]), np.array([0.0]))}, "", "", "")
+
+
+def test_a_whole_hand_experiment_resumes_network_by_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hand, "QUICK_SIZE", 32)
+    monkeypatch.setattr(hand, "QUICK_BUILTIN", {"synthetic": 24, "real": 16, "validation": 10})
+    monkeypatch.setattr(
+        hand, "QUICK_TRAINING", {"pretrain_discriminator": 1, "batch_size": 4, "width": 8, "identity_init": False}
+    )
+    monkeypatch.setattr(hand, "QUICK_JUDGE", {"batch_size": 4, "features": 8, "depth": 2, "stride": 2})
+    out = tmp_path / "out"
+    given = ["hand", "--out", str(out), "--quick", "--seeds", "2", "--steps", "2", "--judge-steps", "2"]
+    given += ["--device", "cpu"]
+    assert main(given) == 0
+    printed = capsys.readouterr().out
+    numbers = json.loads((out / "report.json").read_text())
+    rows = numbers["comparison"]["rows"]
+    assert set(rows) == {"constant", "synthetic", "refined", "real"} and "refined above synthetic by" in printed
+    assert "refiner: noise" in printed and "stand-in sensor: noise" in printed
+    assert numbers["comparison"]["pixel"] == 32 / 224
+    assert all(0 <= row["within_5px"]["mean"] <= 100 and row["mean_px"]["mean"] > 0 for row in rows.values())
+    page = (out / "report.html").read_text()
+    assert "Fig. 12" in page and all(source.startswith("data:image/png") for source in Links(page).sources)
+
+    kept = {name: (out / name).stat().st_mtime_ns for name in ("joints-real-1.npy", "refined-0.npy")}
+    again = (out / "joints-synthetic-0.npy").read_bytes()
+    (out / "joints-synthetic-0.npy").unlink()
+    assert main(given) == 0
+    assert json.loads((out / "report.json").read_text()) == numbers
+    assert (out / "joints-synthetic-0.npy").read_bytes() == again
+    assert kept == {name: (out / name).stat().st_mtime_ns for name in kept}
+
+
+def test_three_times_the_data_is_all_cameras_or_all_of_the_set():
+    images, joints = np.arange(7)[:, None, None], np.zeros((7, 14, 2))
+    given = {"synthetic": {"images": images}, "real": {"images": images}}
+    sets = hand._sets(given, {"synthetic": joints}, images + 10, quick=False)
+    assert {name: part[0][:, 0, 0].tolist() for name, part in sets.items()} == {
+        "synthetic": [0, 1, 2], "refined": [10, 11, 12],
+        "synthetic ×3": [0, 1, 2, 3, 4, 5, 6], "refined ×3": [10, 11, 12, 13, 14, 15, 16],
+    }  # fmt: skip
+    given["synthetic"]["camera"] = np.array([2, 1, 3, 2, 1, 3, 1])
+    sets = hand._sets(given, {"synthetic": joints, "real": joints}, images + 10, quick=False)
+    assert sets["refined"][0][:, 0, 0].tolist() == [11, 14, 16] and len(sets["refined"][1]) == 3
+    assert "real" in sets and len(sets["refined ×3"][0]) == 7
+
+
+@pytest.mark.parametrize(
+    ("joints", "message"),
+    [
+        (None, "synthetic: must hold joints, got images"),
+        (np.zeros((4, 36), np.float32), "synthetic: joints must be finite pixels"),
+        (np.full((4, 36, 2), np.nan, np.float32), "synthetic: joints must be finite pixels"),
+        (np.zeros((4, 9, 2), np.float32), "real: must have as many joints as the synthetic set (9), got 14"),
+    ],
+)
+def test_hands_without_proper_joints_are_refused(tmp_path, capsys, joints, message):
+    given = ["hand", "--out", str(tmp_path / "out")]
+    for seed, name in enumerate(("synthetic", "real", "validation")):
+        part = simulate_hands(4, seed, height=16, width=16)
+        part = {"images": part["images"], "joints": joints if name == "synthetic" else part["joints"]}
+        np.savez(tmp_path / f"{name}.npz", **{key: value for key, value in part.items() if value is not None})
+        given += [f"--{name}", str(tmp_path / f"{name}.npz")]
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and not (tmp_path / "out").exists()

@@ -79,9 +79,19 @@ def simulate_hands(
         depth = _render(pixels[start : start + step], scale, height, width)
         if population == "stand_in_real":
             depth = _sensor(rng, depth)
-        stored = np.clip(np.rint(MIDDLE + UNITS_PER_MM * depth), 1, 65535)
-        images[start : start + step] = np.where(np.isfinite(depth), stored, 0)
+        images[start : start + step] = _stored(depth)
     return {"images": images, "joints": pixels[..., :2], "depths": points[..., 2]}
+
+
+def through_sensor(images: Array, seed: int) -> Array:
+    """The simulator's exact ``images`` (uint16 ``[N, H, W]``) as its stand-in sensor would have given them."""
+    depth = np.where(images > 0, (images.astype(np.float32) - MIDDLE) / UNITS_PER_MM, np.inf)
+    return _stored(_sensor(np.random.default_rng(seed), depth))
+
+
+def _stored(depth: Array) -> Array:
+    stored = np.clip(np.rint(MIDDLE + UNITS_PER_MM * depth), 1, 65535)
+    return np.where(np.isfinite(depth), stored, 0).astype(np.uint16)
 
 
 def _poses(rng: np.random.Generator, count: int) -> Array:

@@ -6,7 +6,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-EXPERIMENTS = {"gaze": "§3.1.3: do gaze networks trained on refined eyes do better on real ones?"}
+EXPERIMENTS = {
+    "gaze": "§3.1.3: do gaze networks trained on refined eyes do better on real ones?",
+    "hand": "§3.2: do pose networks trained on refined depth hands do better on real ones?",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
