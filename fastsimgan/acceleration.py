@@ -52,7 +52,9 @@ def compile_networks(trainer: SimGAN, choice: str, say: Callable[[str], None]) -
 def _try(trainer: SimGAN) -> None:
     """Forward and backward once through both networks; changes nothing."""
     channels = trainer.refiner.last.out_channels
-    blank = torch.zeros(trainer.batch, channels, *trainer.image_size, device=trainer.device)
+    blank = torch.zeros(
+        trainer.batch // trainer.config.accumulate, channels, *trainer.image_size, device=trainer.device
+    )
     blank = blank.contiguous(memory_format=torch.channels_last)
     with autocast(trainer.precision, trainer.device):
         trainer.discriminator(trainer.refiner(blank)).float().sum().backward()

@@ -59,6 +59,7 @@ class SimGAN:
         self.image_size = image_shape[1:]
         first_kernel = 7 if config.network == "hand" else 3
         refiner = Refiner(channels, width=config.width, blocks=config.blocks, first_kernel=first_kernel)
+        refiner.recompute = config.recompute
         self.starts_at_identity = config.identity_init and refiner.identity_init_()
         self.refiner = channels_last(refiner, device)
         self.discriminator = channels_last(Discriminator(channels, kind=config.network, local=config.local), device)
@@ -114,34 +115,39 @@ class SimGAN:
 
     def pretrain_refiner(self, synthetic: Tensor) -> Metrics:
         """One step of R alone: self-regularisation towards the synthetic images themselves (Algorithm 1, line 1)."""
-        with autocast(self.precision, self.device):
-            refined = self.refiner(synthetic)
-            loss = (refined - synthetic).abs().flatten(1).sum(1).mean()
-        gradient = self._update("refiner", loss)
+
+        def part(images: Tensor) -> tuple[Tensor, Metrics]:
+            refined = self.refiner(images)
+            loss = (refined - images).abs().flatten(1).sum(1).mean()
+            return loss, {"loss_refiner": loss, "change": _grey_levels(refined, images)}
+
+        metrics = self._update("refiner", part, synthetic)
         self._follow(1.0)
-        return {"loss_refiner": loss.detach(), "change": _grey_levels(refined, synthetic), "gradient_refiner": gradient}
+        return metrics
 
     def update_refiner(self, synthetic: Tensor) -> Metrics:
         """One step of R on Eq. 4 with D held fixed; ``synthetic`` is ``[b, C, H, W]`` in [-1, 1]."""
-        self.discriminator.requires_grad_(False)
-        with autocast(self.precision, self.device):
+
+        def part(images: Tensor) -> tuple[Tensor, Metrics]:
             losses, refined = refiner_objective(
                 self.refiner,
                 self.discriminator,
-                synthetic,
+                images,
                 lam=self.config.lam,
                 psi=self.config.psi,
                 impl=self.config.impl,
             )
-        gradient = self._update("refiner", losses.loss)
+            return losses.loss, {
+                "loss_refiner": losses.loss,
+                "adversarial": losses.adversarial.mean(),
+                "self_regularisation": losses.self_regularisation.mean(),
+                "change": _grey_levels(refined, images),
+            }
+
+        self.discriminator.requires_grad_(False)
+        metrics = self._update("refiner", part, synthetic)
         self.discriminator.requires_grad_(True)
-        return {
-            "loss_refiner": losses.loss.detach(),
-            "adversarial": losses.adversarial.detach().mean(),
-            "self_regularisation": losses.self_regularisation.detach().mean(),
-            "change": _grey_levels(refined, synthetic),
-            "gradient_refiner": gradient,
-        }
+        return metrics
 
     def update_discriminator(self, draw_synthetic: Draw, draw_real: Draw) -> Metrics:
         """One step of D on Eq. 2 with R held fixed, and one turn of the history (§2.3).
@@ -149,28 +155,56 @@ class SimGAN:
         D sees b refined images, b/2 of them from the current R and b/2 out of the history, and b real ones. The b/2
         fresh ones replace b/2 random entries of the history. Without a history all b come from the current R.
         """
-        with autocast(self.precision, self.device):
-            with torch.no_grad():
-                if self.history is None:
-                    refined = self.refiner(draw_synthetic(self.batch))
-                else:
-                    fresh = self.refiner(draw_synthetic(self.batch // 2))
-                    refined = torch.cat([fresh, self.history.swap(fresh)])
-            losses = discriminator_objective(self.discriminator, refined, draw_real(self.batch), impl=self.config.impl)
-        gradient = self._update("discriminator", losses.loss)
-        return {
-            "loss_discriminator": losses.loss.detach(),
-            "accuracy_refined": losses.refined_accuracy.detach(),
-            "accuracy_real": losses.real_accuracy.detach(),
-            "gradient_discriminator": gradient,
-        }
+        with autocast(self.precision, self.device), torch.no_grad():
+            if self.history is None:
+                refined = self._refine(draw_synthetic(self.batch))
+            else:
+                fresh = self._refine(draw_synthetic(self.batch // 2))
+                refined = torch.cat([fresh, self.history.swap(fresh)])
 
-    def _update(self, name: str, loss: Tensor) -> Tensor:
-        """One step of a network's optimiser down ``loss``; gives the gradient's norm."""
+        def part(refined: Tensor, real: Tensor) -> tuple[Tensor, Metrics]:
+            losses = discriminator_objective(self.discriminator, refined, real, impl=self.config.impl)
+            return losses.loss, {
+                "loss_discriminator": losses.loss,
+                "accuracy_refined": losses.refined_accuracy,
+                "accuracy_real": losses.real_accuracy,
+            }
+
+        return self._update("discriminator", part, refined, draw_real(self.batch))
+
+    def _refine(self, images: Tensor) -> Tensor:
+        parts = [self.refiner(part) for part in images.chunk(self.config.accumulate)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _update(self, name: str, part: Callable[..., tuple[Tensor, Metrics]], *batch: Tensor) -> Metrics:
+        """One step of a network's optimiser down the mean loss of a batch, taken in ``config.accumulate`` parts.
+
+        Args:
+            name: "refiner" or "discriminator".
+            part: from a part of each of ``batch``, equally large, to its mean loss and other means over it.
+            batch: what the step is on.
+
+        Returns:
+            Those means over the whole batch, and the gradient's norm.
+        """
         optimiser: torch.optim.Optimizer = getattr(self, f"{name}_optimiser")
-        scale = self.scales.get(name)
         optimiser.zero_grad(set_to_none=True)
+        count = self.config.accumulate
+        seen: list[Metrics] = []
+        for images in zip(*(whole.chunk(count) for whole in batch), strict=True):
+            with autocast(self.precision, self.device):
+                loss, metrics = part(*images)
+            self._backward(name, loss / count if count > 1 else loss)
+            seen.append({key: value.detach() for key, value in metrics.items()})
+        means = {key: torch.stack([each[key] for each in seen]).mean(0) for key in seen[0]} if count > 1 else seen[0]
+        return means | {f"gradient_{name}": self._step(optimiser, self.scales.get(name))}
+
+    def _backward(self, name: str, loss: Tensor) -> None:
+        scale = self.scales.get(name)
         (scale.scaled(loss) if scale else loss).backward()
+
+    def _step(self, optimiser: torch.optim.Optimizer, scale: LossScale | None) -> Tensor:
+        """Move the weights by their gradients; gives the gradient's norm."""
         gradients = [p.grad for p in optimiser.param_groups[0]["params"] if p.grad is not None]
         self.ranks.mean_(gradients)
         if scale is None:

@@ -41,6 +41,11 @@ class TrainConfig:
     """Feature in which refined and synthetic images are held together (Eq. 4)."""
     local: bool = True
     """Patch-wise adversarial loss (§2.2); --no-local is the global one."""
+    accumulate: int = 1
+    """Equal parts that each batch goes through the networks in: the same update in a part of the memory."""
+    recompute: bool = False
+    """Compute R's inner features again for backward instead of keeping them: less memory, a third more work, the same
+    gradients."""
     k_g: int = 1
     """Updates of R in an iteration."""
     k_g_max: int = 0
@@ -110,7 +115,17 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise InputError on the first setting that breaks its rule."""
-        for name in ("steps", "batch_size", "k_g", "k_d", "width", "picture_every", "checkpoint_every", "keep"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "k_g",
+            "k_d",
+            "width",
+            "picture_every",
+            "checkpoint_every",
+            "keep",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"--{_flag(name)} must be at least 1, got {getattr(self, name)}")
         for name in ("blocks", "pretrain_refiner", "pretrain_discriminator", "history", "warm_up", "seed", "profile"):

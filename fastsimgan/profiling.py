@@ -61,13 +61,13 @@ def _label_parts(trainer: SimGAN) -> None:
     """Put labels around the parts of ``trainer``'s iterations, for good."""
     _label_calls(trainer.refiner, "R forward")
     _label_calls(trainer.discriminator, "D forward")
-    update = trainer._update
+    backward = trainer._backward
 
-    def labelled_update(name: str, loss: Tensor) -> Tensor:
+    def labelled_backward(name: str, loss: Tensor) -> None:
         with record_function(f"backward, {name[0].upper()}'s step"):
-            return update(name, loss)
+            backward(name, loss)
 
-    trainer._update = labelled_update  # type: ignore[method-assign]
+    trainer._backward = labelled_backward  # type: ignore[method-assign]
     if trainer.history is not None:
         trainer.history.swap = _labelled(trainer.history.swap, "history")  # type: ignore[method-assign]
     for optimiser in (trainer.refiner_optimiser, trainer.discriminator_optimiser):

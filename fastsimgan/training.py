@@ -144,6 +144,11 @@ def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
         raise InputError(
             f"--batch-size must be a multiple of twice the {ranks.count} processes, got {config.batch_size}"
         )
+    if config.batch_size % (ranks.count * config.accumulate):
+        raise InputError(
+            f"--accumulate must divide each process's share of --batch-size, {config.batch_size // ranks.count}, "
+            f"got {config.accumulate}"
+        )
     if config.history and config.history // ranks.count < config.batch_size // ranks.count // 2:
         raise InputError(f"--history must hold half a batch in each process, got {config.history}")
 

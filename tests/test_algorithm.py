@@ -181,3 +181,59 @@ def test_state_holds_everything_that_an_iteration_reads():
             less |= {name: torch.zeros_like(value) for name, value in saved.items() if name.startswith(part + ".")}
         partial = go_on(less)
         assert any(not torch.equal(value, partial[name]) for name, value in whole.items()), part
+
+
+def images_after(count: int, **settings) -> SimGAN:
+    """A trainer after iterations whose draws do not depend on how they are used."""
+    trainer = make(pretrain_refiner=1, pretrain_discriminator=1, warm_up=0, **settings)
+    generator = torch.Generator().manual_seed(0)
+
+    def same(images: int) -> Tensor:
+        return torch.rand(images, *SHAPE, generator=generator) * 2 - 1
+
+    for _ in range(count):
+        trainer.advance(same, same)
+    return trainer
+
+
+@pytest.mark.parametrize(("batch", "parts", "history"), [(4, 2, 8), (8, 8, 0), (8, 4, 16)])
+def test_a_batch_in_parts_is_the_same_update(batch, parts, history):
+    """All three kinds of step; the last parts of a batch count as much as the first."""
+    whole = images_after(6, batch_size=batch, history=history)
+    split = images_after(6, batch_size=batch, history=history, accumulate=parts)
+    for one, other in ((whole.refiner, split.refiner), (whole.discriminator, split.discriminator)):
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    metrics = [
+        trainer.update_refiner(torch.linspace(-1, 1, batch * 320).view(batch, *SHAPE)) for trainer in (whole, split)
+    ]
+    assert list(metrics[0]) == list(metrics[1])
+    for name, value in metrics[0].items():
+        torch.testing.assert_close(value, metrics[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_no_more_than_a_part_of_the_batch_is_in_the_networks_at_a_time(monkeypatch):
+    trainer = make(batch_size=8, accumulate=4)
+    seen: dict[str, list[int]] = {"refiner": [], "discriminator": []}
+    for name, sizes in seen.items():
+        network = getattr(trainer, name)
+        forward = network.forward
+        monkeypatch.setattr(
+            network, "forward", lambda x, sizes=sizes, forward=forward: (sizes.append(len(x)), forward(x))[1]
+        )
+    trainer.iteration(draw, draw)
+    assert seen["refiner"] == [2] * 4 + [1] * 4  # R's step, then the fresh half for D
+    assert seen["discriminator"] == [2] * 4 + [4] * 4  # in D's step refined and real together
+
+
+def test_recomputed_activations_give_the_same_bits_and_are_not_kept():
+    plain, frugal = (images_after(5, recompute=recompute, blocks=3) for recompute in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.refiner.parameters(), frugal.refiner.parameters(), strict=True))
+
+    def kept(trainer: SimGAN) -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+            trainer.refiner(draw(4))
+        return sum(sizes)
+
+    assert kept(frugal) < 0.6 * kept(plain)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastsimgan.errors import InputError
 
@@ -45,6 +46,10 @@ class Refiner(nn.Module):
         width: feature maps inside.
         blocks: number of residual blocks.
         first_kernel: odd size of the first convolution.
+
+    Attributes:
+        recompute: whether backward computes each block's inner features again instead of keeping them from forward:
+            less memory, a third more work, the same gradients.
     """
 
     def __init__(self, channels: int = 1, *, width: int = 64, blocks: int = 4, first_kernel: int = 3) -> None:
@@ -54,6 +59,7 @@ class Refiner(nn.Module):
         self.first = nn.Conv2d(channels, width, first_kernel, padding=first_kernel // 2)
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
         self.last = nn.Conv2d(width, channels, 1)
+        self.recompute = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Refine ``images`` ``[B, C, H, W]`` in [-1, 1]; the result has the same shape and range."""
@@ -63,7 +69,11 @@ class Refiner(nn.Module):
         with _no_autocast(images.device):
             features = F.relu(self.first(images))
         for block in self.blocks:
-            features = block(features)
+            if self.recompute and torch.is_grad_enabled():
+                # R draws nothing at random, so there is no generator's state to keep, which a CUDA graph forbids
+                features = checkpoint(block, features, use_reentrant=False, preserve_rng_state=False)
+            else:
+                features = block(features)
         with _no_autocast(images.device):
             return torch.tanh(self.last(features))
 
