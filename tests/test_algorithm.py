@@ -203,7 +203,7 @@ def test_a_batch_in_parts_is_the_same_update(batch, parts, history):
     split = images_after(6, batch_size=batch, history=history, accumulate=parts)
     for one, other in ((whole.refiner, split.refiner), (whole.discriminator, split.discriminator)):
         for a, b in zip(one.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=0, atol=5e-5)  # a twelfth of one of D's steps
     metrics = [
         trainer.update_refiner(torch.linspace(-1, 1, batch * 320).view(batch, *SHAPE)) for trainer in (whole, split)
     ]

@@ -158,22 +158,22 @@ def test_resume_with_no_whole_checkpoint_is_refused(pair, tmp_path, monkeypatch)
 def poison(monkeypatch, at: int, times: int, where: str) -> None:
     """The loss or a gradient of R is NaN ``times`` times, in what would be iteration ``at``."""
     left = times
-    update = SimGAN._update
+    backward = SimGAN._backward
 
     def poisoned(self, name, loss):
         nonlocal left
         if name == "refiner" and self.step == at - 1 and left:
             left -= 1
             if where == "loss":
-                return update(self, name, loss * float("nan"))
+                return backward(self, name, loss * float("nan"))
             weight = self.refiner.last.weight
             handle = weight.register_hook(lambda gradient: gradient * float("nan"))
-            norm = update(self, name, loss)
+            backward(self, name, loss)
             handle.remove()
-            return norm
-        return update(self, name, loss)
+            return None
+        return backward(self, name, loss)
 
-    monkeypatch.setattr(SimGAN, "_update", poisoned)
+    monkeypatch.setattr(SimGAN, "_backward", poisoned)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
