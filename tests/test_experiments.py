@@ -50,7 +50,8 @@ def test_a_whole_experiment_resumes_and_refuses_other_data(flags, capsys, monkey
     assert main(given) == 0
     numbers = json.loads((out / "report.json").read_text())
     assert set(numbers["comparison"]["rows"]) == {
-        "constant", "synthetic", "equalised", "refined", "refined ×2", "supervised"
+        "constant", "synthetic", "equalised", "refined", "refined ×2", "refined ×2 equalised",
+        "supervised"
     }  # fmt: skip
     assert numbers["counts"] == {"synthetic": 80, "real": 40, "validation": 30} and numbers["drift"]["images"] == 80
     page = (out / "report.html").read_text()
