@@ -259,7 +259,8 @@ def _page(numbers: dict[str, Any], out: Path, builtin: bool) -> Report:
     report.paragraph(
         f"{spread} Constant: the mean synthetic gaze for every image. Bias: mean of predicted minus true; bias-free: "
         "with it taken out, which nobody has without labels. ×N: the synthetic set refined by N refiners "
-        "(seeds 0, 1, ...), labels kept; with the word equalised, those and the equalised synthetic set. Supervised: trained on the real set's labels, which no refiner saw. "
+        "(seeds 0, 1, ...), labels kept; with the word equalised, those and the equalised synthetic set. Supervised: "
+        "trained on the real set's labels, which no refiner saw. "
         "All gaze networks take equally many steps. The intervals are over the gaze networks' seeds alone, not over "
         "refiners or people."
     )
