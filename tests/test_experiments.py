@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,9 +12,10 @@ from fastsimgan.checkpoint import list_checkpoints
 from fastsimgan.config import PRESETS
 from fastsimgan.data.eye_simulator import simulate_eyes
 from fastsimgan.data.hand_simulator import simulate_hands
-from fastsimgan.experiments import gaze, hand
+from fastsimgan.experiments import ablation, gaze, hand
 from fastsimgan.experiments.__main__ import main
 from fastsimgan.experiments.report import Report
+from fastsimgan.metrics import realism
 
 
 class Links(HTMLParser):
@@ -90,7 +92,7 @@ def test_bad_arguments_are_one_line_and_exit_2(flags, tmp_path, capsys):
     folder, given = flags
     real = str(folder / "real.npz")
     for wrong, message in (
-        (["pose"], "must be one of gaze, hand, got 'pose'"),
+        (["pose"], "must be one of gaze, hand, ablation-local, ablation-history, got 'pose'"),
         (["gaze", "--out", str(tmp_path / "a"), "--real", real], "give --synthetic, --real and --validation"),
         (["gaze", "--out", str(tmp_path / "a"), "--seeds", "0"], "--seeds must be at least 1, got 0"),
         ([*given, "--out", str(tmp_path / "a"), "--validation", real], "must not be the file given as --real"),
@@ -180,3 +182,59 @@ def test_hands_without_proper_joints_are_refused(tmp_path, capsys, joints, messa
     assert main(given) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("data", ["eyes", "hands"])
+def test_a_whole_ablation_resumes_piece_by_piece(data, flags, tmp_path, monkeypatch, capsys):
+    small = {"pretrain_discriminator": 1, "batch_size": 4, "width": 20}
+    monkeypatch.setitem(PRESETS, "gaze", small)
+    monkeypatch.setattr(hand, "QUICK_SIZE", 32)
+    monkeypatch.setattr(hand, "QUICK_BUILTIN", {"synthetic": 42, "real": 40, "validation": 6})
+    monkeypatch.setattr(hand, "QUICK_TRAINING", small)
+    monkeypatch.setattr(hand, "QUICK_JUDGE", {"batch_size": 4, "features": 8, "depth": 2, "stride": 2})
+    monkeypatch.setattr(ablation, "HELD_OUT", 2)
+    monkeypatch.setattr(realism, "patch_test", partial(realism.patch_test, steps=3))
+    name, out = ("ablation-local", tmp_path / "out") if data == "eyes" else ("ablation-history", tmp_path / "out")
+    given = [name, "--out", str(out), "--data", data, "--seeds", "2", "--steps", "4", "--judge-steps", "2"]
+    given += ["--device", "cpu", *(flags[1][9:15] if data == "eyes" else ["--quick"])]
+    assert main(given) == 0
+    printed = capsys.readouterr().out
+    numbers = json.loads((out / "report.json").read_text())
+    whole, without = ("local", "global") if data == "eyes" else ("history", "no history")
+    assert list(numbers["rows"]) == ["synthetic", whole, without]
+    assert all(len(row["kid"]["each"]) == 2 and 0 <= row["patches"]["mean"] <= 100 for row in numbers["rows"].values())
+    assert numbers["rows"]["synthetic"]["drift_px"] is None and numbers["rows"][whole]["loss_spread"]["mean"] >= 0
+    trained = numbers["training"]
+    if data == "eyes":  # 24x26 pixels: 6x7 patches of D
+        assert trained["local"]["local"] and not trained["global"]["local"]
+        assert trained["global"]["lam"] == pytest.approx(trained["local"]["lam"] / 42)
+    else:
+        assert trained["history"]["history"] > 0 and trained["no history"]["history"] == 0
+    images = {each: np.load(out / f"refined-{each}-0.npy") for each in (whole, without.replace(" ", "-"))}
+    assert (images[whole] != images[without.replace(" ", "-")]).any()
+    assert "better" in printed and len(numbers["findings"]) >= 5
+    page = (out / "report.html").read_text()
+    assert all(source.startswith("data:image/png") for source in Links(page).sources) and "svg" in Links(page).tags
+
+    if data == "hands":
+        return
+    kept = (out / f"measured-{whole}-1.json").stat().st_mtime_ns
+    (out / f"measured-{whole}-0.json").unlink()
+    (out / "report.json").unlink()
+    assert main(given) == 0
+    assert json.loads((out / "report.json").read_text()) == numbers
+    assert (out / f"measured-{whole}-1.json").stat().st_mtime_ns == kept
+
+
+def test_findings_say_which_way_round():
+    def row(*each):
+        return {"mean": float(np.mean(each)), "each": each}
+
+    measures = {key: ablation.MEASURES[key] for key in ("kid", "detail", "drift_px", "patches", "loss_spread")}
+    whole = {"kid": row(0.1, 0.11), "detail": row(1.0, 1.0), "drift_px": row(2.0, 2.01), "patches": row(60, 80)}
+    without = {"kid": row(0.2, 0.21), "detail": row(3.0, 3.0), "drift_px": row(1.0, 1.01), "patches": row(65, 78)}
+    rows = {"local": whole | {"loss_spread": None}, "global": without | {"loss_spread": None}}
+    kid, drift, patches = ablation._findings(rows, measures, ablation.ABLATIONS["ablation-local"])
+    assert kid.endswith("Local is better, as in the paper's Fig. 8.") and "-0.1000" in kid
+    assert drift.endswith("Global is better: the other way round than the paper's Fig. 8.")
+    assert patches.endswith("No difference shown.")

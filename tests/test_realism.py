@@ -8,8 +8,10 @@ from fastsimgan.errors import InputError
 from fastsimgan.metrics.realism import (
     classifier_test,
     frechet_distance,
+    high_frequency_energy,
     kernel_distance,
     onnx_features,
+    patch_test,
     random_features,
     realism,
     wilson_interval,
@@ -111,3 +113,22 @@ def test_too_few_or_unequal_images_are_refused():
         classifier_test(noise(0, 5), noise(1))
     with pytest.raises(InputError, match="one size"):
         classifier_test(noise(0), noise(1)[:, :20])
+
+
+def test_patch_test_tells_apart_a_texture_and_guesses_between_halves_of_one_set():
+    rng = np.random.default_rng(0)
+    smooth = rng.integers(60, 200, (160, 1, 1)) + np.zeros((1, 16, 24))
+    noisy = (smooth + rng.normal(0, 12, smooth.shape)).clip(0, 255).astype(np.uint8)
+    smooth = smooth.astype(np.uint8)
+    assert patch_test(smooth, noisy, steps=60) > 90
+    assert 35 < patch_test(noisy[:80], noisy[80:], steps=60) < 65
+
+
+def test_high_frequency_energy_is_what_the_blur_takes():
+    flat = np.full((3, 9, 9), 128, np.uint8)
+    slope = np.repeat(np.arange(9, dtype=np.uint8)[None, None] * 10, 9, 1)
+    board = ((np.indices((9, 9)).sum(0) % 2) * 255).astype(np.uint8)[None]
+    assert high_frequency_energy(flat) == pytest.approx(0, abs=1e-12)
+    assert high_frequency_energy(slope) == pytest.approx(0, abs=1e-12)  # a blur keeps a plane
+    assert high_frequency_energy(board) == pytest.approx(1)  # a checkerboard of -1 and 1 is blurred to 0
+    assert high_frequency_energy(np.stack([board] * 3, -1)) == pytest.approx(1)

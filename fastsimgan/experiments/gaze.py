@@ -93,7 +93,7 @@ def run(config: GazeConfig, command: str) -> dict[str, Any]:
     from fastsimgan.config import preset
     from fastsimgan.metrics.downstream import Judge, Labelled
 
-    arrays, hashes = _read(config)
+    arrays, hashes = read_eyes(config)
     sets = {name: Labelled.from_arrays(arrays[name], name) for name in ("synthetic", "validation")}
     for name, part in sets.items():
         if part.task != "gaze":
@@ -141,7 +141,7 @@ def run(config: GazeConfig, command: str) -> dict[str, Any]:
     return numbers
 
 
-def _read(config: GazeConfig) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def read_eyes(config: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The three sets as arrays, and the SHA-256 of each: of its file, or of the built-in arrays' bytes."""
     from fastsimgan.data.builtin import builtin_pair, builtin_validation
 

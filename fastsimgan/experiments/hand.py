@@ -102,13 +102,13 @@ def run(config: HandConfig, command: str) -> dict[str, Any]:
     from fastsimgan.config import preset
     from fastsimgan.metrics.pose import PoseJudge
 
-    sets, hashes = _read(config)
-    joints = _joints(sets)
+    sets, hashes = read_hands(config)
+    joints = evaluated_joints(sets)
     training = preset("quick", **QUICK_TRAINING) if config.quick else preset("hand")
     steps = training.steps if config.steps is None else config.steps
     training = dataclasses.replace(training, steps=steps, device=config.device)
     training.validate()
-    judge = PoseJudge(**QUICK_JUDGE, input_size=_quick_size(sets)) if config.quick else PoseJudge()
+    judge = PoseJudge(**QUICK_JUDGE, input_size=quick_size(sets)) if config.quick else PoseJudge()
     if config.judge_steps is not None:
         judge = dataclasses.replace(judge, steps=config.judge_steps)
     identity = claim(
@@ -145,8 +145,9 @@ def run(config: HandConfig, command: str) -> dict[str, Any]:
     return numbers
 
 
-def _read(config: HandConfig) -> tuple[Sets, dict[str, str]]:
-    """The three sets as arrays, and the SHA-256 of each: of its file, or of the built-in arrays' bytes."""
+def read_hands(config: Any) -> tuple[Sets, dict[str, str]]:
+    """The three sets that ``config`` names or, for ``config.quick`` or not, the built-in ones; and the SHA-256 of each:
+    of its file, or of the built-in arrays' bytes."""
     from fastsimgan.data.eye_simulator import Role, population_seed
     from fastsimgan.data.hand_simulator import simulate_hands
 
@@ -166,7 +167,7 @@ def _read(config: HandConfig) -> tuple[Sets, dict[str, str]]:
     return sets, hash_sets(sets, "images", "joints")
 
 
-def _joints(sets: Sets) -> dict[str, Any]:
+def evaluated_joints(sets: Sets) -> dict[str, Any]:
     """Each set's joints ``[N, J, 2]`` that are evaluated, in pixels; of --real only if it has some."""
     import numpy as np
 
@@ -199,7 +200,7 @@ def _joints(sets: Sets) -> dict[str, Any]:
     return found
 
 
-def _quick_size(sets: Sets) -> int:
+def quick_size(sets: Sets) -> int:
     """What a quick pose network sees: the pictures' own size, or 64; a multiple of 16, so that it can be halved."""
     return min(64, -(-max(sets["validation"]["images"].shape[1:]) // 16) * 16)
 

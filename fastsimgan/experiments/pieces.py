@@ -122,17 +122,18 @@ def array_piece(out: Path, name: str, work: Callable[[], Any]) -> Any:
     return np.load(path, allow_pickle=False)
 
 
-def refined_by(out: Path, name: str, training: TrainConfig, synthetic: Any, real: Any) -> Any:
-    """``synthetic`` images as a refiner makes them: trained, or trained on, or read if it is done.
+def refined_by(out: Path, name: str, training: TrainConfig, synthetic: Any, real: Any, images: Any = None) -> Any:
+    """``images`` (default: ``synthetic``) as a refiner makes them: trained, or trained on, or read if it is done.
 
     Args:
         out: the experiment's folder; the refiner's run is ``refiner-NAME`` in it.
         name: of the refiner, such as its seed.
         training: its settings, seed and all.
-        synthetic, real: stored images.
+        synthetic, real: stored images that it is trained on.
+        images: stored images that it refines.
 
     Returns:
-        Images like ``synthetic``, kept as ``refined-NAME.npy``.
+        Images like those, kept as ``refined-NAME.npy``.
     """
     from fastsimgan.runtime import load_refiner
     from fastsimgan.training import fit
@@ -142,7 +143,7 @@ def refined_by(out: Path, name: str, training: TrainConfig, synthetic: Any, real
     def work() -> Any:
         # A run holds a refiner from its start on; the trainer knows whether it is done, and does nothing if so.
         fit(synthetic, real, dataclasses.replace(training, out=folder, resume=folder.exists()))
-        return load_refiner(folder, training.device)(synthetic)
+        return load_refiner(folder, training.device)(synthetic if images is None else images)
 
     return array_piece(out, f"refined-{name}", work)
 

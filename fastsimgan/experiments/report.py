@@ -109,12 +109,13 @@ class Report:
         )
 
 
-def interval(row: Mapping[str, Any], constant: bool = False) -> str:
+def interval(row: Mapping[str, Any], constant: bool = False, digits: int = 2) -> str:
     """A cell: ``row["mean"]`` ± half of its 95 % interval (Student's t) over ``row["each"]``, from two of these on."""
     count = len(row["each"])
     if constant or count < 2:
-        return f"{row['mean']:.2f}"
-    return f"{row['mean']:.2f} ± {t_quantile(0.975, count - 1) * row['std'] / math.sqrt(count):.2f}"
+        return f"{row['mean']:.{digits}f}"
+    half = t_quantile(0.975, count - 1) * row["std"] / math.sqrt(count)
+    return f"{row['mean']:.{digits}f} ± {half:.{digits}f}"
 
 
 def _round_step(end: float) -> float:

@@ -120,6 +120,35 @@ def classifier_test(a: Array, b: Array, *, steps: int = 150, seed: int = 0) -> d
     """
     from fastsimgan.models.classifier import Classifier
 
+    found = _tell_apart(a, b, lambda channels: Classifier(2, channels), steps=steps, seed=seed)
+    low, high = wilson_interval(int(found["right"]), int(found["tested"]))
+    return {"accuracy": found["accuracy"], "low": 100 * low, "high": 100 * high, "tested": found["tested"]}
+
+
+def patch_test(a: Array, b: Array, *, kind: str = "gaze", steps: int = 150, seed: int = 0) -> float:
+    """A discriminator of the paper's kind, from scratch, learns to tell patches of half of the images apart.
+
+    Args:
+        a, b: as `classifier_test` takes them.
+        kind: architecture of the discriminator, "gaze" or "hand".
+        steps: of the training.
+        seed: of the halves and the weights.
+
+    Returns:
+        The share of patches of the other halves that it is right about, in per cent: 50 is guessing. No interval:
+        patches of one image are not independent.
+
+    Raises:
+        InputError: sizes differ, or too few images.
+    """
+    from fastsimgan.models.discriminator import Discriminator
+
+    return _tell_apart(a, b, lambda channels: Discriminator(channels, kind=kind), steps=steps, seed=seed)["accuracy"]
+
+
+def _tell_apart(a: Array, b: Array, build: Callable[[int], nn.Module], *, steps: int, seed: int) -> dict[str, float]:
+    """Train ``build(channels)``, with logits ``[N, 2]`` or ``[N, 2, h, w]``, on half of each set and ask about the
+    rest: how many answers there were (``tested``), how many were right, and that as a share (``accuracy``, %)."""
     if a.shape[1:] != b.shape[1:]:
         raise InputError(f"both sets must have images of one size, got {list(a.shape[1:])} and {list(b.shape[1:])}")
     count = min(len(a), len(b), _LIMIT)
@@ -133,25 +162,45 @@ def classifier_test(a: Array, b: Array, *, steps: int = 150, seed: int = 0) -> d
     target = torch.cat([torch.full((half,), kind) for kind in (0, 1)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Classifier(2, train.shape[1])
+        network = build(train.shape[1])
     optimiser = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     sampler = Sampler(len(train), seed)
     for _ in range(steps):
         indices = sampler.draw(32)
-        loss = F.cross_entropy(network(train[indices]), target[indices])
+        logits = network(train[indices])
+        each = target[indices].view(-1, *[1] * (logits.ndim - 2)).expand(-1, *logits.shape[2:])
+        loss = F.cross_entropy(logits, each)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
         schedule.step()
-    right = 0
+    right = tested = 0
     with torch.inference_mode():
         for kind, part in enumerate(floats):
             for first in range(half, count, 256):
-                right += int((network(part[first : first + 256]).argmax(1) == kind).sum())
-    tested = 2 * (count - half)
-    low, high = wilson_interval(right, tested)
-    return {"accuracy": 100 * right / tested, "low": 100 * low, "high": 100 * high, "tested": float(tested)}
+                answers = network(part[first : first + 256]).argmax(1)
+                right += int((answers == kind).sum())
+                tested += answers.numel()
+    return {"right": float(right), "tested": float(tested), "accuracy": 100 * right / tested}
+
+
+def high_frequency_energy(images: Array) -> float:
+    """What a 3×3 binomial blur takes out of the images: the mean square of image minus blurred image, inner pixels.
+
+    Args:
+        images: stored, ``[N, H, W]`` or ``[N, H, W, C]``, at least 3×3; black to white counts as 2.
+    """
+    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
+    total = count = 0.0
+    for first in range(0, len(images), 256):
+        batch = torch.from_numpy(to_float(np.ascontiguousarray(images[first : first + 256])))
+        channels = batch.shape[1]
+        weight = torch.outer(kernel, kernel).expand(channels, 1, 3, 3)
+        detail = batch[..., 1:-1, 1:-1] - F.conv2d(batch, weight, groups=channels)
+        total += float(detail.square().sum(dtype=torch.float64))
+        count += detail.numel()
+    return total / count
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
