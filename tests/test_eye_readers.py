@@ -204,7 +204,7 @@ def test_bad_pairs_are_rejected_by_name_and_the_rest_imported(tmp_path, capsys):
     argv = ["import", "unityeyes", "--input", str(folder), "--output", str(out), "--report", str(report)]
     assert main(argv) == 0
     printed = capsys.readouterr().out
-    assert "4 jpg, 4 json; 1 eyes read, 4 rejected" in printed
+    assert "4 jpg, 4 json; 1 read, 4 rejected" in printed
     rejected = json.loads(report.read_text())["rejected"]
     assert {name: reason.split(": ", 1)[1].split(" ")[0] for name, reason in rejected.items()} == {
         "2.jpg": "must", "3.json": "must", "4.jpg": "cannot", "5.jpg": "crop"
@@ -218,7 +218,7 @@ def test_bad_pairs_are_rejected_by_name_and_the_rest_imported(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["unityeyes", "--input", "none", "--output", "o.npz"], "none: must be a folder"),
-        (["unityeyes", "--input", ".", "--output", "o.npz"], "must hold at least one unityeyes eye, got none"),
+        (["unityeyes", "--input", ".", "--output", "o.npz"], "must hold at least one image of unityeyes, got none"),
         (["unityeyes", "--input", ".", "--output", "o.png"], "--output must end in .npz"),
         (["unityeyes", "--input", ".", "--output", "o.npz", "--evaluation"], "--evaluation is for mpiigaze"),
         (["unityeyes", "--input", ".", "--output", "o.npz", "--size", "0", "9"], "--size must be"),
@@ -294,7 +294,7 @@ def test_mpiigaze_evaluation_list_chooses_and_orders(tmp_path, capsys):
     out = tmp_path / "out.npz"
     assert main(["import", "mpiigaze", "--input", str(tmp_path), "--output", str(out), "--evaluation"]) == 0
     printed = capsys.readouterr().out
-    assert "1 mat, 3 listed; 2 eyes read, 1 rejected" in printed and "p00/day09/0001.jpg left: must be in" in printed
+    assert "1 mat, 3 listed; 2 read, 1 rejected" in printed and "p00/day09/0001.jpg left: must be in" in printed
     packed = open_images(out)
     assert packed.labels()["source"].tolist() == ["p00/day01/0003.jpg right", "p00/day01/0001.jpg left"]
     assert packed.labels()["pitch_yaw"].dtype == np.float32

@@ -41,9 +41,9 @@ PAPER_SIZE = 224  # pixels each way, at which "within 5 px" is said
 DRIFT_IMAGES = 1000
 BUILTIN = {"synthetic": 9000, "real": 6000, "validation": 1000}
 QUICK_BUILTIN, QUICK_SIZE = {"synthetic": 3000, "real": 1500, "validation": 1000}, 48
-# Sized for two cores and 48x48 pictures, where the hand discriminator's strides would leave 2x2 patches. R starts as the
-# paper's does, at random, and learns the identity first: begun at it, R drew outlines and moved flat depth as much as
-# edges at every λ that was tried, on hands of other seeds.
+# Sized for two cores and 48x48 pictures, where the hand discriminator's strides would leave 2x2 patches. R starts as
+# the paper's does, at random, and learns the identity first: begun at it, R drew outlines and moved flat depth as much
+# as edges at every λ that was tried, on hands of other seeds.
 QUICK_TRAINING: dict[str, Any] = {
     "width": 24, "lam": 0.3, "steps": 1000, "identity_init": False, "pretrain_refiner": 300,
     "learning_rate_refiner": 1e-3,
