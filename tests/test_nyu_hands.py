@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from fastsimgan.data.__main__ import main
-from fastsimgan.data.nyu_hands import import_nyu_hands, read_depth
+from fastsimgan.data.nyu_hands import _dilated, import_nyu_hands, read_depth
 from fastsimgan.data.source import open_images
 from fastsimgan.errors import InputError
 
@@ -162,3 +162,10 @@ def test_depth_is_green_and_blue(tmp_path):
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "b.png")
     with pytest.raises(InputError, match="b.png: must be an 8-bit RGB PNG, got uint8"):
         read_depth(tmp_path / "b.png")
+
+
+def test_dilation_is_a_maximum_over_the_square():
+    mask = np.random.default_rng(0).random((30, 41)) < 0.01
+    for margin in (1, 8):
+        filtered = Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * margin + 1))
+        np.testing.assert_array_equal(_dilated(mask, margin), np.asarray(filtered) > 0)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
 
 from fastsimgan.data.eye_set import scan
 from fastsimgan.data.files import natural_key, printable, staged
@@ -175,8 +174,7 @@ def _cut(path: Path, uvd: np.ndarray, rendered: bool, size: int) -> tuple[np.nda
             raise InputError(
                 f"{printable(real)}: must have the rendered frame's size {list(hand.shape)}, got {list(depth.shape)}"
             )
-        wide = np.asarray(Image.fromarray(hand.astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * MARGIN + 1))) > 0
-        hand = wide & (depth > max(0, near)) & (depth < min(far, BACKGROUND_MM))
+        hand = _dilated(hand, MARGIN) & (depth > max(0, near)) & (depth < min(far, BACKGROUND_MM))
         if not hand.any():
             raise InputError(f"{printable(real)}: must show a hand where the rendered frame does, got none")
     # edges of the square, in pixels from the image's own edges
@@ -189,6 +187,15 @@ def _cut(path: Path, uvd: np.ndarray, rendered: bool, size: int) -> tuple[np.nda
     image = np.where(inside & hand[where], UNITS_PER_MM * (BACKGROUND_MM - depth[where]), 0).astype("<u2")
     joints = (uvd[:, :2] + 0.5 - [left, top]) * size / side - 0.5
     return image, joints, uvd[:, 2] - BACKGROUND_MM
+
+
+def _dilated(mask: np.ndarray, margin: int) -> np.ndarray:
+    """``mask`` ``[H, W]`` and all within ``margin`` pixels of it, each way."""
+    for axis in (0, 1):
+        edges = [(margin + 1, margin) if each == axis else (0, 0) for each in (0, 1)]
+        count = np.moveaxis(np.cumsum(np.pad(mask, edges), axis, dtype=np.int32), axis, 0)
+        mask = np.moveaxis(count[2 * margin + 1 :] > count[: -2 * margin - 1], 0, axis)
+    return mask
 
 
 def _write(path: Path, pixels: Any, shape: tuple[int, ...], labels: dict[str, np.ndarray]) -> None:
