@@ -1,4 +1,4 @@
-"""Images and labels in NumPy's own files: ``.npz`` (``images`` and any label arrays) and ``.npy`` (images alone).
+"""Images and labels in NumPy's own files: ``.npz`` (``images``, label arrays, files) and ``.npy`` (images alone).
 
 Nothing is ever unpickled. Every array's header is checked before its data is read.
 """
@@ -21,13 +21,15 @@ from fastsimgan.data.values import WHITE
 from fastsimgan.errors import InputError
 
 IMAGES = "images.npy"  # the member of an .npz that holds the images
+FILES = "files/"  # members of an .npz under this name are files that travel along, not arrays
 MAX_CHANNELS = 4  # anything larger in last place is not channels: most likely the array is [N, C, H, W]
 
 
 class ArrayImages:
     """An ``.npz`` or ``.npy`` file of images ``[N, H, W]`` or ``[N, H, W, C]``, C from 1 to 4.
 
-    Images are uint8, uint16, or float32 in [0, 1]. The other arrays of an ``.npz`` are its labels, each of length N.
+    Images are uint8, uint16, or float32 in [0, 1]. The other arrays of an ``.npz`` are its labels, each of length N;
+    members under ``files/`` are files, of any kind, that travel along.
     A ``.npy`` is memory-mapped; the images of an ``.npz`` are read into memory the first time that they are asked for.
 
     Raises InputError at once if the file breaks a rule that its headers show, and on reading if its data does.
@@ -37,6 +39,7 @@ class ArrayImages:
         self.path = path
         self.archive = _is_archive(path)
         self._images: np.ndarray | None = None
+        self.file_names: list[str] = []  # without ``files/``
         headers = self._headers()
         if IMAGES not in headers:
             raise InputError(f"{printable(path)}: must hold an array named images, got {_names(headers)}")
@@ -78,7 +81,9 @@ class ArrayImages:
         channels, height, width = self.shape
         labels = f"labels {', '.join(map(printable, self.label_names))}" if self.label_names else "no labels"
         colour = "grey" if channels == 1 else f"{channels} channels"
-        return f"{printable(self.path)}: {len(self)} images, {height}x{width} {self.bit_depth}-bit {colour}, {labels}"
+        files = f", {len(self.file_names)} other files" if self.file_names else ""
+        kind = f"{height}x{width} {self.bit_depth}-bit {colour}"
+        return f"{printable(self.path)}: {len(self)} images, {kind}, {labels}{files}"
 
     def load(self) -> np.ndarray:
         """All images, ``[N, H, W]`` or ``[N, H, W, C]`` as stored, in native byte order.
@@ -117,8 +122,18 @@ class ArrayImages:
         with self._reading(), zipfile.ZipFile(self.path) as archive:
             return {name: _read_member(archive, f"{name}.npy") for name in self.label_names}
 
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Name and bytes of every file under ``files/``. Raises InputError if one is damaged."""
+        if self.file_names:
+            with zipfile.ZipFile(self.path) as archive:
+                for name in self.file_names:
+                    yield name, b"".join(self._chunks(archive, archive.getinfo(FILES + name)))
+
     def label_sha256(self) -> dict[str, str]:
-        """SHA-256 of every other array as the file holds it, header included. Raises InputError if one is damaged."""
+        """SHA-256 of every other array as the file holds it, header included, and one of all files under ``files/``.
+
+        Raises InputError if one is damaged.
+        """
         if not self.archive:
             return {}
         found = {}
@@ -128,7 +143,11 @@ class ArrayImages:
                 for chunk in self._chunks(archive, archive.getinfo(f"{name}.npy")):
                     digest.update(chunk)
                 found[name] = digest.hexdigest()
-        return found
+        return found | combined_sha256(self.file_sha256())
+
+    def file_sha256(self) -> dict[str, str]:
+        """SHA-256 of every file under ``files/``, by name. Raises InputError if one is damaged."""
+        return {name: hashlib.sha256(data).hexdigest() for name, data in self.files()}
 
     def write_again(self, path: Path, images: Iterable[np.ndarray]) -> None:
         """Write this file at ``path`` with other images of the same shape and type; all else is copied byte for byte.
@@ -173,12 +192,19 @@ class ArrayImages:
                 return {IMAGES: (shape, dtype)}
             headers = {}
             with zipfile.ZipFile(self.path) as archive:
+                seen: set[str] = set()
                 for member in archive.infolist():
-                    if not member.filename.endswith(".npy") or member.filename in headers:
+                    carried = member.filename.startswith(FILES)
+                    if not (carried or member.filename.endswith(".npy")) or member.filename in seen:
                         raise InputError(
                             f"{printable(self.path)}: must hold only .npy arrays, each once, "
                             f"got {printable(member.filename)}"
                         )
+                    seen.add(member.filename)
+                    if carried:
+                        self._check_memory(member.filename, member.file_size)
+                        self.file_names.append(member.filename.removeprefix(FILES))
+                        continue
                     with archive.open(member) as file:
                         shape, dtype, offset = _read_header(file)
                     self._check_size(member.filename.removesuffix(".npy"), shape, dtype, member.file_size - offset)
@@ -228,6 +254,14 @@ class ArrayImages:
             # zipfile and NumPy's parser raise BadZipFile, zlib.error, ValueError, SyntaxError, RuntimeError, ...
             reason = getattr(error, "strerror", None) or printable(str(error)) or type(error).__name__
             raise InputError(f"{printable(self.path)}: cannot be read as NumPy arrays: {reason}") from error
+
+
+def combined_sha256(files: dict[str, str]) -> dict[str, str]:
+    """One SHA-256 of many files' names and SHA-256, under the name ``files/``; nothing where there are none."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{files[name]} {name}\n".encode("utf-8", "surrogateescape"))
+    return {FILES: digest.hexdigest()} if files else {}
 
 
 def check_range(images: np.ndarray, path: Path, first: int) -> None:

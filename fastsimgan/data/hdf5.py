@@ -1,16 +1,19 @@
-"""Images in an HDF5 file: a dataset ``images`` at its root, with labels in any other datasets and groups."""
+"""Images in an HDF5 file: a dataset ``images`` at its root, with labels in any other datasets and groups.
+
+Datasets of bytes in a group ``files`` are files that travel along.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastsimgan.data.arrays import MAX_CHANNELS
+from fastsimgan.data.arrays import FILES, MAX_CHANNELS, check_range, combined_sha256
 from fastsimgan.data.files import printable
 from fastsimgan.data.values import WHITE
 from fastsimgan.errors import InputError, UnavailableError
@@ -49,7 +52,7 @@ class HDF5Images:
                 raise InputError(f"{printable(path)}: images must lie in the file itself, got external or virtual data")
             self._shape: tuple[int, ...] = images.shape
             self.stored_dtype: np.dtype = images.dtype
-            self.label_names = [name for name in file if name != IMAGES]
+            self.label_names = [name for name in file if name not in (IMAGES, FILES.removesuffix("/"))]
         if self.dtype.name not in WHITE:
             raise InputError(
                 f"{printable(path)}: images must be uint8, uint16 or float32 in [0, 1], got {self.dtype.name}"
@@ -75,13 +78,27 @@ class HDF5Images:
         """The images' type in native byte order."""
         return self.stored_dtype.newbyteorder("=")
 
+    @property
+    def bit_depth(self) -> int:
+        """Bits a channel: 8, 16 or 32."""
+        return self.dtype.itemsize * 8
+
     def describe(self) -> str:
         """What was found, in one line. Reads no pixels."""
         channels, height, width = self.shape
         labels = f"labels {', '.join(map(printable, self.label_names))}" if self.label_names else "no labels"
         colour = "grey" if channels == 1 else f"{channels} channels"
-        bits = self.dtype.itemsize * 8
-        return f"{printable(self.path)}: HDF5, {len(self)} images, {height}x{width} {bits}-bit {colour}, {labels}"
+        kind = f"{height}x{width} {self.bit_depth}-bit {colour}"
+        return f"{printable(self.path)}: HDF5, {len(self)} images, {kind}, {labels}"
+
+    def load(self) -> np.ndarray:
+        """All images, ``[N, H, W]`` or ``[N, H, W, C]``, in native byte order.
+
+        Raises InputError if the file's data is damaged or a float is outside [0, 1].
+        """
+        images = self.read_range(0, len(self)).astype(self.dtype, copy=False)
+        check_range(images, self.path, 0)
+        return images
 
     def read_range(self, first: int, end: int) -> np.ndarray:
         """Images ``first`` to ``end - 1`` as the file holds them; floats unchecked. Raises InputError if damaged.
@@ -92,22 +109,59 @@ class HDF5Images:
             images: np.ndarray = self._open()[IMAGES][first:end]
             return images
 
+    def labels(self) -> dict[str, np.ndarray]:
+        """Every other dataset of N numbers, booleans or strings (or lists of them), by its path in the file."""
+        found = {}
+        with self._reading():
+            for name, item in self._datasets():
+                if item.shape is not None and item.shape[:1] == (len(self),):
+                    array = _plain(item)
+                    if array is not None:
+                        found[name] = array
+        return found
+
+    def only_arrays(self) -> None:
+        """Raise InputError naming the first thing in the file that is neither a label of each image nor in ``files``.
+
+        An ``.npz`` has no place for it.
+        """
+        with self._reading():
+            file = self._open()
+            labels = self.labels().keys()
+
+            def refuse(what: str) -> None:
+                raise InputError(
+                    f"{printable(self.path)}: must hold only datasets of numbers or strings with length {len(self)}, "
+                    f"as images has, and files to become an .npz, got {printable(what)}"
+                )
+
+            for name, item in (("", file), (IMAGES, file[IMAGES])):
+                for attribute in item.attrs:
+                    refuse(f"the attribute {attribute} of {name or 'the file'}")
+            self._only_arrays(file, "", labels, refuse)
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Name and bytes of every file in the group ``files``."""
+        with self._reading():
+            found = [name for name, _ in self._datasets(files=True)]
+        for name in found:
+            with self._reading():
+                yield name.removeprefix(FILES), self._open()[name][()].tobytes()
+
+    def file_sha256(self) -> dict[str, str]:
+        """SHA-256 of every file in the group ``files``, by name."""
+        return {name: hashlib.sha256(data).hexdigest() for name, data in self.files()}
+
     def label_sha256(self) -> dict[str, str]:
-        """SHA-256 of every other dataset's values, by its path in the file."""
+        """SHA-256 of every other dataset's values, by its path in the file, and one of all in ``files``."""
         found: dict[str, str] = {}
         with self._reading():
-            import h5py
-
-            def add(name: str, item: Any) -> None:
-                if isinstance(item, h5py.Dataset) and name != IMAGES:
-                    values = item[()]
-                    array = np.asarray(values)
-                    data = repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
-                    digest = hashlib.sha256(f"{item.dtype} {item.shape} ".encode() + data)
-                    found[name] = digest.hexdigest()
-
-            self._open().visititems(add)  # follows no link to another file
-        return found
+            for name, item in self._datasets():
+                values = item[()]
+                array = np.asarray(values)
+                data = repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
+                found[name] = hashlib.sha256(f"{item.dtype} {item.shape} ".encode() + data).hexdigest()
+        return found | combined_sha256(self.file_sha256())
 
     def write_again(self, path: Path, images: Iterable[np.ndarray]) -> None:
         """Write this file at ``path`` with other images of the same shape and type; all else is copied as it is stored.
@@ -137,6 +191,37 @@ class HDF5Images:
                     target[first : first + len(piece)] = piece
                     first += len(piece)
 
+    def _datasets(self, files: bool = False) -> list[tuple[str, Any]]:
+        """Path and dataset of all but ``images``: those that are in ``files`` and are bytes, or all others."""
+        import h5py
+
+        found = []
+
+        def add(name: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset) and name != IMAGES:
+                is_file = name.startswith(FILES) and item.dtype == np.uint8 and item.shape is not None and item.ndim == 1
+                if is_file == files:
+                    found.append((name, item))
+
+        self._open().visititems(add)  # follows no link to another file
+        return found
+
+    def _only_arrays(self, group: Any, path: str, labels: Collection[str], refuse: Callable[[str], None]) -> None:
+        import h5py
+
+        files = {name for name, _ in self._datasets(files=True)}
+        for name in group:
+            full = path + name
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                refuse(f"the link {full}")
+            item = group[name]
+            for attribute in item.attrs:
+                refuse(f"the attribute {attribute} of {full}")
+            if isinstance(item, h5py.Group):
+                self._only_arrays(item, f"{full}/", labels, refuse)
+            elif full != IMAGES and full not in labels and full not in files:
+                refuse(f"{full} of {item.dtype}{list(item.shape or ())}")
+
     def _open(self) -> Any:
         """The open file, opened anew in a new process."""
         try:
@@ -160,6 +245,15 @@ class HDF5Images:
         except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, ValueError, ...
             reason = printable(str(error)) or type(error).__name__
             raise InputError(f"{printable(self.path)}: cannot be read as HDF5: {reason}") from error
+
+
+def _plain(item: Any) -> np.ndarray | None:
+    """A dataset's values as an array that an ``.npz`` can hold; None for references, records and ragged lists."""
+    import h5py
+
+    if h5py.check_string_dtype(item.dtype) is not None and item.dtype.hasobject:
+        return np.array(item.asstr()[()], dtype=np.str_)
+    return None if item.dtype.hasobject or item.dtype.kind not in "biufcS" else np.asarray(item[()])
 
 
 def _names(names: Iterable[str]) -> str:
