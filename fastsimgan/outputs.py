@@ -8,19 +8,26 @@ import os
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from fastsimgan.blocks import Run, rename, writing
+from fastsimgan.blocks import Run, read_lines, rename, writing
+from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.files import printable
+from fastsimgan.data.hdf5 import HDF5Images, is_hdf5
+from fastsimgan.data.images import Header, StoredImage, decode_image, encode_image
+from fastsimgan.data.label_table import LabelTable, parse, rows_by_name
 from fastsimgan.data.listing import STATE
-from fastsimgan.data.shards import sample_key
+from fastsimgan.data.packed import WRITERS
+from fastsimgan.data.shards import read_members, sample_key
 from fastsimgan.errors import InputError
 from fastsimgan.inputs import ArraysInput, FolderInput, Part, RawUnit, ShardsInput
 
-FLUSH = 1 << 20  # bytes copied at a time
+FLUSH = 1 << 20  # bytes (or values) copied at a time
+PIXELS = b"pixels"  # instead of a member's type: it goes into the images, not into the tar
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -30,8 +37,6 @@ def sha256(data: bytes | memoryview) -> str:
 
 class FolderOutput:
     """A tree that mirrors the input: each file under its own name, sidecars byte for byte."""
-
-    is_file = False
 
     def __init__(self, run: Run, source: FolderInput | ShardsInput, *, link: bool = False) -> None:
         self.run = run
@@ -55,8 +60,9 @@ class FolderBlock:
         self._names: set[str] = set()
         self._lock = threading.Lock()
 
-    def put(self, unit: RawUnit, encoded: bytes | None) -> list[dict[str, Any]]:
-        """Write a unit, its image as ``encoded``; returns its lines for the manifest. Any thread, any order."""
+    def put(self, unit: RawUnit, image: StoredImage | None) -> list[dict[str, Any]]:
+        """Write a unit with its refined image; returns its lines for the manifest. Any thread, any order."""
+        encoded = None if image is None else encode_image(image)
         lines = []
         for index, part in enumerate(unit.parts):
             if part.info is not None and part.info.isdir():
@@ -86,20 +92,24 @@ class FolderBlock:
     def _name(self, part: Part) -> str:
         if part.path is not None:
             return part.name
-        name = PurePosixPath(part.name)
-        if name.is_absolute() or ".." in name.parts or STATE in name.parts[:1] or "\0" in part.name:
-            raise InputError(
-                f"{printable(self.shard or '')}: names must stay inside the output, got {printable(part.name)}"
-            )
         assert self.shard is not None
-        full = f"{self.shard.stem}/{name}"  # two shards may hold members of one name
+        full = name_in_tree(self.shard, part)
         with self._lock:
             if full in self._names:
                 raise InputError(
-                    f"{printable(self.shard)}: members must differ in name, got {printable(str(name))} twice"
+                    f"{printable(self.shard)}: members must differ in name, got "
+                    f"{printable(full.removeprefix(f'{self.shard.stem}/'))} twice"
                 )
             self._names.add(full)
         return full
+
+
+def name_in_tree(shard: Path, part: Part) -> str:
+    """What a member of a shard is called outside it. Raises InputError if that would lead out of the output."""
+    name = PurePosixPath(part.name)
+    if name.is_absolute() or ".." in name.parts or STATE in name.parts[:1] or "\0" in part.name:
+        raise InputError(f"{printable(shard)}: names must stay inside the output, got {printable(part.name)}")
+    return f"{shard.stem}/{name}"  # two shards may hold members of one name
 
 
 def carry(run: Run, part: Part, target: Path, link: bool) -> str:
@@ -135,8 +145,6 @@ def carry(run: Run, part: Part, target: Path, link: bool) -> str:
 class ShardsOutput:
     """One tar shard a block, members in the input's order. A folder's files that belong to no image lie beside."""
 
-    is_file = False
-
     def __init__(self, run: Run, source: FolderInput | ShardsInput) -> None:
         self.run = run
         self.source = source
@@ -154,7 +162,7 @@ class ShardsOutput:
 class ShardBlock:
     """One shard. Units may come in any order; those that came too early wait in memory, encoded."""
 
-    def __init__(self, output: ShardsOutput, name: str) -> None:
+    def __init__(self, output: ShardsOutput | PackedOutput, name: str) -> None:
         self.output = output
         self.name = name
         self._temporary = output.run.temporary()
@@ -165,8 +173,9 @@ class ShardBlock:
         self._keys: set[str] = set()
         self._lock = threading.Lock()
 
-    def put(self, unit: RawUnit, encoded: bytes | None) -> list[dict[str, Any]]:
-        """Write a unit, its image as ``encoded``; returns its lines for the manifest. Any thread, any order."""
+    def put(self, unit: RawUnit, image: StoredImage | None) -> list[dict[str, Any]]:
+        """Write a unit with its refined image; returns its lines for the manifest. Any thread, any order."""
+        encoded = None if image is None else encode_image(image)
         members, lines = [], []
         if unit.image is None and unit.parts[0].path is not None:
             run, part = self.output.run, unit.parts[0]
@@ -212,8 +221,11 @@ class ShardBlock:
             while self._next in self._waiting:
                 for info, data in self._waiting.pop(self._next):
                     with writing(self.output.run.output):
-                        self._tar.addfile(info, io.BytesIO(data) if info.isfile() else None)
+                        self._write(info, data)
                 self._next += 1
+
+    def _write(self, info: tarfile.TarInfo, data: bytes) -> None:
+        self._tar.addfile(info, io.BytesIO(data) if info.isfile() else None)
 
 
 def _tar_info(part: Part, size: int) -> tarfile.TarInfo:
@@ -229,24 +241,24 @@ def _tar_info(part: Part, size: int) -> tarfile.TarInfo:
 class ArraysOutput:
     """The input's file again, with refined images; other arrays are copied byte for byte at the end.
 
-    Blocks are written into one file of raw pixels, each in its place: an ``.npy`` as it will be, the images of an
-    ``.npz`` or HDF5 file without header.
+    Or, where ``kind`` ("npz", "hdf5") is not the input's, a new file with the same arrays. Blocks are written into one
+    file of raw pixels, each in its place: an ``.npy`` as it will be, the images of an ``.npz`` or HDF5 file without
+    header.
     """
 
-    is_file = True
-
-    def __init__(self, run: Run, source: ArraysInput) -> None:
+    def __init__(self, run: Run, source: ArraysInput, kind: str) -> None:
         self.run = run
         self.source = source
+        self.kind = kind
         arrays = source.arrays
         self.shape: tuple[int, ...] = arrays._shape
         self.row = int(np.prod(self.shape[1:])) * arrays.dtype.itemsize
         self.header = b""
-        if source.kind == "npy":
+        if kind == "npy":
             buffer = io.BytesIO()
             arrays._write_images(buffer, ())  # type: ignore[union-attr]
             self.header = buffer.getvalue()
-        self.raw = run.partial / (run.output.name if source.kind == "npy" else "images.raw")
+        self.raw = run.partial / (run.output.name if kind == "npy" else "images.raw")
 
     def open_block(self, block: int) -> ArraysBlock:
         """A block, filled in order by one thread."""
@@ -258,20 +270,37 @@ class ArraysOutput:
         Raises InputError if an array to be copied is damaged.
         """
         arrays, run = self.source.arrays, self.run
-        labels = arrays.label_sha256()
+        if self.kind == "npy":
+            return {}
+        final = run.partial / run.output.name
         with writing(run.output):
-            if self.source.kind == "npy" or not self.raw.exists():
-                return labels  # it is put together, and perhaps published, already
+            if not self.raw.exists():  # it is put together, and perhaps published, already
+                return open_arrays(final if final.exists() else run.output).label_sha256()
             temporary = run.temporary()
             temporary.parent.mkdir(exist_ok=True)
-            arrays.write_again(temporary, self._pieces())
+            if self.kind == self.source.kind:
+                arrays.write_again(temporary, self._pieces())
+            else:
+                self._convert(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-        if type(arrays)(temporary).label_sha256() != labels:
+        written = open_arrays(temporary)
+        labels = written.label_sha256()
+        same = labels == arrays.label_sha256() if self.kind == self.source.kind else _same_labels(written, arrays)
+        if not same:
             raise InputError(f"{printable(run.output)}: label arrays must be those of the input; the copy differs")
-        rename(temporary, run.partial / run.output.name)
+        rename(temporary, final)
         self.raw.unlink()
         return labels
+
+    def _convert(self, path: Path) -> None:
+        arrays = self.source.arrays
+        with WRITERS[self.kind](path, self.run.output) as new:
+            new.images(self.shape, arrays.stored_dtype, self._pieces())
+            for name, array in arrays.labels().items():
+                new.array(name, array)
+            for name, data in arrays.files():
+                new.file(name, data)
 
     def read(self, block: int) -> np.ndarray:
         """A block's refined images, from the raw file."""
@@ -323,4 +352,230 @@ class ArraysBlock:
         return {"sha256": self._digest.hexdigest()}
 
 
-Output = FolderOutput | ShardsOutput | ArraysOutput
+class PackedOutput:
+    """A folder or shards as one ``.npz`` or HDF5 file. All images must have the size and kind of the first good one.
+
+    A block leaves two pieces: its images' pixels, and a tar of its other files. At the end they become
+
+    - ``images`` ``[N, H, W]`` or ``[N, H, W, 3]`` and ``name`` ``[N]``, in the input's order;
+    - an array for each key that all images have in their JSON sidecars or in a ``metadata.jsonl``, see `LabelTable`;
+    - ``files/NAME``: every file that is not refined, byte for byte.
+    """
+
+    def __init__(self, run: Run, source: FolderInput | ShardsInput, kind: str) -> None:
+        self.run = run
+        self.source = source
+        self.kind = kind
+        self.pieces = run.partial / "pieces"
+        self._first: tuple[Header, Path] | None = None
+        self._lock = threading.Lock()
+
+    def open_block(self, block: int) -> PackedBlock:
+        """A block to be filled by several threads."""
+        return PackedBlock(self, block, self.source.shards[block] if isinstance(self.source, ShardsInput) else None)
+
+    def check(self, header: Header, where: Path) -> None:
+        """Raise InputError if an image is not of the run's size and kind."""
+        with self._lock:
+            if self._first is None:
+                self._first = self._find_first(len(header.shape))
+        first, its_name = self._first
+        if (header.shape, header.dtype) != (first.shape, first.dtype):
+            raise InputError(
+                f"{printable(where)}: images must be of one size and kind for {self.kind}, got {header}, "
+                f"and {printable(its_name)} is {first}"
+            )
+
+    def _find_first(self, dimensions: int) -> tuple[Header, Path]:
+        """Header and name of the first good image; the same for every worker, whatever block it does."""
+        for block in range(self.source.blocks):
+            for unit in self.source.units(block):
+                if unit.image is not None:
+                    with suppress(InputError):
+                        header = decode_image(unit.parts[unit.image].read(), unit.where).header
+                        if len(header.shape) == dimensions:
+                            return header, unit.where
+        raise AssertionError("an image of these dimensions was decoded")
+
+    def finish(self) -> dict[str, str]:
+        """Put the file together; returns the SHA-256 of its label arrays and files. Raises InputError at a bad piece."""
+        run, final = self.run, self.run.partial / self.run.output.name
+        if not final.exists() and not (run.state / "done.json").exists():
+            temporary = run.temporary()
+            with writing(run.output):
+                temporary.parent.mkdir(exist_ok=True)
+                carried = self._assemble(temporary)
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+            if open_arrays(temporary).file_sha256() != carried:
+                raise InputError(f"{printable(run.output)}: files must be those of the input; the copy differs")
+            rename(temporary, final)
+        return open_arrays(final if final.exists() else run.output).label_sha256()
+
+    def _assemble(self, path: Path) -> dict[str, str]:
+        """Write the file; returns name and SHA-256 of every file in it, as the manifests have them."""
+        names: list[str] = []
+        carried: dict[str, str] = {}
+        header: dict[str, Any] = {}
+        for found in self.run.headers():
+            header = found if found["images"] else header
+            for line in read_lines(self.run.manifest(found["block"])):
+                if "error" not in line:
+                    if "from" in line:
+                        names.append(line["name"])
+                    else:
+                        carried[line["name"]] = line["sha256"]
+        shape = (len(names), *header["shape"])
+        dtype = np.dtype(header["dtype"])
+        with WRITERS[self.kind](path, self.run.output) as new:
+            new.images(shape, dtype, self._pixels(shape, dtype))
+            new.array("name", np.array(names))
+            labels = _Labels(names)
+            for block in range(self.source.blocks):
+                for info, data in read_members(self.piece(block, "tar")):
+                    labels.take(info.name, data)
+                    new.file(info.name, data)
+            for name, array in labels.arrays().items():
+                new.array(name, array)
+        return carried
+
+    def piece(self, block: int, kind: str) -> Path:
+        """Where a block's pixels ("raw") or other files ("tar") wait."""
+        return self.pieces / f"{block:08d}.{kind}"
+
+    def _pixels(self, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+        row = int(np.prod(shape[1:]))
+        for block in range(self.source.blocks):
+            with self.piece(block, "raw").open("rb") as file:
+                while (flat := np.fromfile(file, dtype, max(1, FLUSH // row) * row)).size:
+                    yield flat.reshape(-1, *shape[1:])
+
+
+class PackedBlock(ShardBlock):
+    """One block's two pieces, in the input's order."""
+
+    output: PackedOutput
+
+    def __init__(self, output: PackedOutput, block: int, shard: Path | None) -> None:
+        super().__init__(output, "")
+        self.block = block
+        self.shard = shard
+        self._header: Header | None = None
+        self._digest = hashlib.sha256()
+        self._pixels = output.run.temporary()
+        with writing(output.run.output):
+            self._raw = self._pixels.open("xb")
+
+    def put(self, unit: RawUnit, image: StoredImage | None) -> list[dict[str, Any]]:
+        """Write a unit with its refined image; returns its lines for the manifest. Any thread, any order."""
+        members, lines = [], []
+        for index, part in enumerate(unit.parts):
+            if part.info is not None and part.info.isdir():
+                continue
+            info = tarfile.TarInfo(self._name(part))
+            if index == unit.image:
+                assert image is not None
+                self._header = image.header
+                info.type = PIXELS
+                data = np.ascontiguousarray(image.pixels).tobytes()
+            else:
+                data = part.read()
+            info.size = len(data)
+            members.append((info, data))
+            lines.append({"name": info.name, "sha256": sha256(data)})
+        self._add(unit.position, members)
+        return lines
+
+    def leave_out(self, unit: RawUnit) -> list[str]:
+        """Names of a bad unit's files, none of which the output will hold."""
+        self._add(unit.position, [])
+        return [self._name(part) for part in unit.parts]
+
+    def close(self) -> dict[str, Any]:
+        """Give the pieces their names; returns what else the manifest's first line is to say."""
+        assert not self._waiting
+        with writing(self.output.run.output):
+            self._tar.close()
+            for temporary, kind in ((self._temporary, "tar"), (self._pixels, "raw")):
+                self._raw.flush()
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                rename(temporary, self.output.piece(self.block, kind))
+            self._raw.close()
+        of = {} if self._header is None else {"shape": self._header.shape, "dtype": self._header.dtype}
+        return {"sha256": self._digest.hexdigest()} | of
+
+    def _write(self, info: tarfile.TarInfo, data: bytes) -> None:
+        if info.type == PIXELS:
+            self._digest.update(data)
+            self._raw.write(data)
+        else:
+            super()._write(info, data)
+
+    def _name(self, part: Part) -> str:
+        name = part.name if self.shard is None else name_in_tree(self.shard, part)
+        if part.info is not None and not part.info.isdir():
+            with self._lock:
+                if name in self._keys:
+                    raise InputError(
+                        f"{printable(self.shard or '')}: members must differ in name, got {printable(name)} twice"
+                    )
+                self._keys.add(name)
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{printable(self.output.source.path)}: names must be UTF-8 for {self.output.kind}, got {printable(name)}"
+            ) from None
+        return name
+
+
+class _Labels:
+    """What the images' JSON sidecars, or else the ``metadata.jsonl`` of their folders, say of every image."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._table = LabelTable()
+        self._sidecars = 0
+        self._rows: dict[str, bytes] = {}
+
+    def take(self, name: str, data: bytes) -> None:
+        """Look at one carried file; those of images come in the images' order."""
+        folder, slash, base = name.rpartition("/")
+        if base == "metadata.jsonl":
+            self._rows |= {folder + slash + key: row for key, row in rows_by_name(data).items()}
+        elif self._sidecars < len(self._names):
+            image = self._names[self._sidecars]
+            if name == f"{image[: image.rindex('.')]}.json":
+                self._table.add(parse(data))
+                self._sidecars += 1
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays; none of sidecars, or none of ``metadata.jsonl``, where one image has none."""
+        found = {}
+        if all(name in self._rows for name in self._names):
+            table = LabelTable()
+            for name in self._names:
+                table.add(parse(self._rows[name]))
+            found = table.arrays()
+        return found | (self._table.arrays() if self._sidecars == len(self._names) else {})
+
+
+def open_arrays(path: Path) -> ArrayImages | HDF5Images:
+    """A packed file, of whichever kind it is. Raises InputError if it breaks a rule."""
+    return HDF5Images(path) if is_hdf5(path) else ArrayImages(path)
+
+
+def _same_labels(one: ArrayImages | HDF5Images, other: ArrayImages | HDF5Images) -> bool:
+    """Whether two files of different kinds hold the same labels and files; text may be encoded in two ways."""
+
+    def values(arrays: ArrayImages | HDF5Images) -> dict[str, Any]:
+        return {
+            name: array.tolist() if array.dtype.kind in "US" else (array.dtype, array.shape, array.tobytes())
+            for name, array in arrays.labels().items()
+        }
+
+    return values(one) == values(other) and one.file_sha256() == other.file_sha256()
+
+
+Output = FolderOutput | ShardsOutput | ArraysOutput | PackedOutput

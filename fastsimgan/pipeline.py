@@ -23,11 +23,11 @@ import numpy as np
 from fastsimgan.blocks import Claim, Run
 from fastsimgan.data.arrays import check_range
 from fastsimgan.data.files import printable
-from fastsimgan.data.images import StoredImage, decode_image, encode_image
+from fastsimgan.data.images import StoredImage, decode_image
 from fastsimgan.data.values import WHITE
 from fastsimgan.errors import FastSimGANError, InputError
 from fastsimgan.inputs import ArraysInput, Input, RawUnit
-from fastsimgan.outputs import ArraysBlock, FolderBlock, Output, ShardBlock, sha256
+from fastsimgan.outputs import ArraysBlock, FolderBlock, Output, PackedOutput, ShardBlock, sha256
 
 PIXELS_PER_BATCH = 1 << 20  # at most, whatever batch_size says: a network's features take hundreds of bytes a pixel
 BYTES_AHEAD = 1 << 27  # of decoded images that wait to be put into batches
@@ -378,6 +378,8 @@ class Worker:
                         f"{printable(unit.where)}: must have {self.refiner.channels} channel(s), as the refiner has, "
                         f"got {channels}"
                     )
+                if isinstance(self.output, PackedOutput):
+                    self.output.check(image.header, unit.where)
                 self._hold(image.pixels.nbytes)
                 return image, digest
             except InputError as error:
@@ -453,7 +455,7 @@ class Worker:
     def _put(self, tally: _Tally, unit: RawUnit, image: StoredImage | None, digest: str) -> None:
         assert not isinstance(tally.sink, ArraysBlock)
         with self.stages.time(self._write_stage):
-            lines = tally.sink.put(unit, None if image is None else encode_image(image))
+            lines = tally.sink.put(unit, image)
             if unit.image is not None:
                 lines[unit.image]["from"] = digest
             tally.lines[unit.position] = lines

@@ -39,8 +39,9 @@ class RefineConfig:
     """What to make: a folder or a file, as the input is."""
     verify: Path | None = None
     """Alone: read this finished output again and check it against its manifests."""
-    to: Literal["same", "folder", "shards"] = "same"
-    """Write a folder of images as WebDataset shards, or shards as a folder."""
+    to: Literal["same", "folder", "shards", "npz", "hdf5"] = "same"
+    """Write a folder of images as WebDataset shards, or shards as a folder; or anything whose images have one size as
+    one .npz or HDF5 file."""
     images: str | None = None
     """Glob of the files that are images ('rgb/*.png'); all others travel as labels."""
     link: bool = False

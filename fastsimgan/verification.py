@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from fastsimgan.blocks import FORMAT, partial_of, read_header, read_json, read_lines, state_of
-from fastsimgan.data.arrays import ArrayImages
+from fastsimgan.data.arrays import FILES
 from fastsimgan.data.files import hash_file, printable
-from fastsimgan.data.hdf5 import HDF5Images, is_hdf5
 from fastsimgan.data.listing import STATE
 from fastsimgan.errors import InputError
+from fastsimgan.outputs import open_arrays
 
 
 def verify(output: Path) -> dict[str, Any]:
@@ -35,8 +35,9 @@ def verify(output: Path) -> dict[str, Any]:
     totals = read_json(state / "done.json")
     found: dict[str, Any] = {"blocks": 0, "images": 0, "failed": 0, "others": 0}
     files = 0
-    arrays = _open_arrays(output) if is_file else None
+    arrays = open_arrays(output) if is_file else None
     first = 0
+    carried: dict[str, str] = {}  # into a packed file, by name
     for block in range(record["blocks"]):
         manifest = state / "blocks" / f"{block:08d}.jsonl"
         header = read_header(manifest)
@@ -46,6 +47,9 @@ def verify(output: Path) -> dict[str, Any]:
         for key in ("images", "failed", "others"):
             found[key] += header[key]
         if arrays is not None:
+            carried |= {
+                line["name"]: line["sha256"] for line in read_lines(manifest) if not {"from", "error"} & line.keys()
+            }
             images = arrays.read_range(first, first + header["images"])
             first += header["images"]
             digest = hashlib.sha256(np.ascontiguousarray(images).reshape(-1).view(np.uint8).data).hexdigest()
@@ -60,17 +64,18 @@ def verify(output: Path) -> dict[str, Any]:
     if arrays is not None:
         if first != len(arrays):
             raise InputError(f"{printable(output)}: must hold {first} images, got {len(arrays)}")
-        for name, digest in arrays.label_sha256().items():
-            _same(output, f"array {name}", totals["labels"].get(name, "none"), digest)
+        held = arrays.file_sha256()
+        for name in sorted(carried):
+            _same(output, f"file {name}", carried[name], held.get(name, "none"))
+        labels = arrays.label_sha256()
+        for name in sorted(labels.keys() | totals["labels"].keys()):
+            what = name if name == FILES else f"array {name}"
+            _same(output, what, totals["labels"].get(name, "none"), labels.get(name, "none"))
     else:
         there = sum(1 for _ in _files(output))
         if there != files:  # all that the manifests list was found
             raise InputError(f"{printable(output)}: must hold the {files} files of its manifests, got {there}")
     return found
-
-
-def _open_arrays(output: Path) -> ArrayImages | HDF5Images:
-    return HDF5Images(output) if is_hdf5(output) else ArrayImages(output)
 
 
 def _verify_files(output: Path, lines: Iterator[dict[str, Any]]) -> int:

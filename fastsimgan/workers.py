@@ -20,12 +20,14 @@ from typing import Any, Literal
 
 from fastsimgan.blocks import Run, open_run, partial_of
 from fastsimgan.data.files import hash_file, printable
+from fastsimgan.data.hdf5 import HDF5Images
 from fastsimgan.data.images import JPEG_QUALITY, codecs
 from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
 from fastsimgan.inputs import ArraysInput, FolderInput, Input, open_input
-from fastsimgan.outputs import ArraysOutput, FolderOutput, Output, ShardsOutput
+from fastsimgan.outputs import ArraysOutput, FolderOutput, Output, PackedOutput, ShardsOutput
 from fastsimgan.pipeline import ImageRefiner, Progress, Worker
 
+SUFFIXES = {"npz": (".npz",), "npy": (".npy",), "hdf5": (".h5", ".hdf5")}  # of outputs that are one file
 LOOK_AGAIN = 0.5  # seconds between two looks at blocks that other workers hold
 DEATHS = 3  # in a row without a commit in between, after which a run is given up
 
@@ -41,7 +43,7 @@ class Job:
     device: str = "auto"
     on_error: Literal["fail", "skip"] = "fail"
     images: str | None = None
-    to: Literal["same", "folder", "shards"] = "same"
+    to: Literal["same", "folder", "shards", "npz", "hdf5"] = "same"
     link: bool = False
     trust_engine: bool = False
 
@@ -102,25 +104,33 @@ def check(job: Job) -> Input:
         raise InputError(f"{printable(job.output)}: output must not be inside the input {printable(job.input)}")
     if old.is_relative_to(new) or old.is_relative_to(partial_of(new)):
         raise InputError(f"{printable(job.output)}: output must not contain the input {printable(job.input)}")
-    suffix = job.output.suffix.lower()
-    if isinstance(source, ArraysInput):
-        if job.to != "same":
-            raise InputError(f"to must be same for arrays, got {job.to}")
-        wanted = {"npz": (".npz",), "npy": (".npy",), "hdf5": (".h5", ".hdf5")}[source.kind]
-        if suffix not in wanted:
+    if isinstance(source, ArraysInput) and job.to in ("folder", "shards"):
+        raise InputError(f"to must be same, npz or hdf5 for arrays, got {job.to}")
+    suffix, to = job.output.suffix.lower(), output_kind(job, source)
+    if to in SUFFIXES:
+        if suffix not in SUFFIXES[to]:
+            why = "as the input is one" if job.to == "same" else f"by --to {to}"
             raise InputError(
-                f"{printable(job.output)}: output must end in {' or '.join(wanted)}, as the input is one, "
-                f"got {suffix!r}"
+                f"{printable(job.output)}: output must end in {' or '.join(SUFFIXES[to])}, {why}, got {suffix!r}"
             )
     elif suffix in (".npz", ".npy", ".h5", ".hdf5", ".tar"):
-        raise InputError(f"{printable(job.output)}: output must be a folder, got the suffix {suffix}")
+        makes = {".npz": "npz", ".h5": "hdf5", ".hdf5": "hdf5", ".tar": "shards"}.get(suffix)
+        hint = f" (--to {makes} makes {'a folder of them' if makes == 'shards' else 'one'})" if makes else ""
+        raise InputError(f"{printable(job.output)}: output must be a folder, got the suffix {suffix}{hint}")
+    if to == "npz" and isinstance(source, ArraysInput) and isinstance(source.arrays, HDF5Images):
+        source.arrays.only_arrays()
     return source
+
+
+def output_kind(job: Job, source: Input) -> str:
+    """What a job makes: "folder", "shards", "npz", "npy" or "hdf5"."""
+    return source.kind if job.to == "same" else job.to
 
 
 def start(job: Job) -> tuple[Run, Input, Output]:
     """Open a job's run: new, to be gone on with, or complete. Raises InputError as `check` and `open_run` do."""
     source = check(job)
-    to = source.kind if job.to == "same" else job.to
+    to = output_kind(job, source)
     settings = {
         "refiner sha256": refiner_sha256(job.refiner),
         "batch size": job.batch_size,
@@ -129,10 +139,12 @@ def start(job: Job) -> tuple[Run, Input, Output]:
         "JPEG quality": JPEG_QUALITY,
         "codecs": codecs(),
     }
-    run = open_run(job.output, settings, source, is_file=isinstance(source, ArraysInput))
+    run = open_run(job.output, settings, source, is_file=to in SUFFIXES)
     output: Output
     if isinstance(source, ArraysInput):
-        output = ArraysOutput(run, source)
+        output = ArraysOutput(run, source, to)
+    elif to in SUFFIXES:
+        output = PackedOutput(run, source, to)
     elif to == "shards":
         output = ShardsOutput(run, source)
     else:

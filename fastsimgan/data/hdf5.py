@@ -127,7 +127,7 @@ class HDF5Images:
         """
         with self._reading():
             file = self._open()
-            labels = self.labels().keys()
+            held = {IMAGES, *self.labels(), *(name for name, _ in self._datasets(files=True))}
 
             def refuse(what: str) -> None:
                 raise InputError(
@@ -135,10 +135,9 @@ class HDF5Images:
                     f"as images has, and files to become an .npz, got {printable(what)}"
                 )
 
-            for name, item in (("", file), (IMAGES, file[IMAGES])):
-                for attribute in item.attrs:
-                    refuse(f"the attribute {attribute} of {name or 'the file'}")
-            self._only_arrays(file, "", labels, refuse)
+            for attribute in file.attrs:
+                refuse(f"the attribute {attribute} of the file")
+            _only_arrays(file, "", held, refuse)
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Name and bytes of every file in the group ``files``."""
@@ -199,28 +198,14 @@ class HDF5Images:
 
         def add(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset) and name != IMAGES:
-                is_file = name.startswith(FILES) and item.dtype == np.uint8 and item.shape is not None and item.ndim == 1
+                is_file = (
+                    name.startswith(FILES) and item.dtype == np.uint8 and item.shape is not None and item.ndim == 1
+                )
                 if is_file == files:
                     found.append((name, item))
 
         self._open().visititems(add)  # follows no link to another file
         return found
-
-    def _only_arrays(self, group: Any, path: str, labels: Collection[str], refuse: Callable[[str], None]) -> None:
-        import h5py
-
-        files = {name for name, _ in self._datasets(files=True)}
-        for name in group:
-            full = path + name
-            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                refuse(f"the link {full}")
-            item = group[name]
-            for attribute in item.attrs:
-                refuse(f"the attribute {attribute} of {full}")
-            if isinstance(item, h5py.Group):
-                self._only_arrays(item, f"{full}/", labels, refuse)
-            elif full != IMAGES and full not in labels and full not in files:
-                refuse(f"{full} of {item.dtype}{list(item.shape or ())}")
 
     def _open(self) -> Any:
         """The open file, opened anew in a new process."""
@@ -245,6 +230,22 @@ class HDF5Images:
         except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, ValueError, ...
             reason = printable(str(error)) or type(error).__name__
             raise InputError(f"{printable(self.path)}: cannot be read as HDF5: {reason}") from error
+
+
+def _only_arrays(group: Any, path: str, held: Collection[str], refuse: Callable[[str], None]) -> None:
+    import h5py
+
+    for name in group:
+        full = path + name
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            refuse(f"the link {full}")
+        item = group[name]
+        for attribute in item.attrs:
+            refuse(f"the attribute {attribute} of {full}")
+        if isinstance(item, h5py.Group):
+            _only_arrays(item, f"{full}/", held, refuse)
+        elif full not in held:
+            refuse(f"{full} of {item.dtype}{list(item.shape or ())}")
 
 
 def _plain(item: Any) -> np.ndarray | None:

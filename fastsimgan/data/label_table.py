@@ -11,7 +11,7 @@ import numpy as np
 
 LONGEST = 256  # characters of a string; in an array every one takes as much room as the longest
 EXACT = 1 << 53  # the largest whole number up to which float64 holds them all
-TAKEN = ("images", "name", "files")  # names that a packed file has its own use for
+TAKEN = ("images", "name", "file_name", "files")  # names that a packed file has its own use for
 
 
 @dataclass

@@ -20,9 +20,12 @@ from fastsimgan.errors import InputError, UnavailableError
 
 
 class NpzWriter:
-    """An ``.npz``, uncompressed, so that its images can be mapped from the disk. The same content, the same bytes."""
+    """An ``.npz``, uncompressed, so that its images can be mapped from the disk. The same content, the same bytes.
 
-    def __init__(self, path: Path) -> None:
+    ``path`` is where it is written, ``called`` what errors name.
+    """
+
+    def __init__(self, path: Path, called: Path) -> None:
         self._archive = zipfile.ZipFile(path, "x")
 
     def __enter__(self) -> NpzWriter:
@@ -50,15 +53,15 @@ class NpzWriter:
 
 
 class HDF5Writer:
-    """An HDF5 file, uncompressed. Raises UnavailableError without h5py."""
+    """An HDF5 file, uncompressed; arguments as those of `NpzWriter`. Raises UnavailableError without h5py."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, called: Path) -> None:
         try:
             import h5py
         except ImportError as error:
-            raise UnavailableError(f"{printable(path)}: HDF5 needs h5py: pip install h5py ({error})") from None
+            raise UnavailableError(f"{printable(called)}: HDF5 needs h5py: pip install h5py ({error})") from None
         self._h5py = h5py
-        self._path = path
+        self._called = called
         self._file: Any = h5py.File(path, "x")
 
     def __enter__(self) -> HDF5Writer:
@@ -85,7 +88,8 @@ class HDF5Writer:
                 self._file.create_dataset(name, data=array)
         except (TypeError, ValueError) as error:  # a UnicodeError is a ValueError
             raise InputError(
-                f"array {printable(name)} of {array.dtype} cannot be held in HDF5: {printable(str(error))}"
+                f"{printable(self._called)}: array {printable(name)} of {array.dtype} cannot be held in HDF5: "
+                f"{printable(str(error))}"
             ) from error
 
     def file(self, name: str, data: bytes) -> None:
@@ -93,7 +97,9 @@ class HDF5Writer:
         try:
             self._file.create_dataset(FILES + name, data=np.frombuffer(data, np.uint8))
         except (TypeError, ValueError) as error:
-            raise InputError(f"file {printable(name)} cannot be held in HDF5: {printable(str(error))}") from error
+            raise InputError(
+                f"{printable(self._called)}: file {printable(name)} cannot be held in HDF5: {printable(str(error))}"
+            ) from error
 
 
 WRITERS: dict[str, type[NpzWriter] | type[HDF5Writer]] = {"npz": NpzWriter, "hdf5": HDF5Writer}

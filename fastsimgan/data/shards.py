@@ -61,7 +61,7 @@ def read_samples(path: Path, images: str | None = None) -> Iterator[Sample]:
     """
     key: str | None = None
     members: list[Member] = []
-    for member in _read_members(path):
+    for member in read_members(path):
         new = sample_key(member[0].name)
         if members and new != key:
             yield _sample(path, members, images)
@@ -95,7 +95,8 @@ def _is_image(name: str, images: str | None) -> bool:
     return PurePosixPath(name).name.partition(".")[2].lower() in {suffix[1:] for suffix in FORMATS}
 
 
-def _read_members(path: Path) -> Iterator[Member]:
+def read_members(path: Path) -> Iterator[Member]:
+    """Every file and folder of one tar with its bytes, in order. Raises InputError as `read_samples` does."""
     try:
         with tarfile.open(path, "r:", errors="surrogateescape") as tar:
             for info in tar:
