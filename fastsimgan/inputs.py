@@ -20,6 +20,7 @@ from fastsimgan.data.hdf5 import HDF5Images, is_hdf5
 from fastsimgan.data.images import FORMATS, read_bytes, read_header
 from fastsimgan.data.listing import STATE, Unit, list_units
 from fastsimgan.data.shards import find_shards, read_samples
+from fastsimgan.data.source import holds_shards
 from fastsimgan.errors import InputError
 
 FILES_PER_BLOCK = 1024  # units; a kill loses a few seconds' work, and ten million files make ten thousand manifests
@@ -284,12 +285,10 @@ def open_input(path: Path, *, batch_size: int, images: str | None = None) -> Inp
 
     Raises InputError if there is nothing, if it is nothing that can be refined, or if its headers break a rule.
     """
-    if path.is_dir():
-        suffixes = {entry.suffix.lower() for entry in path.iterdir()}
-        tars = ".tar" in suffixes and suffixes.isdisjoint(FORMATS)
-        return ShardsInput(path, images) if tars else FolderInput(path, images)
-    if path.suffix == ".tar":  # a file, or a glob over several
+    if holds_shards(path):
         return ShardsInput(path, images)
+    if path.is_dir():
+        return FolderInput(path, images)
     if not path.exists():
         raise InputError(f"{printable(path)}: must exist (a folder of images, .tar shards, an .npz, .npy or HDF5 file)")
     if images is not None:

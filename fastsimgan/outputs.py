@@ -398,7 +398,10 @@ class PackedOutput:
         raise AssertionError("an image of these dimensions was decoded")
 
     def finish(self) -> dict[str, str]:
-        """Put the file together; returns the SHA-256 of its label arrays and files. Raises InputError at a bad piece."""
+        """Put the file together; returns the SHA-256 of its label arrays and files.
+
+        Raises InputError at a damaged piece.
+        """
         run, final = self.run, self.run.partial / self.run.output.name
         if not final.exists() and not (run.state / "done.json").exists():
             temporary = run.temporary()
@@ -525,7 +528,8 @@ class PackedBlock(ShardBlock):
             name.encode()
         except UnicodeEncodeError:
             raise InputError(
-                f"{printable(self.output.source.path)}: names must be UTF-8 for {self.output.kind}, got {printable(name)}"
+                f"{printable(self.output.source.path)}: names must be UTF-8 for {self.output.kind}, "
+                f"got {printable(name)}"
             ) from None
         return name
 

@@ -36,7 +36,7 @@ class LabelTable:
 
     def add(self, row: dict[str, Any]) -> None:
         """The labels of the next image; an empty row leaves no key."""
-        found = {key: array for key in (row if self._rows == 0 else self._columns) if (array := _plain(key, row))}
+        found = {key: plain for key in (row if self._rows == 0 else self._columns) if (plain := _plain(key, row))}
         if self._rows == 0:
             self._columns = {key: _Column(kind, array.shape) for key, (kind, array) in found.items()}
         for key in list(self._columns):

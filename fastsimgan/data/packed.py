@@ -1,7 +1,7 @@
 """Writing packed files: all images in one array, label arrays beside it, and other files byte for byte in ``files/``.
 
-An ``.npz`` is a zip of arrays, in which NumPy hands out any other member as bytes: ``np.load(path)["files/a.json"]``. In
-HDF5 each file is a dataset of bytes in the group ``files``. `ArrayImages` and `HDF5Images` read what is written here.
+An ``.npz`` is a zip of arrays, in which NumPy hands out any other member as bytes: ``np.load(path)["files/a.json"]``.
+In HDF5 each file is a dataset of bytes in the group ``files``. `ArrayImages` and `HDF5Images` read both.
 """
 
 from __future__ import annotations

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from fastsimgan.data.files import natural_key, printable
-from fastsimgan.data.images import FORMATS, MAX_FILE_BYTES
+from fastsimgan.data.images import FORMATS, MAX_FILE_BYTES, Header, decode_image
 from fastsimgan.data.listing import is_image
+from fastsimgan.data.threads import in_threads
 from fastsimgan.errors import InputError
 
 Member = tuple[tarfile.TarInfo, bytes]
@@ -26,6 +29,51 @@ class Sample:
 
     members: list[Member]
     image: int | None
+
+
+class ShardImages:
+    """The images of one or more shards, in order, as a set to train on. Raises InputError as `find_shards` does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shards = find_shards(path)
+
+    def describe(self) -> str:
+        """What was found, in one line. Opens nothing."""
+        size = sum(shard.stat().st_size for shard in self.shards)
+        return f"{printable(self.path)}: WebDataset, {len(self.shards)} shards, {size / 1e6:.1f} MB"
+
+    def load(self) -> np.ndarray:
+        """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, uint8 or uint16.
+
+        Raises InputError if a shard breaks a rule of `read_samples`, if an image is bad, naming it, or if two differ in
+        size or kind, or if there is none.
+        """
+
+        def encoded() -> Iterator[tuple[bytes, Path]]:
+            for shard in self.shards:
+                for sample in read_samples(shard):
+                    if sample.image is not None:
+                        info, data = sample.members[sample.image]
+                        yield data, shard / info.name
+
+        images: list[np.ndarray] = []
+        first: tuple[Path, Header] | None = None
+        for where, image in in_threads(lambda found: (found[1], decode_image(*found)), encoded()):
+            first = first or (where, image.header)
+            if (image.header.shape, image.header.dtype) != (first[1].shape, first[1].dtype):
+                raise InputError(
+                    f"{printable(self.path)}: images must be of one size and kind, {printable(first[0])} is {first[1]} "
+                    f"and {printable(where)} is {image.header}"
+                )
+            images.append(image.pixels)
+        if not images:
+            raise InputError(f"{printable(self.path)}: must hold at least one image ({' '.join(FORMATS)}), got none")
+        return np.stack(images)
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """Empty: labels in a shard only travel along; ``refine --to npz`` makes arrays of them."""
+        return {}
 
 
 def find_shards(path: Path) -> list[Path]:
