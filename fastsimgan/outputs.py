@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -413,6 +414,7 @@ class PackedOutput:
             if open_arrays(temporary).file_sha256() != carried:
                 raise InputError(f"{printable(run.output)}: files must be those of the input; the copy differs")
             rename(temporary, final)
+        shutil.rmtree(self.pieces, ignore_errors=True)
         return open_arrays(final if final.exists() else run.output).label_sha256()
 
     def _assemble(self, path: Path) -> dict[str, str]:

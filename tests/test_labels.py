@@ -217,6 +217,34 @@ def test_no_label_changes_between_folders_and_shards(kind: str, to: str, tmp_pat
     assert new == old
 
 
+@pytest.mark.parametrize("to", ["npz", "hdf5"])
+@pytest.mark.parametrize("kind", ["folder", "folder with metadata.jsonl and COCO", "shards"])
+def test_no_label_changes_in_a_packed_file(kind: str, to: str, tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    (tmp_path / "model").write_bytes(b"weights")
+    source = MAKERS[kind](tmp_path / "in")
+    output = tmp_path / f"out.{'npz' if to == 'npz' else 'h5'}"
+    report = refine(Job(tmp_path / "model", source, output, to=to), loader=lambda *_: Invert())  # type: ignore[arg-type]
+    assert report.images == COUNT and verify(output)["images"] == COUNT
+    new: dict[str, str] = {}
+    if to == "npz":
+        with zipfile.ZipFile(output) as archive:
+            for name in archive.namelist():
+                if name.startswith("files/"):
+                    new[name.removeprefix("files/")] = hashlib.sha256(archive.read(name)).hexdigest()
+    else:
+        with h5py.File(output) as file:
+            file["files"].visititems(
+                lambda name, item: (
+                    new.update({name: hashlib.sha256(item[()].tobytes()).hexdigest()})
+                    if isinstance(item, h5py.Dataset)
+                    else None
+                )
+            )
+    assert new == digests(source)[1]
+    print(f"{kind} to {to}: {COUNT} images, {len(new)} label files, none changed")
+
+
 def test_links_are_the_inputs_files(tmp_path: Path) -> None:
     (tmp_path / "model").write_bytes(b"weights")
     source = make_folder(tmp_path / "in")

@@ -187,7 +187,7 @@ def test_struck_again_and_again_it_ends_with_the_same_bytes(
     assert struck >= 2
     assert content(output) == content(tmp_path / f"whole{SUFFIX[to]}")
     verify(output)
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial/pieces"))
 
 
 @pytest.mark.parametrize("to", SUFFIX)
@@ -404,6 +404,41 @@ def test_wrong_suffixes_are_told_the_flag(model: Path, tmp_path: Path) -> None:
     make_npz(tmp_path / "in.npz", 3)
     with pytest.raises(InputError, match="to must be same, npz or hdf5 for arrays, got folder"):
         refine(Job(model, tmp_path / "in.npz", tmp_path / "out", to="folder"), loader=load_invert)
+
+
+# --- as sets to train on
+
+
+def test_shards_and_hdf5_are_sets_to_train_on(model: Path, tmp_path: Path) -> None:
+    shards = open_images(make_shards(tmp_path / "in"))
+    expected = np.stack([pixels(i) for i in range(COUNT)])
+    assert np.array_equal(shards.load(), expected) and shards.labels() == {}
+    assert shards.describe().startswith(f"{tmp_path}/in: WebDataset, 3 shards, ")
+    assert len(open_images(tmp_path / "in" / "s00*.tar").load()) == len(open_images(tmp_path / "in").load())
+    assert len(open_images(tmp_path / "in" / "s040.tar").load()) == 7
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["images"] = expected.astype(">u2")
+        file["pitch_yaw"] = [gaze(i) for i in range(COUNT)]
+        file["mean"] = np.zeros(SIZE)  # not a label of each image
+    found = open_images(tmp_path / "x.h5")
+    assert found.load().dtype == np.uint16 and np.array_equal(found.load(), expected)
+    assert found.labels().keys() == {"pitch_yaw"}
+
+
+def test_shards_of_two_sizes_are_no_set(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "0.png", png(pixels(0)))
+        add(tar, "1.png", png(np.zeros((9, 9), np.uint8)))
+    with pytest.raises(InputError, match=r"a\.tar/0\.png is 5x7 8-bit grey and .*a\.tar/1\.png is 9x9 8-bit grey"):
+        open_images(tmp_path / "a.tar").load()
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        add(tar, "0.txt", b"")
+    with pytest.raises(InputError, match="must hold at least one image .* got none"):
+        open_images(tmp_path / "b.tar").load()
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["images"] = np.full((2, *SIZE), 2, np.float32)
+    with pytest.raises(InputError, match=r"x\.h5: float32 images must be in \[0, 1\]"):
+        open_images(tmp_path / "x.h5").load()
 
 
 # --- labels from JSON
