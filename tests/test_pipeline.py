@@ -422,7 +422,7 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
         ("in", "", f"output must not contain the input {tmp_path}/in"),
         ("in", "there", "output must not exist yet; nothing is ever overwritten, and this is no run's"),
         ("in", "dangling", "output must not exist yet; nothing is ever overwritten, and this is no run's"),
-        ("in", "out.npz", "output must be a folder, got the suffix .npz"),
+        ("in", "out.npz", "output must be a folder, got the suffix .npz (--to npz makes one)"),
         ("a.npy", "a.npy", "output must not be the input"),
         ("a.npy", "out.npz", "output must end in .npy, as the input is one, got '.npz'"),
         ("a.npy", "out", "output must end in .npy, as the input is one, got ''"),

@@ -488,7 +488,10 @@ def test_a_pipe_is_refused(tmp_path: Path) -> None:
 def test_missing_and_empty(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         open_images(tmp_path / "gone")
-    assert str(caught.value) == f"{tmp_path}/gone: must exist (a folder of images, an .npz or an .npy)"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}/gone: must exist (a folder of images, .tar shards, an .npz, .npy or HDF5 file)"
+    )
     (tmp_path / "readme.txt").write_text("no image")
     with pytest.raises(InputError) as caught:
         open_images(str(tmp_path))

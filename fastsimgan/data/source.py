@@ -12,9 +12,9 @@ from fastsimgan.data.images import FORMATS
 from fastsimgan.data.shards import ShardImages
 from fastsimgan.errors import InputError
 
-#: All offer ``path``, ``describe()``, ``load()`` and ``labels()``; all but shards, which would have to be read for it,
-#: ``len()``, ``shape`` (channels, height, width), ``dtype`` and ``bit_depth``. Where a folder's images differ, ``shape``
-#: or ``dtype`` is None and ``load`` raises InputError.
+#: All offer ``path``, ``describe()``, ``load()`` and ``labels()``; all but shards, which would have to be read first,
+#: ``len()``, ``shape`` (channels, height, width), ``dtype`` and ``bit_depth``. Where a folder's images differ,
+#: ``shape`` or ``dtype`` is None and ``load`` raises InputError.
 ImageSource = ArrayImages | HDF5Images | FolderImages | ShardImages
 
 
