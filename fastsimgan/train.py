@@ -14,7 +14,8 @@ from fastsimgan.errors import FastSimGANError, InputError
 DESCRIPTION = """Train a SimGAN refiner: a network that makes synthetic images look real while their labels stay true.
 
 Give --synthetic and --real (folders of images, .npz, .npy or HDF5 files, .tar shards), or neither for the built-in
-procedural eyes. What comes out, in --out: refiner.safetensors, contact_sheet.png, metrics.jsonl, config.json, checkpoints/ and pictures/."""
+procedural eyes. What comes out, in --out: refiner.safetensors, contact_sheet.png, metrics.jsonl, config.json,
+checkpoints/ and pictures/."""
 
 #: What a resumed run may change without ceasing to be the same run.
 _FREE_ON_RESUME = {"out", "resume", "dry_run", "device", "picture_every", "checkpoint_every", "keep", "data", "profile"}
