@@ -40,8 +40,10 @@ TESTS = {
     "infer": ("test_runtime.py", "test_export.py", "test_runtime_tensorrt.py"),
     "refine": ("test_pipeline.py", "test_refine.py"),
     "train": ("test_acceleration.py", "test_algorithm.py"),
+    "hand": ("test_joints.py", "test_hand_simulator.py", "test_algorithm.py"),
 }
 SCRIPTS = {  # benchmarks that are no pytest suite
+    "hand": (("-m", "bench.bench_hand_step"),),
     "refine": (("-m", "bench.bench_refine", "--packed", "1200000"),),
     "train": (("-m", "bench.bench_train_step", "--rounds", "20"), ("-m", "bench.bench_train_step", "--schedule")),
 }

@@ -233,9 +233,18 @@ class ShardsInput:
         return {header["file"]: header for header in headers if "file" in header}
 
     def describe(self) -> str:
-        """What was found, in one line. Opens nothing."""
+        """What was found, in one line. Opens nothing. Files beside the shards are no one's samples: they stay behind."""
         size = sum(shard.stat().st_size for shard in self.shards)
-        return f"{printable(self.path)}: WebDataset, {len(self.shards)} shards, {size / 1e6:.1f} MB"
+        text = f"{printable(self.path)}: WebDataset, {len(self.shards)} shards, {size / 1e6:.1f} MB"
+        beside = sorted(
+            printable(entry.name)
+            for entry in (self.path.iterdir() if self.path.is_dir() else ())
+            if entry.suffix != ".tar" and entry.name != STATE
+        )
+        if beside:
+            more = f" and {len(beside) - 3} more" if len(beside) > 3 else ""
+            text += f"; beside them, NOT carried along: {', '.join(beside[:3])}{more}"
+        return text
 
 
 class ArraysInput:

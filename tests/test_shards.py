@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastsimgan.data.shards import read_samples, sample_key
 from fastsimgan.errors import InputError
+from fastsimgan.inputs import ShardsInput
 from fastsimgan.verification import verify
 from fastsimgan.workers import Job, refine
 
@@ -237,3 +238,14 @@ def test_datasets_reads_our_folder(model: Path, tmp_path: Path, monkeypatch: pyt
     assert sorted(loaded["gaze"]) == list(range(6))
     for row in loaded:
         assert np.array_equal(np.asarray(row["image"].convert("L")), inverted(png(row["gaze"])))
+
+
+def test_files_beside_shards_are_named_as_staying_behind(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w"):
+        pass
+    assert "NOT carried" not in ShardsInput(tmp_path).describe()
+    for name in ("metadata.jsonl", "b.txt", "c\n.txt", "d.txt"):
+        (tmp_path / name).write_text("")
+    told = ShardsInput(tmp_path).describe()
+    assert told.endswith("beside them, NOT carried along: b.txt, c\\n.txt, d.txt and 1 more")
+    assert "NOT carried" not in ShardsInput(tmp_path / "a.tar").describe()

@@ -1,0 +1,105 @@
+"""``python -m bench.bench_hand_step``: one iteration of Algorithm 1 on depth hands, 224x224, at the paper's full size.
+
+Networks of §3.2 (preset ``hand``). First the largest batch that fits the device at once, by doubling; then the paper's
+batch of 512 in parts of that size (``--accumulate``), with and without ``--recompute``: seconds an iteration, images/s
+and the share of the measured matrix rate. For a GPU; the flags shrink it so that a CPU can show that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from bench import limits
+from fastsimgan.acceleration import GraphedIterations, compile_networks
+from fastsimgan.algorithm import SimGAN
+from fastsimgan.config import preset
+from fastsimgan.device import choose_device, keep_freed_memory
+from fastsimgan.pools import open_pools
+from fastsimgan.precision import DTYPES, choose_precision
+from fastsimgan.profiling import iteration_flops
+
+
+def measure(
+    batch: int, accumulate: int, recompute: bool, size: int, width: int, rounds: int, device: torch.device
+) -> tuple[list[float], int, float, str]:
+    """Seconds of each iteration, its floating-point operations, the peak of device memory in GB, and the precision."""
+    config = preset(
+        "hand", batch_size=batch, accumulate=accumulate, recompute=recompute, width=width, history=max(2048, batch)
+    )
+    random = np.random.default_rng(0)
+    sides = [random.integers(0, 65536, (max(512, batch), size, size), dtype=np.uint16) for _ in range(2)]
+    precision, _ = choose_precision("auto", device)
+    pools = open_pools(sides[0], sides[1], config, device, lambda _: None)
+    trainer = SimGAN(config, pools.image_shape, device, precision=precision)
+    flops = iteration_flops(trainer)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        compile_networks(trainer, "auto", print)
+    graphs = GraphedIterations(trainer, pools) if on_gpu else None
+    seconds = []
+    warm_up = 6 if on_gpu else 0
+    for number in range(warm_up + rounds):
+        begin = time.perf_counter()
+        if graphs is None:
+            trainer.iteration(pools.draw_synthetic, pools.draw_real)
+        else:
+            graphs()
+            torch.cuda.synchronize()
+        if number >= warm_up:
+            seconds.append(time.perf_counter() - begin)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else float("nan")
+    return seconds, flops, peak, precision
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_hand_step", description=__doc__)
+    parser.add_argument("--batch", type=int, default=512, help="effective batch")
+    parser.add_argument("--first", type=int, default=16, help="batch to begin with when looking for the largest")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args(argv)
+    device = choose_device("auto")
+    keep_freed_memory()
+    size, width, rounds = arguments.size, arguments.width, arguments.rounds
+
+    def show(batch: int, accumulate: int, recompute: bool) -> None:
+        seconds, flops, peak, precision = measure(batch, accumulate, recompute, size, width, rounds, device)
+        median = statistics.median(seconds)
+        text = f"batch {batch:4} in {accumulate:3} parts{', recomputing' if recompute else '':13} "
+        text += f"{median:8.3f} s ({min(seconds):.3f} to {max(seconds):.3f}) {batch / median:8.1f} images/s"
+        if device.type == "cuda":
+            share = flops / median / limits.matrix_rate(device, DTYPES[precision])
+            text += f" {share:6.1%} of the measured {precision} matrix rate, {peak:.1f} GB"
+        print(text, flush=True)
+
+    fits, batch = 0, arguments.first
+    while batch <= arguments.batch:
+        try:
+            show(batch, 1, False)
+        except torch.cuda.OutOfMemoryError:
+            print(f"batch {batch:4} does not fit at once", flush=True)
+            break
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        fits, batch = batch, 2 * batch
+    if not fits:
+        print(f"error: not even a batch of {arguments.first} fits", file=sys.stderr)
+        return 1
+    if fits < arguments.batch:
+        for recompute in (False, True):
+            show(arguments.batch, arguments.batch // fits, recompute)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
