@@ -233,7 +233,7 @@ class ShardsInput:
         return {header["file"]: header for header in headers if "file" in header}
 
     def describe(self) -> str:
-        """What was found, in one line. Opens no shard. Files beside the shards belong to no sample: they stay behind."""
+        """What was found, in one line. Opens no shard. Files beside the shards are in no sample: they stay behind."""
         size = sum(shard.stat().st_size for shard in self.shards)
         text = f"{printable(self.path)}: WebDataset, {len(self.shards)} shards, {size / 1e6:.1f} MB"
         beside = sorted(
