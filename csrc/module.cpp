@@ -34,6 +34,7 @@ py::dict build_info() {
   py::dict info;
   info["torch"] = FASTSIMGAN_TORCH_VERSION;
   info["cuda"] = static_cast<bool>(FASTSIMGAN_WITH_CUDA);
+  info["avx2"] = static_cast<bool>(FASTSIMGAN_WITH_AVX2);
   info["nvcc"] = FASTSIMGAN_NVCC_VERSION;
   info["cuda_architectures"] = FASTSIMGAN_CUDA_ARCHITECTURES;
   info["compiler"] = FASTSIMGAN_COMPILER;

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastsimgan.errors import InputError
+from fastsimgan.ops.residual_block import residual_block
 
 # Thresholds of the piecewise-linear path that `identity_init_` lays through the network, as grey values in [-1, 1],
 # and the value that white gets. atanh goes to infinity at both ends, and a steep line there would magnify every first
@@ -30,9 +31,11 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """``[B, width, H, W]`` in and out."""
-        return F.relu(features + self.conv2(F.relu(self.conv1(features))))
+    def forward(self, features: Tensor, impl: str = "auto") -> Tensor:
+        """``[B, width, H, W]`` in and out; ``impl`` as in `ops.residual_block`."""
+        first, second = self.conv1, self.conv2
+        assert first.bias is not None and second.bias is not None
+        return residual_block(features, first.weight, first.bias, second.weight, second.bias, impl)
 
 
 class Refiner(nn.Module):
@@ -50,6 +53,7 @@ class Refiner(nn.Module):
     Attributes:
         recompute: whether backward computes each block's inner features again instead of keeping them from forward:
             less memory, a third more work, the same gradients.
+        impl: which implementation of `ops.residual_block` the blocks take.
     """
 
     def __init__(self, channels: int = 1, *, width: int = 64, blocks: int = 4, first_kernel: int = 3) -> None:
@@ -60,6 +64,7 @@ class Refiner(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
         self.last = nn.Conv2d(width, channels, 1)
         self.recompute = False
+        self.impl = "auto"
 
     def forward(self, images: Tensor) -> Tensor:
         """Refine ``images`` ``[B, C, H, W]`` in [-1, 1]; the result has the same shape and range."""
@@ -71,9 +76,9 @@ class Refiner(nn.Module):
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 # R draws nothing at random, so there is no generator's state to keep, which a CUDA graph forbids
-                features = checkpoint(block, features, use_reentrant=False, preserve_rng_state=False)
+                features = checkpoint(block, features, self.impl, use_reentrant=False, preserve_rng_state=False)
             else:
-                features = block(features)
+                features = block(features, self.impl)
         with _no_autocast(images.device):
             return torch.tanh(self.last(features))
 

@@ -1,0 +1,155 @@
+// The op fastsimgan::residual_block on the CPU: checks, memory and threads; the arithmetic is in residual_block_avx2.cpp.
+#include "residual_block.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+namespace fastsimgan {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const float* read(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+float* write(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// Float32 [count, C, height, width] whose memory is [count, height, width, C].
+Features features_of(const Tensor& x) {
+  STD_TORCH_CHECK(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
+                  "residual_block in C++ needs a processor with AVX2 and FMA");
+  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float, "features must be float32 [B, C, H, W]");
+  const Features f{x.size(0), x.size(2), x.size(3), x.size(1)};
+  STD_TORCH_CHECK(f.numel() > 0 && f.maps % 8 == 0 && f.maps <= kMostMaps,
+                  "features must not be empty and their number of maps a multiple of 8, at most 1024, got ", f.maps);
+  const int64_t expected[4] = {f.height * f.width * f.maps, 1, f.width * f.maps, f.maps};
+  for (int64_t i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(x.size(i) == 1 || x.stride(i) == expected[i], "features must be channels_last");
+  return f;
+}
+
+void check_same(const Features& f, const Tensor& other) {
+  const Features g = features_of(other);
+  STD_TORCH_CHECK(f.count == g.count && f.height == g.height && f.width == g.width && f.maps == g.maps,
+                  "gradient, features, hidden features and result must be of one shape");
+}
+
+void check_weight(const Features& f, const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(0) == f.maps &&
+                      weight.size(1) == f.maps && weight.size(2) == 3 && weight.size(3) == 3,
+                  "weights must be float32 [C, C, 3, 3] with C=", f.maps);
+}
+
+void check_bias(const Features& f, const Tensor& bias) {
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.scalar_type() == ScalarType::Float && bias.size(0) == f.maps &&
+                      (f.maps == 1 || bias.stride(0) == 1),
+                  "biases must be contiguous float32 [C] with C=", f.maps);
+}
+
+std::unique_ptr<float[]> floats(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }  // not zeroed
+
+std::unique_ptr<float[]> transformed(const Tensor& weight, int64_t maps, bool backward) {
+  auto result = floats(36 * maps * maps);
+  const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  transform_weights(read(weight), strides, maps, backward, result.get());
+  return result;
+}
+
+struct Ending {
+  const float* bias = nullptr;
+  const float* add = nullptr;
+  const float* positive = nullptr;
+  bool relu = false;
+};
+
+void convolve_all(const Features& f, const float* in, const float* weights, const Ending& ending, float* out) {
+  torch::stable::parallel_for(0, f.strips(), 1, [&](int64_t from, int64_t to) {
+    const auto scratch = floats(2 * f.transformed());
+    convolve(f, from, to, in, weights, ending.bias, ending.add, ending.positive, ending.relu, out, scratch.get());
+  });
+}
+
+// Sums are taken over a number of groups that depends on the size alone, then over the groups in order: the same bits
+// for any number of threads.
+constexpr int64_t kGroups = 8;
+
+Tensor weight_gradient_of_all(const Features& f, const Tensor& weight, const float* in, const float* grad) {
+  const int64_t groups = std::clamp<int64_t>(f.strips() / 4, 1, kGroups), size = 36 * f.maps * f.maps;
+  std::vector<float> sums(groups * size);
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
+    const auto scratch = floats(2 * f.transformed());
+    for (int64_t group = from; group < to; ++group)
+      weight_gradient(f, group * f.strips() / groups, (group + 1) * f.strips() / groups, in, grad,
+                      sums.data() + group * size, scratch.get());
+  });
+  for (int64_t group = 1; group < groups; ++group)
+    for (int64_t i = 0; i < size; ++i) sums[i] += sums[group * size + i];
+  Tensor result = torch::stable::new_empty(weight, weight.sizes());
+  transform_back(sums.data(), f.maps, write(result));
+  return result;
+}
+
+// Masks `grad` where `out` is not positive (null: nowhere) into `masked`; gives the sum over all pixels, [C].
+Tensor masked_sum(const Features& f, const Tensor& like, const float* grad, const float* out, float* masked) {
+  const int64_t pixels = f.count * f.height * f.width, groups = std::min(kGroups, pixels);
+  std::vector<float> sums(groups * f.maps);
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
+    for (int64_t group = from; group < to; ++group) {
+      const int64_t first = group * pixels / groups, last = (group + 1) * pixels / groups;
+      mask_and_sum(grad + first * f.maps, out ? out + first * f.maps : nullptr, last - first, f.maps,
+                   masked ? masked + first * f.maps : nullptr, sums.data() + group * f.maps);
+    }
+  });
+  Tensor result = torch::stable::new_empty(like, {f.maps});
+  float* total = write(result);
+  for (int64_t c = 0; c < f.maps; ++c) {
+    total[c] = sums[c];
+    for (int64_t group = 1; group < groups; ++group) total[c] += sums[group * f.maps + c];
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor> residual_block_cpu(Tensor features, Tensor weight1, Tensor bias1, Tensor weight2,
+                                              Tensor bias2) {
+  const Features f = features_of(features);
+  for (const Tensor& weight : {weight1, weight2}) check_weight(f, weight);
+  for (const Tensor& bias : {bias1, bias2}) check_bias(f, bias);
+  Tensor hidden = torch::stable::empty_like(features), out = torch::stable::empty_like(features);
+  check_same(f, out);  // empty_like keeps the layout
+  convolve_all(f, read(features), transformed(weight1, f.maps, false).get(), {.bias = read(bias1), .relu = true},
+               write(hidden));
+  convolve_all(f, read(hidden), transformed(weight2, f.maps, false).get(),
+               {.bias = read(bias2), .add = read(features), .relu = true}, write(out));
+  return {out, hidden};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_block_backward_cpu(Tensor grad, Tensor features,
+                                                                               Tensor hidden, Tensor out,
+                                                                               Tensor weight1, Tensor weight2) {
+  const Features f = features_of(features);
+  for (const Tensor& other : {grad, hidden, out}) check_same(f, other);
+  for (const Tensor& weight : {weight1, weight2}) check_weight(f, weight);
+  Tensor grad_features = torch::stable::empty_like(features);
+  check_same(f, grad_features);
+  const auto outer = floats(f.numel()), inner = floats(f.numel());  // gradients of the sums before each ReLU
+  Tensor grad_bias2 = masked_sum(f, features, read(grad), read(out), outer.get());
+  convolve_all(f, outer.get(), transformed(weight2, f.maps, true).get(), {.positive = read(hidden)}, inner.get());
+  Tensor grad_bias1 = masked_sum(f, features, inner.get(), nullptr, nullptr);
+  convolve_all(f, inner.get(), transformed(weight1, f.maps, true).get(), {.add = outer.get()}, write(grad_features));
+  return {grad_features, weight_gradient_of_all(f, weight1, read(features), inner.get()), grad_bias1,
+          weight_gradient_of_all(f, weight2, read(hidden), outer.get()), grad_bias2};
+}
+
+}  // namespace
+}  // namespace fastsimgan
+
+// The schemas, the fakes and the fallback for other devices are Python's (fastsimgan/ops/residual_block.py).
+STABLE_TORCH_LIBRARY_IMPL(fastsimgan, CPU, m) {
+  m.impl("residual_block", TORCH_BOX(&fastsimgan::residual_block_cpu));
+  m.impl("residual_block_backward", TORCH_BOX(&fastsimgan::residual_block_backward_cpu));
+}

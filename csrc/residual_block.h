@@ -1,0 +1,47 @@
+// The refiner's residual block on the CPU, in float32: 3x3 convolutions of C to C maps by the minimal filtering algorithm
+// F(4x4, 3x3) of Winograd (Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016), which spends
+// 36 products where the sum itself takes 144. The numbers are the caller's: images [count, height, width, C], no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace fastsimgan {
+
+constexpr int64_t kMostMaps = 1024;
+
+// What a pass works on. `maps` is C, a multiple of 8, at most kMostMaps.
+struct Features {
+  int64_t count, height, width, maps;
+  int64_t rows() const { return (height + 3) / 4; }  // of 4x4 tiles
+  int64_t columns() const { return (width + 3) / 4; }
+  int64_t tiles() const { return count * rows() * columns(); }
+  int64_t numel() const { return count * height * width * maps; }
+  // Tiles that are transformed before they are multiplied: as many as keep both in a core's L2 cache, whole sixes.
+  int64_t strip() const;
+  int64_t strips() const { return (tiles() + strip() - 1) / strip(); }
+  int64_t transformed() const { return 36 * strip() * maps; }  // floats of a strip of transformed tiles
+};
+
+// Weights [C, C, 3, 3] with any strides, transformed for `convolve`: 36 * C * C floats. `backward` swaps inputs with
+// outputs and turns the kernels by 180 degrees, as the gradient with respect to the input needs.
+void transform_weights(const float* weight, const int64_t* strides, int64_t maps, bool backward, float* transformed);
+
+// For the tiles of strips [from, to): out = f(conv(in) + bias + add), where f = relu, or zeroes what `positive` does not
+// exceed 0 in, or the identity. `bias` [C], `add` and `positive` like `out`; each may be null.
+// `scratch`: 2 * features.transformed() floats.
+void convolve(const Features& features, int64_t from, int64_t to, const float* in, const float* weights,
+              const float* bias, const float* add, const float* positive, bool relu, float* out, float* scratch);
+
+// Adds to `gradient` (36 * C * C floats, as transformed) what the tiles of strips [from, to) give for the weights: `in`
+// is what was convolved, `grad` the gradient of the outcome. `scratch`: 2 * features.transformed() floats.
+void weight_gradient(const Features& features, int64_t from, int64_t to, const float* in, const float* grad,
+                     float* gradient, float* scratch);
+
+// The gradient of the weights themselves, contiguous [C, C, 3, 3], from the transformed one.
+void transform_back(const float* gradient, int64_t maps, float* weight_gradient);
+
+// masked = grad where out > 0, else 0, over `pixels` pixels of C values; adds their sums to `sums` [C] (null: no sums).
+// `masked` may be `grad` itself; `out` null takes all.
+void mask_and_sum(const float* grad, const float* out, int64_t pixels, int64_t maps, float* masked, float* sums);
+
+}  // namespace fastsimgan
