@@ -55,6 +55,7 @@ def sides_here(path: Path, folder: Path, device: torch.device, batch: int, size:
     file = read_refiner(path)
     histogram = file.settings["histogram"]
     module = file.module.to(device).eval()
+    module.impl = "reference"  # PyTorch's own convolutions; ours is the call of `load_refiner`
     nhwc = deepcopy(module).to(memory_format=torch.channels_last)
     last, first = torch.channels_last, torch.contiguous_format
     bfloat16 = choose_precision("auto", device)[0] == "bfloat16"

@@ -44,6 +44,7 @@ def plain(config: TrainConfig, trainer: SimGAN, sides: tuple[np.ndarray, np.ndar
         copy.deepcopy(network).to(memory_format=torch.contiguous_format)
         for network in (trainer.refiner, trainer.discriminator)
     )
+    refiner.impl = "reference"  # PyTorch's own convolutions
     rates = config.learning_rate_refiner, config.learning_rate_discriminator
     return PlainTrainer(
         refiner, discriminator, *sides, batch=config.batch_size, k_g=config.k_g, lam=config.lam, rates=rates,

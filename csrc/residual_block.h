@@ -37,7 +37,8 @@ void convolve(const Features& features, int64_t from, int64_t to, const float* i
 void weight_gradient(const Features& features, int64_t from, int64_t to, const float* in, const float* grad,
                      float* gradient, float* scratch);
 
-// The gradient of the weights themselves, contiguous [C, C, 3, 3], from the transformed one.
+// The gradient of the weights themselves, contiguous [C, C, 3, 3], from the transformed one; what is within rounding of 0
+// (2.5e-7 of the kernel's largest transformed value) is 0.
 void transform_back(const float* gradient, int64_t maps, float* weight_gradient);
 
 // masked = grad where out > 0, else 0, over `pixels` pixels of C values; adds their sums to `sums` [C] (null: no sums).

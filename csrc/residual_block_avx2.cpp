@@ -319,17 +319,24 @@ void transform_back(const float* gradient, int64_t maps, float* weight_gradient)
     for (int64_t c = 0; c < maps; ++c) {
       const float* from = gradient + c * maps + k;
       float* to = weight_gradient + (k * maps + c) * 9;
-      float rows[6][3];
+      float rows[6][3], largest = 0.0f;
       for (int i = 0; i < 6; ++i) {
         float u[6];
-        for (int j = 0; j < 6; ++j) u[j] = from[(6 * i + j) * step];
+        for (int j = 0; j < 6; ++j) {
+          u[j] = from[(6 * i + j) * step];
+          const float size = u[j] < 0.0f ? -u[j] : u[j];
+          largest = size > largest ? size : largest;
+        }
         transform_kernel_back(u, rows[i]);
       }
+      // A tap where features and gradients never meet (both are sparse behind ReLUs) has a gradient of exactly 0. Rounding
+      // would leave 1e-8 of it, and Adam, which divides by a gradient's own size, make that a full step.
+      const float rounding = 2.5e-7f * largest;
       for (int j = 0; j < 3; ++j) {
         float u[6], g[3];
         for (int i = 0; i < 6; ++i) u[i] = rows[i][j];
         transform_kernel_back(u, g);
-        for (int i = 0; i < 3; ++i) to[3 * i + j] = g[i];
+        for (int i = 0; i < 3; ++i) to[3 * i + j] = g[i] > rounding || g[i] < -rounding || g[i] != g[i] ? g[i] : 0.0f;
       }
     }
   }

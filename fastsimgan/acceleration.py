@@ -24,7 +24,8 @@ def compile_networks(trainer: SimGAN, choice: str, say: Callable[[str], None]) -
     Args:
         trainer: its networks are changed in place; their weights and names stay.
         choice: "on"; "off"; or "auto": on CUDA where triton is installed. Not on a CPU: there the convolutions of both
-            networks take nearly all the time, they are oneDNN's either way, and compiling costs 10 to 20 CPU-seconds.
+            networks take nearly all the time, they are ours or oneDNN's either way, and compiling costs 10 to 20
+            CPU-seconds.
         say: told why "auto" goes on without it, if compiling fails.
 
     Raises:

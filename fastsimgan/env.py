@@ -13,7 +13,7 @@ from fastsimgan import __version__, cli
 
 DESCRIPTION = "Versions, devices, how fastsimgan._C was built, and which implementation of each op runs here."
 
-OPS = ("refiner_loss", "discriminator_loss", "history_swap")
+OPS = ("refiner_loss", "discriminator_loss", "history_swap", "residual_block")
 # Each with what it is needed for, as the extras of pyproject.toml group them.
 PACKAGES = {
     "torch": "core",

@@ -1,0 +1,64 @@
+"""residual_block against PyTorch's convolutions, eager and compiled: R's whole work but its first and last layer.
+
+Forward and backward to all arguments, float32 on a CPU. On a GPU there is nothing of ours to time.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsimgan.ops import residual_block as op
+
+# [B, C, H, W]: the paper's eye refiner, and the quick presets'
+SIZES = {"gaze": (32, 64, 35, 55), "quick": (32, 32, 35, 55), "hands": (16, 24, 48, 48)}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("passes", ["forward", "both"])
+def test_residual_block(race, size, passes):
+    if race.device.type != "cpu":
+        pytest.skip("the C++ implementation is for CPUs")
+    if op.implementations()["cpp"] is not None:
+        pytest.skip(str(op.implementations()["cpp"]))
+    shape = SIZES[size]
+    maps = shape[1]
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(shape, generator=random).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(shape, generator=random).contiguous(memory_format=torch.channels_last)
+    layers = [
+        (torch.randn(size, generator=random) / (3 * maps**0.5)).contiguous(
+            memory_format=torch.channels_last if len(size) == 4 else torch.contiguous_format
+        )
+        for size in ((maps, maps, 3, 3), (maps,)) * 2
+    ]
+    arguments = [tensor.requires_grad_() for tensor in (features, *layers)]
+    compiled = torch.compile(lambda *tensors: op.reference(*tensors)[0], dynamic=False)
+
+    def side(block):
+        def forward() -> list[Tensor]:
+            with torch.no_grad():
+                return [block(*arguments)]
+
+        def both() -> list[Tensor]:
+            out = block(*arguments)
+            return [out, *torch.autograd.grad(out, arguments, grad)]
+
+        return forward if passes == "forward" else both
+
+    sides = {
+        "ours": side(lambda *tensors: op.residual_block(*tensors, "cpp")),
+        "eager": side(lambda *tensors: op.reference(*tensors)[0]),
+        "compiled": side(compiled),
+    }
+    truth = [tensor.double() for tensor in sides["eager"]()]
+    errors = {
+        name: max(float((f - t).norm() / t.norm()) for f, t in zip(call(), truth, strict=True))
+        for name, call in sides.items()
+    }
+    assert max(errors.values()) < 1e-2, errors  # a value within rounding of 0 passes its gradient or not
+    moved = (
+        features.numel() * 4 * (2 if passes == "forward" else 4)
+    )  # features and gradient in, result and gradient out
+    race.run(f"residual_block {size} {list(shape)} {passes}", sides, errors, moved)
