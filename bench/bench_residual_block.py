@@ -56,7 +56,7 @@ def test_residual_block(race, size, passes):
     out = op.reference(*doubles)[0]
     truth = [out.detach()] if passes == "forward" else [out.detach(), *torch.autograd.grad(out, doubles, grad.double())]
     errors = {
-        name: max(float(((f.detach() - t).norm() / t.norm())) for f, t in zip(call(), truth, strict=True))
+        name: max(float((f.detach() - t).norm() / t.norm()) for f, t in zip(call(), truth, strict=True))
         for name, call in sides.items()
     }
     assert max(errors.values()) < 1e-2, errors  # a value within rounding of 0 passes its gradient or not
