@@ -18,7 +18,7 @@ from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.files import hash_file, printable
 from fastsimgan.data.hdf5 import HDF5Images, is_hdf5
 from fastsimgan.data.images import FORMATS, read_bytes, read_header
-from fastsimgan.data.listing import STATE, Unit, list_units
+from fastsimgan.data.listing import STATE, Unit, is_image, list_units
 from fastsimgan.data.shards import find_shards, read_samples
 from fastsimgan.data.source import holds_shards
 from fastsimgan.errors import InputError
@@ -113,6 +113,10 @@ class FolderInput:
         """None: each file has its own in the manifest."""
         return None
 
+    def shard(self, block: int) -> Path | None:
+        """None: the files are the folder's own."""
+        return None
+
     def describe(self) -> str:
         """What was found, in one line; sizes and depths are those of the first hundred images."""
         kinds: Counter[str] = Counter()
@@ -173,7 +177,9 @@ class FolderInput:
 
 
 class ShardsInput:
-    """WebDataset shards: a block is a shard."""
+    """WebDataset shards: a block is a shard. Where a folder is given, the files beside its shards make blocks as well:
+    they are carried along, never refined.
+    """
 
     kind = "shards"
 
@@ -181,19 +187,23 @@ class ShardsInput:
         self.path = path
         self.images = images
         self.shards = find_shards(path)
-        names = [[shard.name, shard.stat().st_size, shard.stat().st_mtime_ns] for shard in self.shards]
+        self.beside = _beside(path, {shard.name for shard in self.shards}) if path.is_dir() else []
+        facts = [(name, path / name) for name in self.beside]
+        stats = [(name, at.stat()) for name, at in [(shard.name, shard) for shard in self.shards] + facts]
+        names = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         self.identity: dict[str, Any] = {
             "input": _absolute(path),
             "input kind": self.kind,
             "images": images,
-            "shards": len(names),
-            "shards' names, sizes and times, sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
+            "shards": len(self.shards),
+            "files beside them": len(self.beside),
+            "shards' and files' names, sizes and times, sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
         }
 
     @property
     def blocks(self) -> int:
-        """Number of shards."""
-        return len(self.shards)
+        """Number of shards, and of blocks of the files beside them."""
+        return len(self.shards) + -(-len(self.beside) // FILES_PER_BLOCK)
 
     def prepare(self, state: Path) -> None:
         """Nothing to do: the shards are listed."""
@@ -201,9 +211,21 @@ class ShardsInput:
     def attach(self, state: Path) -> None:
         """Nothing to do: a change shows in the identity."""
 
+    def shard(self, block: int) -> Path | None:
+        """The shard that a block is; None for a block of files beside the shards."""
+        return self.shards[block] if block < len(self.shards) else None
+
     def units(self, block: int) -> Iterator[RawUnit]:
-        """The samples of one shard, read as they come. Raises InputError if one of our own is short of images."""
-        shard = self.shards[block]
+        """The samples of one shard, read as they come, or files beside the shards, not read yet.
+
+        Raises InputError if a shard is one of our own and short of images.
+        """
+        shard = self.shard(block)
+        if shard is None:
+            first = (block - len(self.shards)) * FILES_PER_BLOCK
+            for position, name in enumerate(self.beside[first : first + FILES_PER_BLOCK]):
+                yield RawUnit(position, (Part(name, self.path / name),), None, self.path / name)
+            return
         count = 0
         for position, sample in enumerate(read_samples(shard, self.images)):
             parts = tuple(Part(info.name, None, data, info) for info, data in sample.members)
@@ -215,13 +237,25 @@ class ShardsInput:
             raise InputError(f"{printable(shard)}: must hold {ours['images']} images, as we wrote, got {count}")
 
     def block_sha256(self, block: int) -> str | None:
-        """The shard's. Raises InputError if the shard is one of our own and was changed since."""
-        shard = self.shards[block]
+        """The shard's; None for files beside. Raises InputError if one of our own shards was changed since."""
+        shard = self.shard(block)
+        if shard is None:
+            return None
         found = hash_file(shard)
         ours = self._ours.get(shard.name)
         if ours is not None and ours["sha256"] != found:
             raise InputError(f"{printable(shard)}: must have SHA-256 {ours['sha256']}, as we wrote, got {found}")
         return found
+
+    def refuse_shared_names(self) -> None:
+        """Raise InputError if a file beside the shards is called as the folder to which a shard's members would go."""
+        stems = {shard.stem for shard in self.shards}
+        for name in self.beside:
+            if (first := name.partition("/")[0]) in stems:
+                raise InputError(
+                    f"{printable(self.path)}: files beside shards must not be called as the folder that a shard's "
+                    f"members go to, got {printable(name)} beside {printable(first)}.tar"
+                )
 
     @cached_property
     def _ours(self) -> dict[str, dict[str, Any]]:
@@ -233,18 +267,33 @@ class ShardsInput:
         return {header["file"]: header for header in headers if "file" in header}
 
     def describe(self) -> str:
-        """What was found, in one line. Opens no shard. Files beside the shards are in no sample: they stay behind."""
+        """What was found, in one line. Opens no shard."""
         size = sum(shard.stat().st_size for shard in self.shards)
         text = f"{printable(self.path)}: WebDataset, {len(self.shards)} shards, {size / 1e6:.1f} MB"
-        beside = sorted(
-            printable(entry.name)
-            for entry in (self.path.iterdir() if self.path.is_dir() else ())
-            if entry.suffix != ".tar" and entry.name != STATE
-        )
-        if beside:
-            more = f" and {len(beside) - 3} more" if len(beside) > 3 else ""
-            text += f"; beside them, NOT carried along: {', '.join(beside[:3])}{more}"
+        if self.beside:
+            listed = ", ".join(printable(name) for name in self.beside[:3])
+            more = f" and {len(self.beside) - 3} more" if len(self.beside) > 3 else ""
+            images = sum(is_image(name, None) for name in self.beside)
+            text += f"; carried along beside them: {listed}{more}" + (
+                f" ({images} images, unrefined)" if images else ""
+            )
         return text
+
+
+def _beside(folder: Path, shards: set[str]) -> list[str]:
+    """Every other file under a folder of shards, in `list_units`'s order. Raises InputError at shards further down."""
+    found = []
+    for unit in list_units(
+        folder, images="", skip=shards.__contains__
+    ):  # a glob that no name matches: none is an image
+        (name,) = unit.others
+        if name.endswith(".tar"):
+            raise InputError(
+                f"{printable(folder)}: shards must lie in the folder itself, or in one folder below it alone, got "
+                f"{printable(name)} too: give that folder, or a quoted glob that matches all"
+            )
+        found.append(name)
+    return found
 
 
 class ArraysInput:

@@ -46,18 +46,19 @@ class FolderOutput:
 
     def open_block(self, block: int) -> FolderBlock:
         """A block to be filled by several threads."""
-        return FolderBlock(self, self.source.shards[block] if isinstance(self.source, ShardsInput) else None)
+        return FolderBlock(self.run, self.source.shard(block), self.link)
 
     def finish(self) -> None:
         """Nothing is left to do, and there are no label arrays."""
 
 
 class FolderBlock:
-    """One block of a `FolderOutput`."""
+    """One block of a `FolderOutput`, or the files beside the shards of a `ShardsOutput`."""
 
-    def __init__(self, output: FolderOutput, shard: Path | None) -> None:
-        self.output = output
+    def __init__(self, run: Run, shard: Path | None, link: bool) -> None:
+        self.run = run
         self.shard = shard
+        self.link = link
         self._names: set[str] = set()
         self._lock = threading.Lock()
 
@@ -69,21 +70,21 @@ class FolderBlock:
             if part.info is not None and part.info.isdir():
                 continue
             name = self._name(part)
-            target = self.output.run.partial / name
+            target = self.run.partial / name
             if index == unit.image:
                 assert encoded is not None
-                with writing(self.output.run.output):
-                    self.output.run.write_file(target, encoded)
+                with writing(self.run.output):
+                    self.run.write_file(target, encoded)
                 lines.append({"name": name, "sha256": sha256(encoded)})
             else:
-                lines.append({"name": name, "sha256": carry(self.output.run, part, target, self.output.link)})
+                lines.append({"name": name, "sha256": carry(self.run, part, target, self.link)})
         return lines
 
     def leave_out(self, unit: RawUnit) -> list[str]:
         """Names of a bad unit's files, none of which the output will hold."""
         names = [self._name(part) for part in unit.parts]
         for name in names:  # an earlier try, killed before its commit, may have found it good
-            (self.output.run.partial / name).unlink(missing_ok=True)
+            (self.run.partial / name).unlink(missing_ok=True)
         return names
 
     def close(self) -> dict[str, Any]:
@@ -144,17 +145,20 @@ def carry(run: Run, part: Part, target: Path, link: bool) -> str:
 
 
 class ShardsOutput:
-    """One tar shard a block, members in the input's order. A folder's files that belong to no image lie beside."""
+    """One tar shard a block, members in the input's order. A folder's files that belong to no image lie beside, and so
+    do those that lay beside the input's shards.
+    """
 
     def __init__(self, run: Run, source: FolderInput | ShardsInput) -> None:
         self.run = run
         self.source = source
 
-    def open_block(self, block: int) -> ShardBlock:
+    def open_block(self, block: int) -> ShardBlock | FolderBlock:
         """A block to be filled by several threads."""
-        if isinstance(self.source, ShardsInput):
-            return ShardBlock(self, self.source.shards[block].name)
-        return ShardBlock(self, f"{block:08d}.tar")
+        shard = self.source.shard(block)
+        if isinstance(self.source, ShardsInput) and shard is None:
+            return FolderBlock(self.run, None, link=False)
+        return ShardBlock(self, f"{block:08d}.tar" if shard is None else shard.name)
 
     def finish(self) -> None:
         """Nothing is left to do, and there are no label arrays."""
@@ -180,6 +184,8 @@ class ShardBlock:
         members, lines = [], []
         if unit.image is None and unit.parts[0].path is not None:
             run, part = self.output.run, unit.parts[0]
+            if part.name.endswith(".tar"):
+                raise InputError(f"{printable(part.path or '')}: beside new shards must be no other .tar")
             digest = carry(run, part, run.partial / part.name, link=False)
             self._add(unit.position, [])
             return [{"name": part.name, "beside": True, "sha256": digest}]
@@ -373,7 +379,7 @@ class PackedOutput:
 
     def open_block(self, block: int) -> PackedBlock:
         """A block to be filled by several threads."""
-        return PackedBlock(self, block, self.source.shards[block] if isinstance(self.source, ShardsInput) else None)
+        return PackedBlock(self, block, self.source.shard(block))
 
     def check(self, header: Header, where: Path) -> None:
         """Raise InputError if an image is not of the run's size and kind."""
@@ -435,7 +441,7 @@ class PackedOutput:
         with WRITERS[self.kind](path, self.run.output) as new:
             new.images(shape, dtype, self._pixels(shape, dtype))
             new.array("name", np.array(names))
-            labels = _Labels(names)
+            labels = _Labels(names, inside=isinstance(self.source, ShardsInput))
             for block in range(self.source.blocks):
                 for info, data in read_members(self.piece(block, "tar")):
                     labels.take(info.name, data)
@@ -537,10 +543,15 @@ class PackedBlock(ShardBlock):
 
 
 class _Labels:
-    """What the images' JSON sidecars, or else the ``metadata.jsonl`` of their folders, say of every image."""
+    """What the images' JSON sidecars, or else the ``metadata.jsonl`` of their folders, say of every image.
 
-    def __init__(self, names: list[str]) -> None:
+    ``inside``: the images were members of shards, and the first part of their names is their shard's. What lies beside
+    the shards knows them without it.
+    """
+
+    def __init__(self, names: list[str], inside: bool) -> None:
         self._names = names
+        self._inside = inside
         self._table = LabelTable()
         self._sidecars = 0
         self._rows: dict[str, bytes] = {}
@@ -559,9 +570,13 @@ class _Labels:
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays; none of sidecars, or none of ``metadata.jsonl``, where one image has none."""
         found = {}
-        if all(name in self._rows for name in self._names):
+        keys = self._names
+        if self._inside and not all(name in self._rows for name in keys):
+            members = [name.partition("/")[2] for name in keys]
+            keys = members if len(set(members)) == len(members) else keys
+        if all(name in self._rows for name in keys):
             table = LabelTable()
-            for name in self._names:
+            for name in keys:
                 table.add(parse(self._rows[name]))
             found = table.arrays()
         return found | (self._table.arrays() if self._sidecars == len(self._names) else {})

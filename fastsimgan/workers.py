@@ -23,7 +23,7 @@ from fastsimgan.data.files import hash_file, printable
 from fastsimgan.data.hdf5 import HDF5Images
 from fastsimgan.data.images import JPEG_QUALITY, codecs
 from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
-from fastsimgan.inputs import ArraysInput, FolderInput, Input, open_input
+from fastsimgan.inputs import ArraysInput, FolderInput, Input, ShardsInput, open_input
 from fastsimgan.outputs import ArraysOutput, FolderOutput, Output, PackedOutput, ShardsOutput
 from fastsimgan.pipeline import ImageRefiner, Progress, Worker
 
@@ -117,6 +117,8 @@ def check(job: Job) -> Input:
         makes = {".npz": "npz", ".h5": "hdf5", ".hdf5": "hdf5", ".tar": "shards"}.get(suffix)
         hint = f" (--to {makes} makes {'a folder of them' if makes == 'shards' else 'one'})" if makes else ""
         raise InputError(f"{printable(job.output)}: output must be a folder, got the suffix {suffix}{hint}")
+    if to != "shards" and isinstance(source, ShardsInput):
+        source.refuse_shared_names()
     if to == "npz" and isinstance(source, ArraysInput) and isinstance(source.arrays, HDF5Images):
         source.arrays.only_arrays()
     return source

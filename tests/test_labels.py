@@ -75,6 +75,7 @@ def make_shards(path: Path) -> Path:
                 add(tar, f"d/{i}.png", png(pixels(i)), mtime=i)
                 for kind, data in sidecars(i).items():
                     add(tar, f"d/{i}.{kind}", data, mtime=i)
+    (path / "classes.txt").write_bytes(b"beside the shards")
     return path
 
 

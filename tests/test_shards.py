@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastsimgan import inputs
 from fastsimgan.data.shards import read_samples, sample_key
 from fastsimgan.errors import InputError
 from fastsimgan.inputs import ShardsInput
+from fastsimgan.outputs import open_arrays
 from fastsimgan.verification import verify
 from fastsimgan.workers import Job, refine
 
@@ -240,12 +242,164 @@ def test_datasets_reads_our_folder(model: Path, tmp_path: Path, monkeypatch: pyt
         assert np.array_equal(np.asarray(row["image"].convert("L")), inverted(png(row["gaze"])))
 
 
-def test_files_beside_shards_are_named_as_staying_behind(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w"):
-        pass
-    assert "NOT carried" not in ShardsInput(tmp_path).describe()
+def with_files_beside(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Two shards at ``path`` and files beside them, more than a block; returns the files' bytes."""
+    monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 2)
+    for number in range(2):
+        members = [(f"d/{i}.png", png(i)) for i in range(3 * number, 3 * number + 3)]
+        write(path / f"s{number}.tar", members + [(f"d/{3 * number}.cls", b"7")])
+    rows = "".join(f'{{"file_name": "d/{i}.png", "gaze": {i}}}\n' for i in range(6))
+    files = {"metadata.jsonl": rows.encode(), "new\nline": b"\0\xff", "deep/er/preview.png": png(9), "empty": b""}
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    (path / ".fastsimgan").mkdir()  # records of a run that was not ours to finish
+    (path / ".fastsimgan" / "old").write_bytes(b"bookkeeping")
+    return files
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        name: path.read_bytes()
+        for name, path in found.items()
+        if not name.endswith(".tar") and name.partition("/")[0] != ".fastsimgan"
+    }
+
+
+def test_files_beside_shards_go_along_with_shards(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = with_files_beside(tmp_path / "in", monkeypatch)
+    once = run(model, tmp_path / "in", tmp_path / "once")
+    again = run(model, once, tmp_path / "again")
+    assert files_of(once) == files_of(again) == files
+    assert sorted(path.name for path in again.glob("*.tar")) == ["s0.tar", "s1.tar"]
+    (again / "deep" / "er" / "preview.png").write_bytes(b"changed")
+    with pytest.raises(InputError, match="preview.png: file must have SHA-256"):
+        verify(again)
+    (again / "deep" / "er" / "preview.png").unlink()
+    with pytest.raises(InputError, match="preview.png: cannot be read"):
+        verify(again)
+
+
+def test_files_beside_shards_go_along_with_a_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = with_files_beside(tmp_path / "in", monkeypatch)
+    found = files_of(run(model, tmp_path / "in", tmp_path / "out", to="folder"))
+    assert {name: data for name, data in found.items() if not name.startswith(("s0/", "s1/"))} == files
+    assert found["s0/d/0.cls"] == b"7" and len(found) == len(files) + 8
+
+
+@pytest.mark.parametrize("to", ["npz", "hdf5"])
+def test_files_beside_shards_go_along_with_a_packed_file(
+    to: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("h5py", reason="h5py is not installed")
+    files = with_files_beside(tmp_path / "in", monkeypatch)
+    output = run(model, tmp_path / "in", tmp_path / f"out.{'npz' if to == 'npz' else 'h5'}", to=to)
+    found = open_arrays(output)
+    assert dict(found.files()) == files | {"s0/d/0.cls": b"7", "s1/d/3.cls": b"7"}
+    labels = found.labels()  # a metadata.jsonl beside shards knows the members by their own names
+    assert labels["gaze"].tolist() == [0, 1, 2, 3, 4, 5] and labels["name"][0] == "s0/d/0.png"
+
+
+def test_members_of_one_name_have_no_label_of_a_file_beside(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_files_beside(tmp_path / "in", monkeypatch)
+    write(tmp_path / "in" / "s1.tar", [("d/0.png", png())])
+    output = run(model, tmp_path / "in", tmp_path / "out.npz", to="npz")
+    assert open_arrays(output).labels().keys() == {"name"}
+
+
+def test_files_beside_shards_are_told(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", [])
+    assert "along" not in ShardsInput(tmp_path).describe()
     for name in ("metadata.jsonl", "b.txt", "c\n.txt", "d.txt"):
         (tmp_path / name).write_text("")
-    told = ShardsInput(tmp_path).describe()
-    assert told.endswith("beside them, NOT carried along: b.txt, c\\n.txt, d.txt and 1 more")
-    assert "NOT carried" not in ShardsInput(tmp_path / "a.tar").describe()
+    assert ShardsInput(tmp_path).describe().endswith("; carried along beside them: b.txt, c\\n.txt, d.txt and 1 more")
+    assert "along" not in ShardsInput(tmp_path / "a.tar").describe()
+    assert "along" not in ShardsInput(tmp_path / "*.tar").describe()
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "preview.png").write_text("")
+    assert ShardsInput(tmp_path).describe().endswith("d.txt and 2 more (1 images, unrefined)")
+
+
+def test_shards_below_shards_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", [])
+    write(tmp_path / "val" / "b.tar", [])
+    with pytest.raises(InputError, match=r"shards must lie in the folder itself.* got val/b.tar too"):
+        ShardsInput(tmp_path)
+    assert len(ShardsInput(tmp_path / "*.tar").shards) == 1
+
+
+def test_links_beside_shards_stay_inside_but_shards_may_be_links(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "a.tar", [])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").symlink_to(tmp_path / "elsewhere" / "a.tar")
+    assert ShardsInput(tmp_path / "in").beside == []
+    (tmp_path / "secret").write_text("")
+    (tmp_path / "in" / "b").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="links must stay inside the folder"):
+        ShardsInput(tmp_path / "in")
+
+
+def test_a_folder_with_a_tar_makes_no_shards(model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "in" / "00000000.tar", [])
+    (tmp_path / "in" / "0.png").write_bytes(png())
+    with pytest.raises(InputError, match=r"00000000.tar: beside new shards must be no other .tar"):
+        run(model, tmp_path / "in", tmp_path / "out", to="shards")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("to", ["folder", "npz"])
+def test_a_file_beside_is_not_mixed_with_a_shards_members(to: str, model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.tar", [("0.png", png())])
+    (tmp_path / "in" / "a").mkdir()
+    (tmp_path / "in" / "a" / "0.png").write_bytes(b"")
+    output = tmp_path / ("out" if to == "folder" else "out.npz")
+    with pytest.raises(InputError, match=r"got a/0.png beside a.tar"):
+        run(model, tmp_path / "in", output, to=to)
+    assert not list(tmp_path.glob("out*"))
+    run(model, tmp_path / "in", tmp_path / "same")
+
+
+def test_a_change_beside_shards_is_another_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_files_beside(tmp_path / "in", monkeypatch)
+    run(model, tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "more").write_text("")
+    with pytest.raises(InputError, match="is another run's output: its files beside them is 4, here it is 5"):
+        run(model, tmp_path / "in", tmp_path / "out")
+
+
+def test_struck_again_and_again_files_beside_shards_come_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = with_files_beside(tmp_path / "in", monkeypatch)
+    whole = run(model, tmp_path / "in", tmp_path / "whole")
+    calls = 0
+    rename = os.rename
+
+    class Struck(BaseException):
+        pass
+
+    def strike(*arguments: Any, **settings: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 5 == 0:
+            raise Struck
+        rename(*arguments, **settings)
+
+    monkeypatch.setattr(os, "rename", strike)
+    for _ in range(100):
+        try:
+            refine(Job(model, tmp_path / "in", tmp_path / "out"), loader=lambda *_: Invert())
+            break
+        except Struck:
+            pass
+    monkeypatch.setattr(os, "rename", rename)
+    assert calls > 12
+    verify(tmp_path / "out")
+    assert files_of(tmp_path / "out") == files
+    for name in ("s0.tar", "s1.tar"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()

@@ -28,7 +28,10 @@ class Unit:
 
 
 def list_units(
-    root: Path, images: str | None = None, visited: Callable[[str, int], None] = lambda folder, mtime: None
+    root: Path,
+    images: str | None = None,
+    visited: Callable[[str, int], None] = lambda folder, mtime: None,
+    skip: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[Unit]:
     """Every file under ``root`` as units.
 
@@ -38,6 +41,7 @@ def list_units(
             labels. None: every file with an image's suffix, but one that an image's stem begins is its sidecar
             (``a.mask.png`` beside ``a.png``).
         visited: called with each directory's relative name and its mtime in ns, before it is listed.
+        skip: tells which files and folders, by relative name, to leave out unlooked at.
 
     Links to files inside ``root`` are followed. Raises InputError at a link that is broken, leads out of ``root`` or to
     a folder, at what is neither file nor folder, and at two images in one folder that share a stem.
@@ -52,7 +56,7 @@ def list_units(
             with os.scandir(root / folder) as entries:
                 for entry in entries:
                     name = f"{folder}/{entry.name}" if folder else entry.name
-                    if name == STATE:
+                    if name == STATE or skip(name):
                         continue
                     if _is_folder(entry, root / name, real_root):
                         inner.append(name)
