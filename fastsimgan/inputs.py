@@ -117,6 +117,10 @@ class FolderInput:
         """None: the files are the folder's own."""
         return None
 
+    def shard_name(self, block: int) -> str | None:
+        """Of the shard that a block is to become."""
+        return f"{block:08d}.tar"
+
     def describe(self) -> str:
         """What was found, in one line; sizes and depths are those of the first hundred images."""
         kinds: Counter[str] = Counter()
@@ -214,6 +218,10 @@ class ShardsInput:
     def shard(self, block: int) -> Path | None:
         """The shard that a block is; None for a block of files beside the shards."""
         return self.shards[block] if block < len(self.shards) else None
+
+    def shard_name(self, block: int) -> str | None:
+        """Of the shard that a block is to become; None for a block of files beside the shards."""
+        return self.shards[block].name if block < len(self.shards) else None
 
     def units(self, block: int) -> Iterator[RawUnit]:
         """The samples of one shard, read as they come, or files beside the shards, not read yet.

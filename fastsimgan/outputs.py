@@ -26,6 +26,7 @@ from fastsimgan.data.packed import WRITERS
 from fastsimgan.data.shards import read_members, sample_key
 from fastsimgan.errors import InputError
 from fastsimgan.inputs import ArraysInput, FolderInput, Part, RawUnit, ShardsInput
+from fastsimgan.unpacking import UnpackedInput
 
 FLUSH = 1 << 20  # bytes (or values) copied at a time
 PIXELS = b"pixels"  # instead of a member's type: it goes into the images, not into the tar
@@ -39,7 +40,7 @@ def sha256(data: bytes | memoryview) -> str:
 class FolderOutput:
     """A tree that mirrors the input: each file under its own name, sidecars byte for byte."""
 
-    def __init__(self, run: Run, source: FolderInput | ShardsInput, *, link: bool = False) -> None:
+    def __init__(self, run: Run, source: FolderInput | ShardsInput | UnpackedInput, *, link: bool = False) -> None:
         self.run = run
         self.source = source
         self.link = link
@@ -92,9 +93,8 @@ class FolderBlock:
         return {}
 
     def _name(self, part: Part) -> str:
-        if part.path is not None:
+        if self.shard is None:
             return part.name
-        assert self.shard is not None
         full = name_in_tree(self.shard, part)
         with self._lock:
             if full in self._names:
@@ -149,16 +149,14 @@ class ShardsOutput:
     do those that lay beside the input's shards.
     """
 
-    def __init__(self, run: Run, source: FolderInput | ShardsInput) -> None:
+    def __init__(self, run: Run, source: FolderInput | ShardsInput | UnpackedInput) -> None:
         self.run = run
         self.source = source
 
     def open_block(self, block: int) -> ShardBlock | FolderBlock:
         """A block to be filled by several threads."""
-        shard = self.source.shard(block)
-        if isinstance(self.source, ShardsInput) and shard is None:
-            return FolderBlock(self.run, None, link=False)
-        return ShardBlock(self, f"{block:08d}.tar" if shard is None else shard.name)
+        name = self.source.shard_name(block)
+        return FolderBlock(self.run, None, link=False) if name is None else ShardBlock(self, name)
 
     def finish(self) -> None:
         """Nothing is left to do, and there are no label arrays."""
@@ -189,7 +187,7 @@ class ShardBlock:
             digest = carry(run, part, run.partial / part.name, link=False)
             self._add(unit.position, [])
             return [{"name": part.name, "beside": True, "sha256": digest}]
-        if unit.image is not None and unit.parts[unit.image].path is not None:
+        if unit.image is not None and unit.parts[unit.image].info is None:
             key = sample_key(unit.parts[unit.image].name)
             with self._lock:
                 if key in self._keys:

@@ -27,7 +27,8 @@ from fastsimgan.data.images import StoredImage, decode_image
 from fastsimgan.data.values import WHITE
 from fastsimgan.errors import FastSimGANError, InputError
 from fastsimgan.inputs import ArraysInput, Input, RawUnit
-from fastsimgan.outputs import ArraysBlock, FolderBlock, Output, PackedOutput, ShardBlock, sha256
+from fastsimgan.outputs import ArraysBlock, ArraysOutput, FolderBlock, Output, PackedOutput, ShardBlock, sha256
+from fastsimgan.unpacking import UnpackedInput
 
 PIXELS_PER_BATCH = 1 << 20  # at most, whatever batch_size says: a network's features take hundreds of bytes a pixel
 BYTES_AHEAD = 1 << 27  # of decoded images that wait to be put into batches
@@ -163,6 +164,8 @@ class Worker:
         self.stages.threads = {"read, decode": threads, "refine": 1, "encode, write": threads, "commit": 1}
         if isinstance(source, ArraysInput):
             self.stages.threads = {"read": 1, "refine": 1, "write": 1, "commit": 1}
+            if isinstance(source, UnpackedInput):
+                self.stages.threads = {"read": 1, "refine": 1, "encode, write": threads, "commit": 1}
             if source.arrays.shape[0] != refiner.channels:
                 raise InputError(
                     f"{printable(source.path)}: images must have {refiner.channels} channel(s), as the refiner has, "
@@ -187,7 +190,7 @@ class Worker:
         self._slots = threading.Semaphore(BATCHES_AHEAD)
         self._decoders = ThreadPoolExecutor(self.threads, "decode")
         # arrays are written, and hashed, in order
-        self._encoders = ThreadPoolExecutor(1 if isinstance(self.source, ArraysInput) else self.threads, "encode")
+        self._encoders = ThreadPoolExecutor(1 if isinstance(self.output, ArraysOutput) else self.threads, "encode")
         committer = ThreadPoolExecutor(1, "commit")
         commits: deque[Future[None]] = deque()
         queued: deque[tuple[_Batch, _Wait] | _Tally] = deque()  # in the device, and ends of blocks among them, in order
@@ -277,6 +280,10 @@ class Worker:
     def _array_batches(self, tally: _Tally) -> Iterator[_Batch]:
         assert isinstance(self.source, ArraysInput)
         arrays = self.source.arrays
+        if isinstance(self.source, UnpackedInput) and tally.claim.block >= self.source.image_blocks:
+            for unit in self.source.files_alone(tally.claim.block):
+                self._submit(tally, self._put, tally, unit, None, "")
+            return
         first, end = self.source.range(tally.claim.block)
         with self.stages.time(self._read_stage):
             images = arrays.read_range(first, end)
@@ -288,8 +295,19 @@ class Worker:
                 digest.update(piece.reshape(-1).view(np.uint8).data)
                 piece = np.array(piece, dtype=arrays.dtype)  # torch wants memory that it may write to
                 check_range(piece, arrays.path, first + start)
-            yield _Batch(tally, number, piece)
+                units = None
+                if isinstance(self.source, UnpackedInput):
+                    piece = piece.reshape(len(piece), *self.source.shape)
+                    units = [self._unpacked(self.source, first, start + i, image) for i, image in enumerate(piece)]
+            yield _Batch(tally, number, piece, units)
         tally.source_sha256 = digest.hexdigest()
+
+    @staticmethod
+    def _unpacked(
+        source: UnpackedInput, first: int, position: int, image: np.ndarray
+    ) -> tuple[RawUnit, StoredImage, str]:
+        unit, header = source.unit(first + position, position)
+        return unit, StoredImage(image[:0], header), sha256(image.tobytes())
 
     def _batches(self, tally: _Tally) -> Iterator[_Batch]:
         """Decode a block's images and put those of one shape and type together.

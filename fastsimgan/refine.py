@@ -36,12 +36,12 @@ class RefineConfig:
     input: Path | None = None
     """Folder of images, .tar shard (or a quoted glob, or a folder of them), .npz with `images`, .npy or HDF5 file."""
     output: Path | None = None
-    """What to make: a folder or a file, as the input is."""
+    """What to make: a folder or a file, as the input is or --to says."""
     verify: Path | None = None
     """Alone: read this finished output again and check it against its manifests."""
     to: Literal["same", "folder", "shards", "npz", "hdf5"] = "same"
-    """Write a folder of images as WebDataset shards, or shards as a folder; or anything whose images have one size as
-    one .npz or HDF5 file."""
+    """Whatever the input is, write a folder of files, WebDataset shards or, where all images have one size, one .npz
+    or HDF5 file."""
     images: str | None = None
     """Glob of the files that are images ('rgb/*.png'); all others travel as labels."""
     link: bool = False

@@ -26,6 +26,7 @@ from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
 from fastsimgan.inputs import ArraysInput, FolderInput, Input, ShardsInput, open_input
 from fastsimgan.outputs import ArraysOutput, FolderOutput, Output, PackedOutput, ShardsOutput
 from fastsimgan.pipeline import ImageRefiner, Progress, Worker
+from fastsimgan.unpacking import UnpackedInput
 
 SUFFIXES = {"npz": (".npz",), "npy": (".npy",), "hdf5": (".h5", ".hdf5")}  # of outputs that are one file
 LOOK_AGAIN = 0.5  # seconds between two looks at blocks that other workers hold
@@ -104,8 +105,6 @@ def check(job: Job) -> Input:
         raise InputError(f"{printable(job.output)}: output must not be inside the input {printable(job.input)}")
     if old.is_relative_to(new) or old.is_relative_to(partial_of(new)):
         raise InputError(f"{printable(job.output)}: output must not contain the input {printable(job.input)}")
-    if isinstance(source, ArraysInput) and job.to in ("folder", "shards"):
-        raise InputError(f"to must be same, npz or hdf5 for arrays, got {job.to}")
     suffix, to = job.output.suffix.lower(), output_kind(job, source)
     if to in SUFFIXES:
         if suffix not in SUFFIXES[to]:
@@ -120,7 +119,9 @@ def check(job: Job) -> Input:
     if to != "shards" and isinstance(source, ShardsInput):
         source.refuse_shared_names()
     if to == "npz" and isinstance(source, ArraysInput) and isinstance(source.arrays, HDF5Images):
-        source.arrays.only_arrays()
+        source.arrays.only_arrays("an .npz")
+    if isinstance(source, ArraysInput) and to in ("folder", "shards"):
+        return UnpackedInput(source.arrays, job.batch_size, "files")
     return source
 
 
@@ -143,7 +144,9 @@ def start(job: Job) -> tuple[Run, Input, Output]:
     }
     run = open_run(job.output, settings, source, is_file=to in SUFFIXES)
     output: Output
-    if isinstance(source, ArraysInput):
+    if isinstance(source, UnpackedInput):
+        output = ShardsOutput(run, source) if to == "shards" else FolderOutput(run, source)
+    elif isinstance(source, ArraysInput):
         output = ArraysOutput(run, source, to)
     elif to in SUFFIXES:
         output = PackedOutput(run, source, to)

@@ -27,7 +27,7 @@ from fastsimgan.config import TrainConfig
 from fastsimgan.training import fit
 
 CONFIG = TrainConfig(
-    out=Path("run"), steps=8, batch_size=4, width=20, blocks=1, history=10, pretrain_refiner=1,
+    out=Path("run"), steps=8, batch_size=4, width=24, blocks=1, history=10, pretrain_refiner=1,
     pretrain_discriminator=2, picture_every=3, checkpoint_every=2, device="cpu",
 )  # fmt: skip
 

@@ -39,6 +39,7 @@ class ArrayImages:
         self.path = path
         self.archive = _is_archive(path)
         self._images: np.ndarray | None = None
+        self._opened: zipfile.ZipFile | None = None
         self.file_names: list[str] = []  # without ``files/``
         headers = self._headers()
         if IMAGES not in headers:
@@ -128,6 +129,13 @@ class ArrayImages:
             with zipfile.ZipFile(self.path) as archive:
                 for name in self.file_names:
                     yield name, b"".join(self._chunks(archive, archive.getinfo(FILES + name)))
+
+    def read_file(self, name: str) -> bytes:
+        """The bytes of one of `file_names`. The archive stays open. Raises InputError if they are damaged."""
+        with self._reading():
+            if self._opened is None:
+                self._opened = zipfile.ZipFile(self.path)
+            return self._opened.read(FILES + name)
 
     def label_sha256(self) -> dict[str, str]:
         """SHA-256 of every other array as the file holds it, header included, and one of all files under ``files/``.

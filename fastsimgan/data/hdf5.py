@@ -120,10 +120,10 @@ class HDF5Images:
                         found[name] = array
         return found
 
-    def only_arrays(self) -> None:
+    def only_arrays(self, to: str) -> None:
         """Raise InputError naming the first thing in the file that is neither a label of each image nor in ``files``.
 
-        An ``.npz`` has no place for it.
+        What the file is to become (``to``) has no place for it.
         """
         with self._reading():
             file = self._open()
@@ -132,20 +132,29 @@ class HDF5Images:
             def refuse(what: str) -> None:
                 raise InputError(
                     f"{printable(self.path)}: must hold only datasets of numbers or strings with length {len(self)}, "
-                    f"as images has, and files to become an .npz, got {printable(what)}"
+                    f"as images has, and files to become {to}, got {printable(what)}"
                 )
 
             for attribute in file.attrs:
                 refuse(f"the attribute {attribute} of the file")
             _only_arrays(file, "", held, refuse)
 
+    @property
+    def file_names(self) -> list[str]:
+        """Names of the files in the group ``files``."""
+        with self._reading():
+            return [name.removeprefix(FILES) for name, _ in self._datasets(files=True)]
+
+    def read_file(self, name: str) -> bytes:
+        """The bytes of one of `file_names`."""
+        with self._reading():
+            data: bytes = self._open()[FILES + name][()].tobytes()
+            return data
+
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Name and bytes of every file in the group ``files``."""
-        with self._reading():
-            found = [name for name, _ in self._datasets(files=True)]
-        for name in found:
-            with self._reading():
-                yield name.removeprefix(FILES), self._open()[name][()].tobytes()
+        for name in self.file_names:
+            yield name, self.read_file(name)
 
     def file_sha256(self) -> dict[str, str]:
         """SHA-256 of every file in the group ``files``, by name."""
