@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsimgan import inputs
 from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.files import printable
 from fastsimgan.data.hdf5 import HDF5Images
@@ -17,7 +18,7 @@ from fastsimgan.data.images import FORMATS, Header
 from fastsimgan.data.label_table import parse, rows_by_name
 from fastsimgan.data.listing import STATE, stems
 from fastsimgan.errors import InputError
-from fastsimgan.inputs import FILES_PER_BLOCK, ArraysInput, Part, RawUnit
+from fastsimgan.inputs import ArraysInput, Part, RawUnit
 
 METADATA = "metadata.jsonl"
 
@@ -94,7 +95,7 @@ class UnpackedInput(ArraysInput):
     @property
     def blocks(self) -> int:
         """Number of blocks: the images', then those of the files that go with no image."""
-        return self.image_blocks + -(-len(self.alone) // FILES_PER_BLOCK)
+        return self.image_blocks + -(-len(self.alone) // inputs.FILES_PER_BLOCK)
 
     def shard(self, block: int) -> Path | None:
         """None: nothing comes out of a shard."""
@@ -106,8 +107,9 @@ class UnpackedInput(ArraysInput):
 
     def files_alone(self, block: int) -> Iterator[RawUnit]:
         """The units of a block of files. Raises InputError if one is damaged."""
-        first = (block - self.image_blocks) * FILES_PER_BLOCK
-        for position, name in enumerate(self.alone[first : first + FILES_PER_BLOCK]):
+        size = inputs.FILES_PER_BLOCK
+        first = (block - self.image_blocks) * size
+        for position, name in enumerate(self.alone[first : first + size]):
             yield RawUnit(position, (Part(name, data=self.arrays.read_file(name)),), None, self.path / name)
 
     def unit(self, image: int, position: int) -> tuple[RawUnit, Header]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import io
 import os
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +74,13 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
-def make_folder(root: Path, count: int, seed: int = 0) -> Path:
-    """Images of three sizes with sidecars, in three folders, with a file that belongs to none."""
+def make_folder(root: Path, count: int, seed: int = 0, sizes: int = 3) -> Path:
+    """Images of ``sizes`` sizes with sidecars, in three folders, with a file that belongs to none."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         path = root / f"d{i % 3}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (4 + i % 3, 7), dtype=np.uint8)).save(path, compress_level=1)
+        Image.fromarray(rng.integers(0, 256, (4 + i % sizes, 7), dtype=np.uint8)).save(path, compress_level=1)
         path.with_suffix(".json").write_text(f'{{"gaze": {rng.random()}}}')
         if i % 7 == 0:
             path.with_suffix(".mask.npy").write_bytes(rng.bytes(40))
@@ -86,14 +88,15 @@ def make_folder(root: Path, count: int, seed: int = 0) -> Path:
     return root
 
 
-def make_shards(root: Path, count: int, seed: int = 0) -> Path:
+def make_shards(root: Path, count: int, seed: int = 0, sizes: int = 3) -> Path:
     rng = np.random.default_rng(seed)
     root.mkdir(parents=True)
     for first in range(0, count, 20):
         with tarfile.open(root / f"s{first:05d}.tar", "w") as tar:
             for i in range(first, min(count, first + 20)):
-                add(tar, f"{i:05d}.png", png(rng.integers(0, 256, (4 + i % 3, 7), dtype=np.uint8)))
+                add(tar, f"{i:05d}.png", png(rng.integers(0, 256, (4 + i % sizes, 7), dtype=np.uint8)))
                 add(tar, f"{i:05d}.json", f'{{"gaze": {rng.random()}}}'.encode())
+    (root / "README").write_text("beside the shards")
     return root
 
 
@@ -141,6 +144,7 @@ MAKERS: dict[str, tuple[Callable[[Path, int, int], Path], str]] = {
     "npy": (make_npy, ".npy"),
     "hdf5": (make_hdf5, ".h5"),
 }
+CONVERSIONS = {"folder": ("npz", "shards"), "shards": ("hdf5", "npz"), "npz": ("folder",), "hdf5": ("shards",)}
 
 
 @pytest.fixture
@@ -446,7 +450,7 @@ if __name__ in ("__main__", "__mp_main__"):
     inputs.FILES_PER_BLOCK = 10
     inputs.BYTES_PER_BLOCK = 10 * 35
 if __name__ == "__main__":
-    job = Job(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), batch_size=5)
+    job = Job(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), batch_size=5, to=sys.argv[5])
     refine(job, workers=int(sys.argv[4]), loader=test_blocks.load_invert)
 """
 
@@ -458,16 +462,20 @@ def test_kills(model: Path, tmp_path: Path, small_blocks: None) -> None:
     rng = random.Random(int(os.environ.get("FASTSIMGAN_KILL_SEED", "0")))
     mark = tmp_path / "mark"
     kills = kills_at_work = 0
+    kinds = [(kind, "same") for kind in MAKERS] + [(kind, to) for kind, tos in CONVERSIONS.items() for to in tos]
     for number in range(SETS):
-        kind = list(MAKERS)[number % len(MAKERS)]
+        kind, to = kinds[number % len(kinds)]
         make, suffix = MAKERS[kind]
+        if to in ("npz", "hdf5"):
+            make = functools.partial(make, sizes=1)
         source = make(tmp_path / str(number) / f"in{suffix}", 200, number)
-        whole = Job(model, source, tmp_path / str(number) / f"whole{suffix}", batch_size=5)
+        ending = {"same": suffix, "npz": ".npz", "hdf5": ".h5"}.get(to, "")
+        whole = Job(model, source, tmp_path / str(number) / f"whole{ending}", batch_size=5, to=to)  # type: ignore[arg-type]
         refine(whole, loader=load_invert)
-        job = Job(model, source, tmp_path / str(number) / f"out{suffix}", batch_size=5)
+        job = replace(whole, output=tmp_path / str(number) / f"out{ending}")
         share = KILLS // SETS
         for kill in range(share + 1):
-            command = [sys.executable, str(script), *map(str, (model, source, job.output)), str(rng.randint(1, 4))]
+            command = [sys.executable, str(script), *map(str, (model, source, job.output)), str(rng.randint(1, 4)), to]
             # so slow that a start does about one share-th of the work
             delay = 0.0 if kill == share else max(0.05, 0.016 * share)
             environment = os.environ | {"DELAY": str(delay), "MARK": str(mark)}
@@ -490,7 +498,7 @@ def test_kills(model: Path, tmp_path: Path, small_blocks: None) -> None:
             else:
                 _, errors = process.communicate(timeout=120)
                 assert process.returncode == 0, errors.decode()
-        assert content(job.output) == content(whole.output), (number, kind)
+        assert content(job.output) == content(whole.output), (number, kind, to)
         assert verify(job.output)["images"] == 200
         assert not job.output.with_name(job.output.name + ".partial").exists()
     print(f"{kills} kills over {SETS} datasets, {kills_at_work} of them after a worker had begun")

@@ -16,7 +16,7 @@ import test_packed
 from PIL import Image
 from test_blocks import load_invert
 
-from fastsimgan import inputs, unpacking
+from fastsimgan import inputs
 from fastsimgan.data.images import read_image
 from fastsimgan.errors import InputError
 from fastsimgan.verification import verify
@@ -35,7 +35,6 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 10)
-    monkeypatch.setattr(unpacking, "FILES_PER_BLOCK", 10)
     monkeypatch.setattr(inputs, "BYTES_PER_BLOCK", 10 * 35)
 
 
