@@ -53,10 +53,8 @@ def exported(run: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    ("batch", "height", "width"),
-    [(1, 35, 55), (3, 35, 55), (64, 35, 55), (3, 48, 64), (1, 17, 9), (64, 17, 9), (1, 224, 224), (64, 224, 224)],
-)
+@pytest.mark.parametrize(("height", "width"), [(35, 55), (48, 64), (17, 9), (224, 224)])
+@pytest.mark.parametrize("batch", [1, 3, 64])
 def test_every_file_agrees_at_every_size(run: Path, exported: Path, batch: int, height: int, width: int) -> None:
     eyes = torch.from_numpy(simulate_eyes(3, 5)["images"])[:, None]
     images = torch.nn.functional.interpolate(eyes.float(), (height, width)).to(torch.uint8)

@@ -130,9 +130,9 @@ def test_refine_refuses_engines_before_any_image_is_touched(cached, tmp_path, mo
     foreign = tmp_path / "foreign.engine"
     foreign.write_bytes(b"engine")
 
-    def refine(engine: Path, *flags: str) -> tuple[int, str]:
+    def refine(engine: Path, *flags: str, device: str = "cpu") -> tuple[int, str]:
         flags = ("--refiner", str(engine), "--input", str(images), "--output", str(tmp_path / "out.npy"), *flags)
-        code = refine_main([*flags, "--device", "cpu"])
+        code = refine_main([*flags, "--device", device])
         assert not list(tmp_path.glob("out*"))
         return code, capsys.readouterr().err
 
@@ -142,6 +142,12 @@ def test_refine_refuses_engines_before_any_image_is_touched(cached, tmp_path, mo
     assert code == 3 and "an engine needs a CUDA device" in message  # trusted, it fails for want of a GPU alone
 
     path, *_ = cached
+    with monkeypatch.context() as another:  # engines are refused before CUDA is called
+        another.setattr(torch.cuda, "is_available", lambda: True)
+        another.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+        another.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        code, message = refine(path, device="cuda")
+    assert code == 2 and "must be run on sm_89, for which it was built, got NVIDIA H100 sm_90" in message
     monkeypatch.setattr(tensorrt_backend, "library", lambda name: SimpleNamespace(__version__="10.16.0"))
     code, message = refine(path)
     assert code == 2 and "must be run by tensorrt-rtx 10.15.1, which built it, got tensorrt-rtx 10.16.0" in message
