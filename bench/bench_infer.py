@@ -76,6 +76,8 @@ def sides_here(path: Path, folder: Path, device: torch.device, batch: int, size:
     ours("ours, torch float32")
     if device.type == "cuda":
         ours("ours, torch float16", precision="float16")
+    elif bfloat16:
+        ours("ours, torch bfloat16", precision="bfloat16")
     sides["eager"] = plain(module, histogram, first)
     sides["eager channels_last"] = plain(nhwc, histogram, last)
     if bfloat16:

@@ -20,12 +20,13 @@ def choose_precision(name: str, device: torch.device) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "this GPU computes in it"
         return "float32", "this GPU has no bfloat16"
-    if _cpu_has_bfloat16():
+    if cpu_has_bfloat16():
         return "bfloat16", "this CPU has instructions for it"
     return "float32", "this CPU has no bfloat16 instructions"
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself, and does not emulate it."""
     try:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     except AttributeError:  # not in this version of torch

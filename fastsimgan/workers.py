@@ -42,6 +42,7 @@ class Job:
     output: Path
     batch_size: int = 64
     device: str = "auto"
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
     on_error: Literal["fail", "skip"] = "fail"
     images: str | None = None
     to: Literal["same", "folder", "shards", "npz", "hdf5"] = "same"
@@ -79,7 +80,7 @@ def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
         torch.set_num_threads(cores(workers))
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{worker % torch.cuda.device_count()}"
-    refiner = load_refiner(job.refiner, device=device, trust_engine=job.trust_engine)
+    refiner = load_refiner(job.refiner, device=device, precision=job.precision, trust_engine=job.trust_engine)
     return StreamedRefiner(refiner) if refiner.device.type == "cuda" else refiner
 
 
@@ -136,6 +137,7 @@ def start(job: Job) -> tuple[Run, Input, Output]:
     to = output_kind(job, source)
     settings = {
         "refiner sha256": refiner_sha256(job.refiner),
+        "precision": job.precision,
         "batch size": job.batch_size,
         "output kind": to,
         "link": job.link,

@@ -1,4 +1,4 @@
-"""residual_block: both implementations against float64, gradients, odd shapes, any layout, and the same bits always."""
+"""residual_block: all implementations against float64, gradients, odd shapes, any layout, and the same bits always."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from fastsimgan.ops.residual_block import residual_block
 
 needs_cpp = pytest.mark.skipif(op.implementations()["cpp"] is not None, reason=str(op.implementations()["cpp"]))
 
+needs_amx = pytest.mark.skipif(op.implementations()["amx"] is not None, reason=str(op.implementations()["amx"]))
+
 # [B, C, H, W]: the paper's eye, the quick presets' widths, a last strip that is not full, tiles that are cut, one pixel
 SHAPES = [(2, 64, 35, 55), (3, 32, 48, 48), (2, 24, 17, 9), (1, 40, 5, 3), (5, 8, 4, 4), (1, 8, 1, 1), (1, 16, 1, 33)]
+
+
+# Several strips an image, of unequal height; one row, one column, one pixel; maps that are no power of two
+BFLOAT16_SHAPES = [(2, 64, 35, 55), (1, 32, 224, 224), (2, 96, 47, 57), (1, 64, 1, 33), (2, 32, 300, 1), (3, 32, 1, 1)]
 
 
 def arguments(shape: tuple[int, int, int, int]) -> list[Tensor]:
@@ -29,7 +35,8 @@ def arguments(shape: tuple[int, int, int, int]) -> list[Tensor]:
 def run(arguments: list[Tensor], impl: str, dtype: torch.dtype, grad: Tensor) -> list[Tensor]:
     """Result, and gradients of all arguments."""
     leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in arguments]
-    out = residual_block(*leaves, impl)
+    with torch.autocast("cpu", torch.bfloat16, enabled=impl == "autocast"):
+        out = residual_block(*leaves, "reference" if impl == "autocast" else impl)
     out.backward(grad.to(dtype))
     return [out.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
 
@@ -174,7 +181,9 @@ def test_what_cpp_cannot_serve_is_said_and_auto_takes_the_reference() -> None:
     with pytest.raises(UnavailableError, match=r"residual_block impl='cpp': .*"):
         residual_block(*narrow, "cpp")
     assert torch.equal(residual_block(*narrow), residual_block(*narrow, "reference"))
-    with pytest.raises(InputError, match="impl must be one of auto, cpp, reference, got 'fast'"):
+    with pytest.raises(UnavailableError, match=r"residual_block impl='amx': .*"):
+        residual_block(*narrow, "amx")
+    with pytest.raises(InputError, match="impl must be one of auto, amx, cpp, reference, got 'fast'"):
         residual_block(*narrow, "fast")
 
 
@@ -191,3 +200,109 @@ def test_cpp_names_what_it_needs() -> None:
         residual_block(features, others[0][:4], *others[1:], "cpp")
     with torch.autocast("cpu", torch.bfloat16):
         assert residual_block(features, *others).shape == features.shape  # the reference, in bfloat16
+
+
+# -- products in bfloat16 ----------------------------------------------------------------------------------------------
+
+
+@needs_amx
+@pytest.mark.parametrize("shape", BFLOAT16_SHAPES)
+def test_amx_is_no_further_off_than_pytorch_under_autocast(shape: tuple[int, int, int, int]) -> None:
+    given = arguments(shape)
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    truth = run(given, "reference", torch.float64, grad)
+    plain, ours = (run(given, impl, torch.float32, grad) for impl in ("autocast", "amx"))
+    for name, *three in zip(("out", "x", "w1", "b1", "w2", "b2"), ours, plain, truth, strict=True):
+        assert three[0].dtype == torch.float32
+        assert distance(three[0], three[2]) <= 1.3 * distance(three[1], three[2]) + 1e-3, name
+
+
+@needs_amx
+def test_amx_sums_in_float32_and_rounds_only_products() -> None:
+    """Small whole numbers are exact in bfloat16: result and gradients are those of float64 to the last bit."""
+    random = torch.Generator().manual_seed(0)
+    shape, maps = (3, 32, 40, 21), 32
+
+    def whole(most: int, *size: int) -> Tensor:
+        return torch.randint(-most, most + 1, size, generator=random).float()
+
+    given = [whole(2, *shape), whole(1, maps, maps, 3, 3), whole(3, maps), whole(1, maps, maps, 3, 3), whole(3, maps)]
+    given[1][torch.rand(given[1].shape, generator=random) < 0.9] = 0  # keep hidden and inner below 256
+    given[3][torch.rand(given[3].shape, generator=random) < 0.9] = 0
+    given[0] = given[0].contiguous(memory_format=torch.channels_last)
+    grad = whole(2, *shape)
+    truth, ours = run(given, "reference", torch.float64, grad), run(given, "amx", torch.float32, grad)
+    for name, one, other in zip(("out", "x", "w1", "b1", "w2", "b2"), ours, truth, strict=True):
+        assert torch.equal(one.double(), other), name
+
+
+@needs_amx
+def test_amx_any_number_of_threads_and_any_memory_give_the_same_bits() -> None:
+    given = arguments((5, 32, 35, 55))
+    grad = torch.randn(5, 32, 35, 55, generator=torch.Generator().manual_seed(9))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(given, "amx", torch.float32, grad)
+        torch.set_num_threads(3)
+        poison = [torch.full((size,), float("nan")) for size in (1 << 14, 1 << 16, 1 << 18, 1 << 20)]
+        del poison
+        three = run(given, "amx", torch.float32, grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+@needs_amx
+def test_amx_leaves_the_matrix_unit_to_others_as_it_was() -> None:
+    """PyTorch's own bfloat16 convolutions configure it once in a thread."""
+    given = arguments((2, 32, 9, 9))
+    image, weight = given[0].bfloat16(), given[1].bfloat16()
+    before = torch.nn.functional.conv2d(image, weight)
+    residual_block(*given, "amx")
+    assert torch.equal(torch.nn.functional.conv2d(image, weight), before)
+
+
+@needs_amx
+def test_amx_any_layout_nan_and_masks() -> None:
+    given = arguments((3, 32, 6, 10))
+    expected = run(given, "amx", torch.float32, torch.ones(3, 32, 6, 10))
+    turned = [tensor.transpose(2, 3).contiguous().transpose(2, 3) if tensor.dim() == 4 else tensor for tensor in given]
+    found = run(turned, "amx", torch.float32, torch.ones(1, 1, 1, 1).expand(3, 32, 6, 10))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    zeros = [torch.zeros_like(tensor) for tensor in given]
+    assert all(not bool(gradient.any()) for gradient in run(zeros, "amx", torch.float32, torch.ones(3, 32, 6, 10))[1:])
+    given[0][0, 3, 4, 4] = float("nan")
+    assert bool(residual_block(*given, "amx")[0, 3, 4, 4].isnan())
+
+
+@needs_amx
+def test_amx_opcheck() -> None:
+    given = [tensor.requires_grad_() for tensor in arguments((1, 32, 5, 6))]
+    torch.library.opcheck(torch.ops.fastsimgan.residual_block_bfloat16.default, tuple(given))
+
+
+def test_the_fallback_of_the_bfloat16_op_is_autocast() -> None:
+    """What other devices run under that name: the references, straight."""
+    given = [tensor.requires_grad_() for tensor in arguments((2, 32, 7, 9))]
+    grad = torch.randn(2, 32, 7, 9, generator=torch.Generator().manual_seed(9))
+    plain = run(given, "autocast", torch.float32, grad)
+    out, hidden = op._bfloat16_reference(*given)
+    assert hidden.dtype == torch.bfloat16 and torch.equal(out, plain[0])
+    through, weight1, bias1, weight2, bias2 = op._bfloat16_backward_reference(grad, given[0], hidden, out, *given[1::2])
+    for ours, theirs in zip((through, weight1, bias1, weight2, bias2), plain[1:], strict=True):
+        assert distance(ours.detach(), theirs.double()) < 2e-2
+
+
+@needs_amx
+def test_the_refiner_takes_amx_under_autocast() -> None:
+    refiner = Refiner(1, width=32, blocks=2)
+    images = torch.rand(2, 1, 9, 11) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = refiner(images)
+        refiner.impl = "reference"
+        plain = refiner(images)
+    assert ours.dtype == torch.float32 and not torch.equal(ours, plain)
+    torch.testing.assert_close(ours, plain, atol=5e-3, rtol=0)
+    with pytest.raises(UnavailableError, match="multiple of 32 feature maps, got 24"):
+        residual_block(*arguments((1, 24, 5, 5)), "amx")

@@ -11,7 +11,8 @@ from fastsimgan.config import TrainConfig
 from fastsimgan.data.histogram import equalise, non_uniformity
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.models import refiner as network
-from fastsimgan.runtime import load_refiner, save_refiner
+from fastsimgan.precision import cpu_has_bfloat16
+from fastsimgan.runtime import backend, load_refiner, save_refiner
 
 
 @pytest.fixture
@@ -52,6 +53,33 @@ def test_float32_means_float32_and_the_users_flags_stay(identity, monkeypatch):
     identity.backend._module.first.register_forward_pre_hook(lambda *_: during.append(flags()))
     identity(np.zeros((2, 8, 8), np.uint8))
     assert before[0] and during == [(False, *before[1:])] and flags() == before
+
+
+@pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16 instructions")
+@pytest.mark.parametrize("width", [20, 32])
+def test_bfloat16_on_a_cpu_is_within_two_grey_levels(tmp_path, width):
+    torch.manual_seed(0)
+    module = network.Refiner(1, width=width, blocks=3)
+    module.identity_init_()
+    for block in module.blocks:
+        block.conv2.weight.data.normal_(0, 0.01)
+    save_refiner(tmp_path / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
+    exact, rounded = (load_refiner(tmp_path, device="cpu", precision=name) for name in ("float32", "bfloat16"))
+    assert rounded.backend.name == "torch bfloat16"
+    images = np.random.default_rng(0).integers(0, 256, (5, 35, 55), dtype=np.uint8)
+    off = np.abs(exact(images).astype(int) - rounded(images))
+    assert 0 < off.mean() < 0.5 and off.max() <= 2
+    assert np.abs(exact(images).astype(int) - images).mean() > 2  # R does something
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_precisions_that_a_processor_lacks_are_refused(identity, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(backend, "cpu_has_bfloat16", lambda: False)
+    needs = {"float16": "needs a CUDA device, got cpu", "bfloat16": "needs a CPU that computes in it"}[precision]
+    with pytest.raises(InputError, match=f"precision {precision} {needs}"):
+        load_refiner(tmp_path, device="cpu", precision=precision)
+    with pytest.raises(InputError, match=f"precision must be left alone for exported files.*got {precision}"):
+        load_refiner(tmp_path / "refiner.onnx", device="cpu", precision=precision)
 
 
 def test_the_batch_size_changes_no_more_than_rounding(identity):

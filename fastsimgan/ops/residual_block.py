@@ -1,15 +1,19 @@
 """The refiner's residual block (§3.1, Fig. 6): ``relu(x + conv(relu(conv(x))))``, two 3×3 convolutions of equal width.
 
-It is nearly all of R's work. On a GPU cuDNN and `torch.compile` do it at the hardware's speed. A CPU without matrix
-instructions spends its whole time in the convolutions' products; the C++ implementation spends a quarter as many, by
-the minimal filtering algorithm F(4×4, 3×3) (Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR
-2016), and has biases, ReLUs and the skip connection, forward and backward, ride on the passes over memory that it makes
-anyway. Its error is about twice that of the plain sum: the polynomials are interpolated at ±1/√2 and ±√2. A weight's
-gradient that is within rounding of 0 (2.5e-7 of its kernel's largest transformed value) is 0: where features are sparse
-it is 0 in truth, and Adam would make a full step of the rounding.
+It is nearly all of R's work. On a GPU cuDNN and `torch.compile` do it at the hardware's speed. In bfloat16 on a CPU
+with AMX, products are so cheap that passes over memory count: "amx" takes both convolutions, and all of their
+gradients, of an image while it is in the core's cache, with float32 sums and a float32 skip connection. A CPU in
+float32 spends its whole time in the convolutions' products; "cpp" spends a quarter as many, by the minimal filtering
+algorithm F(4×4, 3×3) (Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016), and has biases,
+ReLUs and the skip connection, forward and backward, ride on the passes over memory that it makes anyway. Its error is
+about twice that of the plain sum: the polynomials are interpolated at ±1/√2 and ±√2. A weight's gradient that is
+within rounding of 0 (2.5e-7 of its kernel's largest transformed value) is 0: where features are sparse it is 0 in
+truth, and Adam would make a full step of the rounding.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +24,7 @@ from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.ops.history_swap import BUILD_INFO, NOT_LOADED
 
 MOST_MAPS = 1024
-"""Feature maps that the C++ implementation takes at most; their number must be a multiple of 8."""
+"""Feature maps that "cpp" takes at most; their number must be a multiple of 8."""
 
 
 def residual_block(
@@ -33,32 +37,43 @@ def residual_block(
         weight1: ``[C, C, 3, 3]``, of the first convolution; ``bias1`` ``[C]``.
         weight2: ``[C, C, 3, 3]``, of the second; ``bias2`` ``[C]``.
         impl: ``"reference"`` (plain PyTorch), ``"cpp"`` (C++ for AVX2; float32 on a CPU, C a multiple of 8 up to
-            1,024), or ``"auto"``: "cpp" where it can serve the call, autocast is off and nothing is being exported.
+            1,024), ``"amx"`` (C++ for AMX: products in bfloat16 of float32 tensors on a CPU, C a multiple of 32), or
+            ``"auto"``: "amx" under autocast to bfloat16 and "cpp" without autocast, where they can serve the call and
+            nothing is being exported.
 
     Returns:
-        ``[B, C, H, W]``; "cpp" gives channels_last.
+        ``[B, C, H, W]``; "cpp" and "amx" give channels_last and float32.
 
     Raises:
         InputError: an unknown ``impl``.
-        UnavailableError: "cpp" was asked for and cannot serve the call.
+        UnavailableError: "cpp" or "amx" was asked for and cannot serve the call.
     """
-    if impl not in ("auto", "reference", "cpp"):
-        raise InputError(f"impl must be one of auto, cpp, reference, got {impl!r}")
-    if impl != "reference":
-        reason = _unmet(features, weight1)
-        if impl == "cpp" and reason is not None:
-            raise UnavailableError(f"residual_block impl='cpp': {reason}")
-        if reason is None and (
-            impl == "cpp" or not (torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting())
-        ):
-            out: Tensor = _op(features.contiguous(memory_format=torch.channels_last), weight1, bias1, weight2, bias2)[0]
+    if impl not in ("auto", "reference", "cpp", "amx"):
+        raise InputError(f"impl must be one of auto, amx, cpp, reference, got {impl!r}")
+    chosen = _automatic() if impl == "auto" else impl
+    if chosen != "reference":
+        reason = _unmet(chosen, features, weight1)
+        if impl != "auto" and reason is not None:
+            raise UnavailableError(f"residual_block impl={impl!r}: {reason}")
+        if reason is None:
+            op = _op if chosen == "cpp" else _bfloat16_op
+            out: Tensor = op(features.contiguous(memory_format=torch.channels_last), weight1, bias1, weight2, bias2)[0]
             return out
     return reference(features, weight1, bias1, weight2, bias2)[0]
 
 
+def _automatic() -> str:
+    """What "auto" takes if it can serve the call."""
+    if torch.compiler.is_exporting():
+        return "reference"
+    if not torch.is_autocast_enabled("cpu"):
+        return "cpp"
+    return "amx" if torch.get_autocast_dtype("cpu") == torch.bfloat16 else "reference"
+
+
 def implementations() -> dict[str, str | None]:
     """Each implementation, in the order ``"auto"`` prefers them: None where it can run, otherwise why it cannot."""
-    return {"cpp": _CPP_MISSING, "reference": None}
+    return {**_MISSING, "reference": None}
 
 
 def reference(
@@ -69,7 +84,7 @@ def reference(
     return F.relu(features + F.conv2d(hidden, weight2, bias2, padding=1)), hidden
 
 
-def _missing() -> str | None:
+def _cpp_missing() -> str | None:
     if NOT_LOADED is not None or BUILD_INFO is None:
         return NOT_LOADED
     if not BUILD_INFO["avx2"]:
@@ -78,19 +93,32 @@ def _missing() -> str | None:
     return None if capability.startswith("AVX") else f"it needs AVX2, and torch finds {capability}"
 
 
-# Read once, at import: the answer cannot change in a process, and torch.compile must not trace through it.
-_CPP_MISSING = _missing()
+def _amx_missing() -> str | None:
+    if NOT_LOADED is not None or BUILD_INFO is None:
+        return NOT_LOADED
+    if not BUILD_INFO["amx"]:
+        return "fastsimgan._C was built without AMX (another processor, system or compiler)"
+    if not torch.ops.fastsimgan.amx_usable():
+        return "it needs a processor with AMX for bfloat16, and Linux's leave to use it"
+    return None
 
 
-def _unmet(features: Tensor, weight: Tensor) -> str | None:
-    """Why C++ cannot serve this call; None if it can."""
-    if _CPP_MISSING is not None:
-        return _CPP_MISSING
+# Read once, at import: the answers cannot change in a process, and torch.compile must not trace through it.
+_library = torch.library.Library("fastsimgan", "FRAGMENT")
+_library.define("amx_usable() -> bool")
+_MISSING = {"amx": _amx_missing(), "cpp": _cpp_missing()}
+
+
+def _unmet(impl: str, features: Tensor, weight: Tensor) -> str | None:
+    """Why ``impl`` cannot serve this call; None if it can."""
+    if _MISSING[impl] is not None:
+        return _MISSING[impl]
     if features.device.type != "cpu" or features.dtype != torch.float32 or weight.dtype != torch.float32:
         return f"it needs float32 on a CPU, got {features.dtype} on {features.device}, weights {weight.dtype}"
-    maps = features.shape[1]
-    if maps % 8 or maps > MOST_MAPS:
-        return f"it needs a multiple of 8 feature maps, at most {MOST_MAPS}, got {maps}"
+    maps, unit = features.shape[1], 8 if impl == "cpp" else 32
+    if maps % unit or (impl == "cpp" and maps > MOST_MAPS):
+        most = f", at most {MOST_MAPS}" if impl == "cpp" else ""
+        return f"it needs a multiple of {unit} feature maps{most}, got {maps}"
     return None if features.numel() else f"features are empty: {list(features.shape)}"
 
 
@@ -106,8 +134,30 @@ def _backward_reference(
     return grad_features, grad_weight1, inner.sum((0, 2, 3)), grad_weight2, outer.sum((0, 2, 3))
 
 
+def _bfloat16_reference(
+    features: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The block with products in bfloat16, and what goes through the skip connection in float32."""
+    first, second = weight1.bfloat16(), weight2.bfloat16()
+    hidden = F.relu(F.conv2d(features.bfloat16(), first, bias1.bfloat16(), padding=1))
+    return F.relu(features + F.conv2d(hidden, second, bias2.bfloat16(), padding=1)), hidden
+
+
+def _bfloat16_backward_reference(
+    grad: Tensor, features: Tensor, hidden: Tensor, out: Tensor, weight1: Tensor, weight2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rounded = (tensor.bfloat16().float() for tensor in (grad, features, weight1, weight2))
+    of_out, of_features, *weights = rounded
+    found = _backward_reference(of_out, of_features, hidden.float(), out, *weights)
+    return found[0] + (grad - of_out) * (out > 0), *found[1:]
+
+
 def _fake(features: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(features), torch.empty_like(features)
+
+
+def _bfloat16_fake(features: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(features), torch.empty_like(features, dtype=torch.bfloat16)
 
 
 def _backward_fake(
@@ -126,27 +176,30 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(features, hidden, out, weight1, weight2)
 
 
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    features, hidden, out, weight1, weight2 = ctx.saved_tensors
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    return _backward_op(grad, features, hidden, out, weight1, weight2)
+def _register(name: str, forward: Any, forward_fake: Any, backward: Any) -> tuple[Any, Any]:
+    """Define an op and its backward; _C registers the CPU's kernels, everything else gets the references."""
+    layers = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2"
+    kept = "Tensor grad, Tensor features, Tensor hidden, Tensor out, Tensor weight1, Tensor weight2"
+    _library.define(f"{name}(Tensor features, {layers}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+    _library.define(
+        f"{name}_backward({kept}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
+    )
+    _library.impl(name, forward, "CompositeExplicitAutograd")
+    _library.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+    op, backward_op = (getattr(torch.ops.fastsimgan, full).default for full in (name, f"{name}_backward"))
+
+    def gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
+        features, hidden, out, weight1, weight2 = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        return backward_op(grad, features, hidden, out, weight1, weight2)
+
+    torch.library.register_fake(f"fastsimgan::{name}", forward_fake, lib=_library)
+    torch.library.register_fake(f"fastsimgan::{name}_backward", _backward_fake, lib=_library)
+    torch.library.register_autograd(f"fastsimgan::{name}", gradients, setup_context=_setup_context, lib=_library)
+    return op, backward_op
 
 
-_library = torch.library.Library("fastsimgan", "FRAGMENT")
-_library.define(
-    "residual_block(Tensor features, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+_op, _backward_op = _register("residual_block", reference, _fake, _backward_reference)
+_bfloat16_op, _bfloat16_backward_op = _register(
+    "residual_block_bfloat16", _bfloat16_reference, _bfloat16_fake, _bfloat16_backward_reference
 )
-_library.define(
-    "residual_block_backward(Tensor grad, Tensor features, Tensor hidden, Tensor out, Tensor weight1, Tensor weight2)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-# _C registers the CPU's kernels; every other device, and all where it is missing, gets the reference.
-_library.impl("residual_block", reference, "CompositeExplicitAutograd")
-_library.impl("residual_block_backward", _backward_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("fastsimgan::residual_block", _fake, lib=_library)
-torch.library.register_fake("fastsimgan::residual_block_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("fastsimgan::residual_block", _backward, setup_context=_setup_context, lib=_library)
-_op = torch.ops.fastsimgan.residual_block.default
-_backward_op = torch.ops.fastsimgan.residual_block_backward.default

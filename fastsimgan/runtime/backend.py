@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from fastsimgan.device import channels_last
 from fastsimgan.errors import InputError
 from fastsimgan.models import refiner as network
+from fastsimgan.precision import autocast, cpu_has_bfloat16
 
-Precision = Literal["float32", "float16"]
+Precision = Literal["float32", "float16", "bfloat16"]
 
 
 class Backend(Protocol):
@@ -32,26 +33,28 @@ class Backend(Protocol):
 class TorchBackend:
     """The network itself, weights in channels_last; on CUDA a shape that comes back is replayed as a CUDA graph.
 
-    float16 (CUDA only) is the same mixture as in the exported graphs: residual branches in float16, the first and the
-    last layer and the sums along the skip connections in float32. TF32, which PyTorch allows in convolutions by
-    default, is off for these: it rounds as float16 does.
+    float16 (CUDA) and bfloat16 (CPUs that compute in it) are the same mixture as in the exported graphs: the products
+    of the residual branches in 16 bits, the first and the last layer and the sums along the skip connections in
+    float32. TF32, which PyTorch allows in convolutions by default, is off for these: it rounds as float16 does.
     """
 
     dtype = torch.float32
     largest_batch: int | None = None
 
     def __init__(self, module: network.Refiner, device: torch.device, precision: Precision = "float32") -> None:
-        if precision not in ("float32", "float16"):
-            raise InputError(f'precision must be "float32" or "float16", got {precision!r}')
+        if precision not in ("float32", "float16", "bfloat16"):
+            raise InputError(f'precision must be "float32", "float16" or "bfloat16", got {precision!r}')
         if precision == "float16" and device.type != "cuda":
             raise InputError(
                 f"precision float16 needs a CUDA device, got {device}: a CPU is slower in it, and no better"
             )
+        if precision == "bfloat16" and not (device.type == "cpu" and cpu_has_bfloat16()):
+            raise InputError(f"precision bfloat16 needs a CPU that computes in it (AMX, AVX512_BF16), got {device}")
         self.name = f"torch {precision}"
         self._module = channels_last(module, device).eval()
         for block in self._module.blocks if precision == "float16" else ():
             block.half()
-        self._half = precision == "float16"
+        self._precision = precision
         self._call = Replay(self._forward) if device.type == "cuda" else self._forward
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -60,8 +63,9 @@ class TorchBackend:
     def _forward(self, images: Tensor) -> Tensor:
         cudnn = torch.backends.cudnn  # `flags` sets all of them for the time being: the user's others stay
         with cudnn.flags(True, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
-            if not self._half:
-                refined: Tensor = self._module(images)
+            if self._precision != "float16":
+                with autocast(self._precision, images.device):
+                    refined: Tensor = self._module(images)
                 return refined
             x = F.relu(self._module.first(images))
             for block in self._module.blocks:

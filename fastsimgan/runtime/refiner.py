@@ -167,7 +167,8 @@ def load_refiner(
         path: the folder of a run or its ``refiner.safetensors`` (runs in PyTorch), or an ``.onnx`` file of `export`
             (runs in onnxruntime), or an ``.engine`` or ``.plan`` built from one (runs in TensorRT, on CUDA).
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        precision: of PyTorch on CUDA: "float32", or "float16" for the residual branches. Exported files have theirs.
+        precision: in which PyTorch takes the residual branches' products: "float32", on CUDA also "float16", on CPUs
+            that compute in it also "bfloat16". An exported file has its own.
         library: what built an engine; None is what the cache's record of it says, and TensorRT where there is none.
         trust_engine: run an engine that is not from the cache of `export --engine`, such as trtexec's.
 
@@ -176,6 +177,10 @@ def load_refiner(
         UnavailableError: the device, or the package that runs such a file, is not there.
     """
     path = Path(path)
+    if path.suffix in (".onnx", ".engine", ".plan") and precision != "float32":
+        raise InputError(
+            f"{path}: precision must be left alone for exported files, which have their own, got {precision}"
+        )
     if path.suffix == ".onnx":
         return _load_onnx(path, device)
     if path.suffix in (".engine", ".plan"):

@@ -1,0 +1,44 @@
+// The refiner's residual block on the CPU with bfloat16 products on AMX, Intel's matrix unit: plain sums, float32 in the
+// accumulators and along the skip connection. Both convolutions of an image, and all of its gradients, are taken while
+// it is in a core's L2 cache. The numbers are the caller's: images [count, height, width, C], no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace fastsimgan::amx {
+
+using bfloat16 = uint16_t;  // its bits
+
+constexpr int64_t kMaps = 32;  // C must be a multiple of it
+
+// Whether this processor has AMX for bfloat16 and the system lets this process use it; asks the system once.
+bool usable();
+
+// What a pass works on, in strips of whole rows that keep what is in between in the cache.
+struct Images {
+  int64_t count, height, width, maps;
+  int64_t strips_an_image() const;
+  int64_t strips() const { return count * strips_an_image(); }
+  int64_t weights() const { return 9 * maps * maps; }
+};
+
+// Weights [C, C, 3, 3] with any strides as the matrix unit takes them: images.weights() values. `backward` swaps inputs
+// with outputs and turns the kernels by 180 degrees, as the gradient with respect to the input needs.
+void pack_weights(const float* weight, const int64_t* strides, int64_t maps, bool backward, bfloat16* packed);
+
+// For strips [from, to): hidden = relu(conv1(in)), out = relu(in + conv2(hidden)). `hidden` may be null.
+void forward(const Images& images, int64_t from, int64_t to, const float* in, const bfloat16* weight1,
+             const float* bias1, const bfloat16* weight2, const float* bias2, bfloat16* hidden, float* out);
+
+// What backward adds up over strips, zero before the first: weights as [3, 3, C in, C out].
+struct Sums {
+  float *weight1, *bias1, *weight2, *bias2;
+};
+
+// For strips [from, to): the gradient of `in`, and what they add to the others', from that of `out`. The weights are
+// those of pack_weights(backward).
+void backward(const Images& images, int64_t from, int64_t to, const float* grad, const float* in,
+              const bfloat16* hidden, const float* out, const bfloat16* weight1, const bfloat16* weight2,
+              float* grad_in, Sums sums);
+
+}  // namespace fastsimgan::amx

@@ -1,0 +1,146 @@
+// The ops fastsimgan::residual_block_bfloat16 and its backward on the CPU: checks, memory and threads; the arithmetic is
+// in residual_block_amx.cpp.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "residual_block_amx.h"
+
+namespace fastsimgan::amx {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Sums are taken over a number of groups that depends on the size alone, then over the groups in order: the same bits
+// for any number of threads.
+constexpr int64_t kGroups = 16;
+
+template <typename T>
+const T* read(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+T* write(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// [count, C, height, width] of `type` whose memory is [count, height, width, C].
+Images images_of(const Tensor& x, ScalarType type) {
+  STD_TORCH_CHECK(usable(), "residual_block_bfloat16 needs a processor with AMX and AVX-512 for bfloat16");
+  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == type, "features must be [B, C, H, W], float32 (hidden: bfloat16)");
+  const Images images{x.size(0), x.size(2), x.size(3), x.size(1)};
+  STD_TORCH_CHECK(x.numel() > 0 && images.maps % kMaps == 0,
+                  "features must not be empty and their number of maps a multiple of 32, got ", images.maps);
+  const int64_t expected[4] = {images.height * images.width * images.maps, 1, images.width * images.maps, images.maps};
+  for (int64_t i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(x.size(i) == 1 || x.stride(i) == expected[i], "features must be channels_last");
+  return images;
+}
+
+void check_same(const Images& images, const Tensor& other, ScalarType type = ScalarType::Float) {
+  const Images others = images_of(other, type);
+  STD_TORCH_CHECK(images.count == others.count && images.height == others.height && images.width == others.width &&
+                      images.maps == others.maps,
+                  "gradient, features, hidden features and result must be of one shape");
+}
+
+void check_bias(const Images& images, const Tensor& bias) {
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.scalar_type() == ScalarType::Float && bias.size(0) == images.maps &&
+                      bias.stride(0) == 1,
+                  "biases must be contiguous float32 [C] with C=", images.maps);
+}
+
+std::vector<bfloat16> packed(const Images& images, const Tensor& weight, bool backward) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(0) == images.maps &&
+                      weight.size(1) == images.maps && weight.size(2) == 3 && weight.size(3) == 3,
+                  "weights must be float32 [C, C, 3, 3] with C=", images.maps);
+  std::vector<bfloat16> result(images.weights());
+  const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  pack_weights(read<float>(weight), strides, images.maps, backward, result.data());
+  return result;
+}
+
+std::tuple<Tensor, Tensor> residual_block_cpu(Tensor features, Tensor weight1, Tensor bias1, Tensor weight2,
+                                              Tensor bias2) {
+  const Images images = images_of(features, ScalarType::Float);
+  for (const Tensor& bias : {bias1, bias2}) check_bias(images, bias);
+  const auto first = packed(images, weight1, false), second = packed(images, weight2, false);
+  Tensor out = torch::stable::empty_like(features);
+  Tensor hidden = torch::stable::empty(features.sizes(), ScalarType::BFloat16, std::nullopt, std::nullopt, std::nullopt,
+                                       torch::headeronly::MemoryFormat::ChannelsLast);
+  check_same(images, out);  // empty_like keeps the layout
+  check_same(images, hidden, ScalarType::BFloat16);
+  const float* x = read<float>(features);
+  bfloat16* kept = write<bfloat16>(hidden);
+  float* result = write<float>(out);
+  torch::stable::parallel_for(0, images.strips(), 1, [&](int64_t from, int64_t to) {
+    forward(images, from, to, x, first.data(), read<float>(bias1), second.data(), read<float>(bias2), kept, result);
+  });
+  return {out, hidden};
+}
+
+// Summed over groups into the first, in order.
+void add_groups(std::vector<float>& sums, int64_t groups) {
+  const int64_t size = static_cast<int64_t>(sums.size()) / groups;
+  for (int64_t group = 1; group < groups; ++group)
+    for (int64_t i = 0; i < size; ++i) sums[i] += sums[group * size + i];
+}
+
+Tensor as_weight(const Tensor& like, const std::vector<float>& sums, int64_t maps) {  // [3, 3, in, out] → [out, in, 3, 3]
+  Tensor result = torch::stable::new_empty(like, {maps, maps, 3, 3});
+  float* to = write<float>(result);
+  for (int64_t out = 0; out < maps; ++out)
+    for (int64_t in = 0; in < maps; ++in)
+      for (int64_t tap = 0; tap < 9; ++tap) *to++ = sums[(tap * maps + in) * maps + out];
+  return result;
+}
+
+Tensor as_bias(const Tensor& like, const std::vector<float>& sums, int64_t maps) {
+  Tensor result = torch::stable::new_empty(like, {maps});
+  std::copy_n(sums.data(), maps, write<float>(result));
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_block_backward_cpu(Tensor grad, Tensor features,
+                                                                               Tensor hidden, Tensor out,
+                                                                               Tensor weight1, Tensor weight2) {
+  const Images images = images_of(features, ScalarType::Float);
+  for (const Tensor& other : {grad, out}) check_same(images, other);
+  check_same(images, hidden, ScalarType::BFloat16);
+  const auto first = packed(images, weight1, true), second = packed(images, weight2, true);
+  Tensor grad_features = torch::stable::empty_like(features);
+  check_same(images, grad_features);
+  const int64_t groups = std::min(images.strips(), kGroups), weights = images.weights(), maps = images.maps;
+  std::vector<float> of_weight1(groups * weights), of_weight2(groups * weights);
+  std::vector<float> of_bias1(groups * maps), of_bias2(groups * maps);
+  float* to_features = write<float>(grad_features);
+  torch::stable::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
+    for (int64_t group = from; group < to; ++group)
+      backward(images, group * images.strips() / groups, (group + 1) * images.strips() / groups, read<float>(grad),
+               read<float>(features), read<bfloat16>(hidden), read<float>(out), first.data(), second.data(), to_features,
+               {of_weight1.data() + group * weights, of_bias1.data() + group * maps,
+                of_weight2.data() + group * weights, of_bias2.data() + group * maps});
+  });
+  for (auto* sums : {&of_weight1, &of_bias1, &of_weight2, &of_bias2}) add_groups(*sums, groups);
+  return {grad_features, as_weight(weight1, of_weight1, maps), as_bias(features, of_bias1, maps),
+          as_weight(weight2, of_weight2, maps), as_bias(features, of_bias2, maps)};
+}
+
+}  // namespace
+}  // namespace fastsimgan::amx
+
+// The schemas, the fakes and the fallback for other devices are Python's (fastsimgan/ops/residual_block.py).
+STABLE_TORCH_LIBRARY_IMPL(fastsimgan, CompositeExplicitAutograd, m) {
+  m.impl("amx_usable", TORCH_BOX(&fastsimgan::amx::usable));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastsimgan, CPU, m) {
+  m.impl("residual_block_bfloat16", TORCH_BOX(&fastsimgan::amx::residual_block_cpu));
+  m.impl("residual_block_bfloat16_backward", TORCH_BOX(&fastsimgan::amx::residual_block_backward_cpu));
+}
