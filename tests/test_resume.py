@@ -19,6 +19,7 @@ import torch
 from fastsimgan.algorithm import SimGAN
 from fastsimgan.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from fastsimgan.errors import InputError, Stopped, TrainingError
+from fastsimgan.pools import open_pools
 from fastsimgan.run_folder import ATTEMPTS, RunFolder
 from fastsimgan.runtime.refiner import read_refiner
 from fastsimgan.training import fit
@@ -90,6 +91,20 @@ def test_resume_after_a_signal_goes_on_from_the_very_step(number, at, pair, tmp_
     assert files(folder) == expected
 
 
+def test_a_stop_right_after_a_checkpoint_does_not_write_it_again(pair, tmp_path, monkeypatch):
+    """It would be gone for a moment."""
+    monkeypatch.chdir(tmp_path)
+    fit(*pair, dataclasses.replace(CONFIG, steps=2), say=quiet)
+    path = Path("run/checkpoints/step-00000002")
+    before = path.stat().st_ino
+    config = dataclasses.replace(CONFIG, resume=True)
+    pools = open_pools(*pair, config, torch.device("cpu"), quiet)
+    run = RunFolder(config, SimGAN(config, pools.image_shape, torch.device("cpu")), pools, quiet)
+    run.open()
+    run.write(run.remember(), due=False)
+    assert path.stat().st_ino == before and list_checkpoints(path.parent)[-1] == path
+
+
 def test_resume_after_sigterm_to_the_command(tmp_path):
     for name, array in zip("ab", (images(12, 0), images(9, 1)), strict=True):
         np.save(tmp_path / f"{name}.npy", array)
@@ -143,7 +158,7 @@ def test_resume_refuses_a_damaged_checkpoint_takes_the_one_before_and_says_so(
         path.unlink()
     said: list[str] = []
     fit(*pair, dataclasses.replace(CONFIG, picture_every=8, resume=True), say=said.append)
-    said = [line for line in said if not line.startswith("precision")]
+    said = [line for line in said if not line.startswith("precision")]  # on a CPU that has bfloat16
     assert "passed over" in said[0] and "step-00000008" in said[0]
     assert "damaged" in said[0] or "not a whole checkpoint" in said[0]
     assert "step-00000006, after iteration 6" in said[1]
