@@ -80,6 +80,7 @@ class StopRequest:
                     with self._lock:
                         if self._end:
                             print(f"\nerror: stopped by signal {number[0]}, {self._end()}", file=sys.stderr, flush=True)
+                            print(end="", flush=True)  # what was said before: nobody else will
                             os._exit(128 + number[0])
                     wait = 0.1  # between two steps
         os.close(pipe)

@@ -58,7 +58,8 @@ def fit(
         InputError: images or settings break a rule; nothing has been written.
         TrainingError: a loss or gradient is not finite, again and again; labels drift beyond ``config.max_drift`` at
             the first look; or another rank is gone.
-        Stopped: SIGTERM or SIGINT came; a checkpoint has been written.
+        Stopped: SIGTERM or SIGINT came; a checkpoint has been written. Where a step takes longer than seconds, SIGTERM
+            ends the process instead (exit code 143) once a checkpoint is written of what was before that step.
     """
     config = config or TrainConfig()
     config.validate()
