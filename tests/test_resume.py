@@ -165,6 +165,16 @@ def test_resume_refuses_a_damaged_checkpoint_takes_the_one_before_and_says_so(
     assert files(folder) == expected
 
 
+def test_resume_after_half_a_line_of_metrics(pair, tmp_path, monkeypatch):
+    folder = finished(tmp_path / "whole", monkeypatch, picture_every=8)
+    expected = files(folder)
+    shutil.rmtree(folder / "run/checkpoints/step-00000008")
+    with (folder / "run/metrics.jsonl").open("r+") as file:
+        file.truncate(len(file.read()) - 9)
+    fit(*pair, dataclasses.replace(CONFIG, picture_every=8, resume=True), say=quiet)
+    assert files(folder) == expected
+
+
 def test_resume_with_no_whole_checkpoint_is_refused(pair, tmp_path, monkeypatch):
     folder = finished(tmp_path / "whole", monkeypatch)
     for path in list_checkpoints(folder / "run/checkpoints"):
