@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-PATIENCE = 3.0
+PATIENCE = 2.0
 """Seconds that a step may go on after SIGTERM, where `StopRequest.ending_within` has been told what to do then."""
 
 
