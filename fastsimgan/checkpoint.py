@@ -20,9 +20,13 @@ from fastsimgan.errors import InputError
 _TENSORS, _FACTS, _SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 _UNFINISHED = (".writing-", ".removing-")
 
+STOPPED = "-stopped"
+"""Ends the name of a checkpoint that is only there because training was stopped. It goes when the next one comes, so
+that a run that was stopped ends with the same checkpoints as one that was not."""
+
 
 def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, Any], *, keep: int) -> Path:
-    """Write ``folder/name`` and remove all but the ``keep`` newest checkpoints, newest being the last by name.
+    """Write ``folder/name`` and `remove_old` checkpoints; newer is what comes later by name.
 
     The directory is filled beside its final name, flushed to the disk and renamed, and an old one is renamed before
     it is removed: whenever the process dies, what stands under a final name is whole.
@@ -55,9 +59,12 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], facts: 
 
 
 def remove_old(folder: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints."""
-    for old in list_checkpoints(folder)[:-keep]:
-        _remove(old)
+    """Remove all but the ``keep`` newest checkpoints. One of a stop does not count; it stays while it is the newest."""
+    found = list_checkpoints(folder)
+    regular = [path for path in found if not path.name.endswith(STOPPED)]
+    for path in found[:-1]:
+        if path not in regular[-keep:]:
+            _remove(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastsimgan.algorithm import PHASES, SimGAN
 from fastsimgan.checkpoint import (
+    STOPPED,
     flush_directory,
     list_checkpoints,
     newest_checkpoint,
@@ -27,6 +30,7 @@ from fastsimgan.checkpoint import (
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.values import to_float
 from fastsimgan.errors import InputError, TrainingError
+from fastsimgan.models.refiner import Refiner as Network
 from fastsimgan.pictures import save_contact_sheet
 from fastsimgan.pools import Pools
 from fastsimgan.runtime.refiner import BEST, FILE, Refiner, load_refiner, prepare, save_refiner
@@ -36,6 +40,16 @@ ATTEMPTS = 3
 """How often a run goes back to a checkpoint after a number that is not finite."""
 
 _SHOWN, _NEIGHBOURS = 8, 20_000  # images in a contact sheet, and real ones that the nearest is looked for among
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A checkpoint's name, what it holds (all that decides what comes next), and the refiners written with it."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    refiners: dict[str, Network]
 
 
 class RunFolder:
@@ -58,6 +72,7 @@ class RunFolder:
         self.selection = Selection(trainer, pools, config.max_drift)
         self.drifted = False  # whether a look was beyond --max-drift, so that training is over
         self.attempt = 0  # how often this run has gone back
+        self._newest = ""  # name of the checkpoint that was written or loaded last, without `STOPPED`
         self.started = time.monotonic()
 
     # -- beginning ---------------------------------------------------------------------------------------------------
@@ -90,7 +105,7 @@ class RunFolder:
         if self.writes:
             self._write_config()
             # A run that was killed just after its last checkpoint has an older refiner and one checkpoint too many.
-            self._save_refiners()
+            self._save_refiners(self._refiners())
             if list_checkpoints(path.parent)[-1] == path:
                 remove_old(path.parent, self.config.keep)
         done = self.trainer.done
@@ -114,6 +129,7 @@ class RunFolder:
         self.pools.restart(facts["positions"], self.attempt)
         if self.writes:
             self._cut_metrics(facts["done"])
+        self._newest = path.name.removesuffix(STOPPED)
         return path
 
     def _write_config(self) -> None:
@@ -155,15 +171,35 @@ class RunFolder:
             save_contact_sheet(path, to_float(synthetic), refined, to_float(real))
         return path
 
-    def checkpoint(self) -> None:
-        """Write a checkpoint and the refiner as it now is."""
-        done = self.trainer.done
-        state = self.trainer.state()
-        if not self.writes:
-            return
+    def checkpoint(self, due: bool = True) -> None:
+        """Write a checkpoint and the refiner as it now is; not ``due`` is one that only a stop asks for."""
+        self.write(self._state(), due)
+
+    def remember(self) -> State:
+        """A copy of the state, in memory, that training does not touch; where there is one rank."""
+        state = self._state()
+        return State(
+            state.name,
+            {name: tensor.clone() for name, tensor in state.tensors.items()},
+            copy.deepcopy(state.facts),
+            copy.deepcopy(state.refiners),
+        )
+
+    def write(self, state: State, due: bool) -> None:
+        """Write a state as a checkpoint, unless the newest is just that, and its refiners."""
+        if self.writes and state.name != self._newest:  # to replace it would leave a moment without it
+            _flush(self.folder / "metrics.jsonl")
+            name = state.name if due else state.name + STOPPED
+            save_checkpoint(self.folder / "checkpoints", name, state.tensors, state.facts, keep=self.config.keep)
+            self._save_refiners(state.refiners)
+        self._newest = state.name
+
+    def _state(self) -> State:
+        # every rank must call it: the histories of all come to the first
         best, choice = self.selection.state()
-        facts: dict[str, Any] = {
-            "done": done,
+        tensors = self.trainer.state() | best
+        facts = {
+            "done": self.trainer.done,
             "k_g": self.trainer.k_g,
             "accuracies": self.trainer.accuracies,
             "attempt": self.attempt,
@@ -172,15 +208,15 @@ class RunFolder:
             "data": self.pools.hashes,
             **choice,
         }
-        _flush(self.folder / "metrics.jsonl")
-        save_checkpoint(self.folder / "checkpoints", _name(self.trainer), state | best, facts, keep=self.config.keep)
-        self._save_refiners()
+        return State(_name(self.trainer), tensors, facts, self._refiners())
 
-    def _save_refiners(self) -> None:
+    def _refiners(self) -> dict[str, Network]:
         """R as it is and, from the first look on, the best one; after a drift beyond the limit that is both."""
         last = self.selection.network if self.drifted else self.trainer.average
-        files = {FILE: last} | ({BEST: self.selection.network} if self.selection.best else {})
-        for name, network in files.items():
+        return {FILE: last} | ({BEST: self.selection.network} if self.selection.best else {})
+
+    def _save_refiners(self, refiners: dict[str, Network]) -> None:
+        for name, network in refiners.items():
             save_refiner(self.folder / name, network, histogram=self.pools.histogram, training=self.config)
 
     def go_back(self, phase: str, metrics: dict[str, float], positions: dict[str, int]) -> None:

@@ -1,11 +1,18 @@
-"""SIGTERM and Ctrl-C as a request that the training loop answers between two iterations."""
+"""SIGTERM and Ctrl-C as a request that the training loop answers between two steps, or SIGTERM before one ends."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+PATIENCE = 2.0
+"""Seconds that a step may go on after SIGTERM, where `StopRequest.ending_within` has been told what to do then."""
 
 
 class StopRequest:
@@ -17,9 +24,20 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int = 0  #: the one that came, or 0
         self._before: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._pipe_before = -1
+        self._over = threading.Event()
+        self._lock = threading.Lock()  # held while `_end` is changed or called
+        self._end: Callable[[], str] | None = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
+            # Python runs a handler only after the call into C++ that the main thread is in, which may be the backward
+            # pass of a whole batch. What it writes to this pipe another thread reads at once.
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._pipe_before = signal.set_wakeup_fd(self._pipe[1])
+            threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True).start()
             self._before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -28,8 +46,41 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._over.set()
+        if self._pipe:
+            signal.set_wakeup_fd(self._pipe_before)
+            os.close(self._pipe[1])
+
+    @contextmanager
+    def ending_within(self, end: Callable[[], str] | None) -> Iterator[None]:
+        """Where SIGTERM ends the process if it has not been answered `PATIENCE` seconds later.
+
+        Args:
+            end: called then, in another thread: saves what is to be saved and says where the run stands. None: SIGTERM
+                is waited for as long as it takes.
+        """
+        with self._lock:
+            self._end = end
+        try:
+            yield
+        finally:
+            with self._lock:  # for good, if the other thread has begun
+                self._end = None
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+
+    def _watch(self, pipe: int) -> None:
+        while number := os.read(pipe, 1):
+            if number[0] == signal.SIGTERM:
+                wait = PATIENCE
+                while not self._over.wait(wait):
+                    with self._lock:
+                        if self._end:
+                            print(f"\nerror: stopped by signal {number[0]}, {self._end()}", file=sys.stderr, flush=True)
+                            print(end="", flush=True)  # what was said before: nobody else will
+                            os._exit(128 + number[0])
+                    wait = 0.1  # between two steps
+        os.close(pipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -19,10 +20,15 @@ from fastsimgan.pools import Images, Pools, open_pools
 from fastsimgan.precision import choose_precision, no_tf32
 from fastsimgan.profiling import iteration_flops, peak, profile_iterations
 from fastsimgan.ranks import Ranks, join_ranks
-from fastsimgan.run_folder import RunFolder
+from fastsimgan.run_folder import RunFolder, State
 from fastsimgan.runtime.refiner import Refiner
 from fastsimgan.selection import drift_line, seen
 from fastsimgan.signals import StopRequest
+
+_SLOW = 1.0
+"""Seconds from which on a step is taken for slow; quicker ones are not worth a copy of the state."""
+
+_SAVED = "a checkpoint is written, --resume goes on"
 
 
 def fit(
@@ -52,7 +58,8 @@ def fit(
         InputError: images or settings break a rule; nothing has been written.
         TrainingError: a loss or gradient is not finite, again and again; labels drift beyond ``config.max_drift`` at
             the first look; or another rank is gone.
-        Stopped: SIGTERM or SIGINT came; a checkpoint has been written.
+        Stopped: SIGTERM or SIGINT came; a checkpoint has been written. Where a step takes longer than seconds, SIGTERM
+            ends the process instead (exit code 143) once a checkpoint is written of what was before that step.
     """
     config = config or TrainConfig()
     config.validate()
@@ -80,58 +87,73 @@ def fit(
         return Refiner.from_module(trainer.average, pools.histogram, device)
 
     run = RunFolder(config, trainer, pools, say)
+    alone = ranks.count == 1  # several stop together, after a step: one that left would keep the others waiting
     with StopRequest() as stop, no_tf32():
         run.open()
-        if config.profile:
-            say(profile_iterations(trainer, pools, config.profile, run.folder))
-        compile_networks(trainer, config.compile, say)
+        with stop.ending_within((lambda: "before the first step; --resume goes on") if alone else None):
+            if config.profile:
+                say(profile_iterations(trainer, pools, config.profile, run.folder))
+            compile_networks(trainer, config.compile, say)
         graphs = GraphedIterations(trainer, pools) if _can_graph(config, pools, device, ranks) else None
         guard = GuardRails(say)
         bar = _Progress(trainer)
+        seconds: dict[str, float] = {}  # that the last step of each phase took
         while (phase := trainer.phase) and not run.drifted:
-            # One step of R alone, of D alone, or one iteration of Algorithm 1.
-            before = pools.positions()
-            if phase == "train" and graphs:
-                metrics = graphs()
-            else:
-                metrics = trainer.advance(pools.draw_synthetic, pools.draw_real)
-            numbers = _read(metrics, ranks)
-            step = trainer.done[phase]
-            if not all(map(math.isfinite, numbers.values())):
-                run.go_back(phase, numbers, before)
-                if graphs:
-                    graphs.forget()
-                continue
+            # SIGTERM does not wait for a step that takes many seconds, or a look: what was before it is saved instead.
+            step = trainer.done[phase] + 1
+            looks = phase == "train" and (step % config.picture_every == 0 or step == config.steps)
+            slow = looks or seconds.get(phase, _SLOW) >= _SLOW
+            end = partial(_save_unfinished, run, run.remember(), phase, step) if slow and alone else None
+            began = time.monotonic()
+            with stop.ending_within(end):
+                # One step of R alone, of D alone, or one iteration of Algorithm 1.
+                before = pools.positions()
+                if phase == "train" and graphs:
+                    metrics = graphs()
+                else:
+                    metrics = trainer.advance(pools.draw_synthetic, pools.draw_real)
+                numbers = _read(metrics, ranks)
+                if not all(map(math.isfinite, numbers.values())):
+                    run.go_back(phase, numbers, before)
+                    if graphs:
+                        graphs.forget()
+                    continue
 
-            # Report.
-            if phase == "train":
-                if trainer.history is not None and step % 10 == 0:
-                    numbers["history_age"] = trainer.history.statistics()["mean_age"]
-                if config.k_g_max:
-                    numbers["k_g"] = trainer.k_g
-                trainer.adapt((numbers["accuracy_refined"] + numbers["accuracy_real"]) / 2)
-                guard.watch(step, numbers)
-            looked = {}
-            if phase == "train" and (step % config.picture_every == 0 or not trainer.phase):
-                looked = run.look()
-            run.record(phase, numbers | looked)
-            bar.show(phase, numbers)
-            if phase == "train" and step % config.picture_every == 0:
-                text = f"{_line(numbers)}; {seen(looked)}" if looked else _line(numbers)
-                say(f"{step}/{config.steps}: {text}; {bar.rate()}; {run.picture()}")
+                # Report.
+                if phase == "train":
+                    if trainer.history is not None and step % 10 == 0:
+                        numbers["history_age"] = trainer.history.statistics()["mean_age"]
+                    if config.k_g_max:
+                        numbers["k_g"] = trainer.k_g
+                    trainer.adapt((numbers["accuracy_refined"] + numbers["accuracy_real"]) / 2)
+                    guard.watch(step, numbers)
+                looked = run.look() if looks else {}
+                run.record(phase, numbers | looked)
+                bar.show(phase, numbers)
+                if phase == "train" and step % config.picture_every == 0:
+                    text = f"{_line(numbers)}; {seen(looked)}" if looked else _line(numbers)
+                    say(f"{step}/{config.steps}: {text}; {bar.rate()}; {run.picture()}")
+            seconds[phase] = time.monotonic() - began
 
             # Save.
             stopped_by = ranks.largest(stop.signal, device)
-            if step % config.checkpoint_every == 0 or trainer.phase != phase or stopped_by or run.drifted:
-                run.checkpoint()
+            due = step % config.checkpoint_every == 0 or trainer.phase != phase or run.drifted
+            if due or stopped_by:
+                run.checkpoint(due)
             if stopped_by and trainer.phase and not run.drifted:
                 bar.close()
-                raise Stopped(stopped_by, f"after {phase} step {step}; a checkpoint is written, --resume goes on")
+                raise Stopped(stopped_by, f"after {phase} step {step}; {_SAVED}")
         bar.close()
         refiner = run.finish()
-    if ranks.first:
+    if ranks.first and not stop.signal:
         say(drift_line(synthetic, refiner))
     return refiner
+
+
+def _save_unfinished(run: RunFolder, state: State, phase: str, step: int) -> str:
+    """Save what was before a step; gives where that is."""
+    run.write(state, due=False)
+    return f"before the end of {phase} step {step}; {_SAVED}"
 
 
 def _can_graph(config: TrainConfig, pools: Pools, device: torch.device, ranks: Ranks) -> bool:

@@ -1,8 +1,9 @@
-"""Kills training runs with SIGKILL and resumes them until they end. A program of its own, so that it can fork.
+"""Kills training runs and resumes them until they end. A program of its own, so that it can fork.
 
-``python tests/killed_runs.py FOLDER moments COUNT SEED`` kills COUNT times at random moments (as many runs as that
-takes), ``... steps FROM STEP`` kills at every STEP-th call that changes the disk. Each run that ended must have left
-the files of the run that nobody killed. Prints one JSON object.
+``python -m tests.killed_runs FOLDER moments COUNT SEED`` kills COUNT times at random moments (as many runs as that
+takes), ``... steps FROM STEP`` kills at every STEP-th call that changes the disk. ``... stops COUNT SEED`` sends
+SIGTERM instead, once in each call of `STUCK` and COUNT times at random moments. Each run that ended must have left the
+files of the run that nobody killed. Prints one JSON object, and on standard error how far it is.
 """
 
 from __future__ import annotations
@@ -17,13 +18,22 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from fastsimgan import checkpoint
+from fastsimgan import algorithm, checkpoint, signals, training
 from fastsimgan.config import TrainConfig
+from fastsimgan.errors import Stopped
+from fastsimgan.history import HistoryBuffer
+from fastsimgan.models.refiner import Refiner
+from fastsimgan.run_folder import RunFolder
+from fastsimgan.runtime.refiner import read_refiner
+from fastsimgan.selection import Selection
 from fastsimgan.training import fit
 
 CONFIG = TrainConfig(
@@ -32,16 +42,31 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 
 
+STUCK: list[tuple[Any, str, int, str]] = [
+    (training, "compile_networks", 1, "pretrain-00000000"),
+    (Refiner, "forward", 1, "pretrain-00000000"),
+    (algorithm.SimGAN, "_follow", 1, "pretrain-00000000"),
+    (HistoryBuffer, "swap", 1, "pretrain-00000001"),
+    (algorithm.SimGAN, "_backward", 8, "step-00000002"),
+    (algorithm.SimGAN, "update_refiner", 4, "step-00000003"),
+    (RunFolder, "record", 7, "step-00000003"),
+    (RunFolder, "picture", 1, "step-00000002"),
+    (Selection, "look", 2, "step-00000005"),
+]
+"""Calls that never end: which of a run's calls of what, and the checkpoint that SIGTERM must leave there."""
+
+
 def images(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 16, 20), dtype=np.uint8)
 
 
-def train(folder: Path, kill_at: int = 0) -> int:
+def train(folder: Path, kill_at: int = 0, prepare: Callable[[], None] = lambda: None) -> int:
     """Train or resume in a forked child; gives its pid. The child kills itself before its ``kill_at``-th disk call."""
     pid = os.fork()
     if pid:
         return pid
     os.chdir(folder)
+    prepare()
     calls = 0
 
     def counted(function):
@@ -60,9 +85,34 @@ def train(folder: Path, kill_at: int = 0) -> int:
     checkpoint.save = counted(checkpoint.save)
     with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
         config = CONFIG if not Path("run").exists() else dataclasses.replace(CONFIG, resume=True)
-        fit(images(12, 0), images(9, 1), config, say=lambda _: None)
+        try:
+            fit(images(12, 0), images(9, 1), config, say=lambda _: None)
+        except Stopped as stopped:
+            os._exit(stopped.exit_code)
         Path("calls").write_text(str(calls))
     os._exit(0)
+
+
+def impatient() -> None:
+    """Each step is taken for a slow one, and SIGTERM waits for none."""
+    training._SLOW = signals.PATIENCE = 0.0
+
+
+def stuck(owner: Any, name: str, call: int) -> None:
+    """The ``call``-th call of ``owner.name`` does its work, sends SIGTERM and then takes an hour."""
+    impatient()
+    function, left = getattr(owner, name), call
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        result = function(*arguments, **options)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3600)
+        return result
+
+    setattr(owner, name, called)
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -79,10 +129,10 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def ended(pid: int) -> bool:
-    _, status = os.waitpid(pid, 0)
-    if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"a run failed with exit code {os.waitstatus_to_exitcode(status)}")
-    return not os.WIFSIGNALED(status)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code > 0 and code != 128 + signal.SIGTERM:
+        raise SystemExit(f"a run failed with exit code {code}")
+    return code == 0
 
 
 def main() -> None:
@@ -106,6 +156,14 @@ def main() -> None:
     kills = runs = saves = 0
     different = []
 
+    def killed(in_a_save: bool) -> None:
+        nonlocal kills, saves
+        kills += 1
+        saves += in_a_save
+        if kills % 10 == 0:
+            told = f"{kills} kills, {runs} runs, {len(different)} different, {time.monotonic() - began:.0f} s"
+            print(told, file=sys.stderr, flush=True)
+
     def check(folder: Path) -> None:
         nonlocal runs
         runs += 1
@@ -115,25 +173,39 @@ def main() -> None:
     def unfinished(folder: Path) -> bool:
         return any(folder.rglob(".writing-*")) or any(folder.rglob(".removing-*"))
 
-    if mode == "moments":
-        moments = random.Random(second)
-        while kills < first:
-            folder, over = fresh("killed"), False
-            while not over:
-                pid = train(folder)
-                time.sleep(moments.uniform(0, seconds))
-                os.kill(pid, signal.SIGKILL)  # a child that has ended is a zombie until it is waited for
-                over = ended(pid)
-                kills += not over
-                saves += not over and unfinished(folder)
-            check(folder)
-    else:
+    if mode == "steps":
         for kill_at in range(first, int((whole / "calls").read_text()) + 1, second):
             folder = fresh("killed")
             assert not ended(train(folder, kill_at))
-            kills += 1
-            saves += unfinished(folder)
+            killed(unfinished(folder))
             assert ended(train(folder))
+            check(folder)
+    if mode == "stops":
+        for owner, name, call, last in STUCK:
+            folder = fresh("killed")
+            pid = train(folder, prepare=partial(stuck, owner, name, call))
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            assert code == 128 + signal.SIGTERM, (name, code)
+            path = checkpoint.list_checkpoints(folder / "run/checkpoints")[-1]
+            assert path.name.removesuffix(checkpoint.STOPPED) == last, (name, path)
+            tensors, _ = checkpoint.load_checkpoint(path)
+            refiner = read_refiner(folder / "run/refiner.safetensors").module.state_dict()
+            assert all(torch.equal(value, tensors[f"average.{key}"]) for key, value in refiner.items()), name
+            killed(unfinished(folder))
+            assert ended(train(folder))
+            check(folder)
+    if mode in ("moments", "stops"):
+        moments = random.Random(second)
+        number, prepare = (signal.SIGKILL, lambda: None) if mode == "moments" else (signal.SIGTERM, impatient)
+        first += kills
+        while kills < first:
+            folder, over = fresh("killed"), False
+            while not over:
+                pid = train(folder, prepare=prepare)
+                time.sleep(moments.uniform(0, seconds))
+                os.kill(pid, number)  # a child that has ended is a zombie until it is waited for
+                if not (over := ended(pid)):
+                    killed(unfinished(folder))
             check(folder)
     print(json.dumps({"kills": kills, "in_saves": saves, "runs": runs, "files": len(expected), "different": different}))
 

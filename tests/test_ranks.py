@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastsimgan.algorithm import SimGAN
-from fastsimgan.checkpoint import load_checkpoint
+from fastsimgan.checkpoint import list_checkpoints, load_checkpoint
 from fastsimgan.config import TrainConfig
 from fastsimgan.errors import InputError
 from fastsimgan.history import HistoryBuffer
@@ -27,9 +28,9 @@ from fastsimgan.training import _check_shares
 ROOT = Path(__file__).resolve().parent.parent
 COMPARED, STEPS = 20, 60
 FLAGS = [
-    "--synthetic", "a.npy", "--real", "b.npy", "--device", "cpu", "--width", "20", "--blocks", "1", "--batch-size", "8",
-    "--history", "12", "--pretrain-discriminator", "0", "--picture-every", "1000", "--checkpoint-every", "10",
-    "--keep", "10", "--steps", str(STEPS),
+    "--synthetic", "a.npy", "--real", "b.npy", "--device", "cpu", "--precision", "float32", "--width", "20",
+    "--blocks", "1", "--batch-size", "8", "--history", "12", "--pretrain-discriminator", "0", "--picture-every", "1000",
+    "--checkpoint-every", "10", "--keep", "10", "--steps", str(STEPS),
 ]  # fmt: skip
 
 
@@ -118,6 +119,27 @@ def test_one_killed_ends_the_job_with_a_message_and_it_resumes_exactly(two, fold
     assert again.returncode == 0 and "resumed from" in output, output
     sums = [(folder / out / "checkpoints/step-00000060/SHA256SUMS").read_text() for out in ("two", "killed")]
     assert sums[0] == sums[1]
+
+
+def test_sigterm_stops_all_after_the_same_step_and_the_job_resumes_exactly(two, folder):
+    process = start(folder, "stopped")
+    metrics = folder / "stopped/metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") > 11):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)  # which torchrun passes on
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "lost another rank" not in output, output
+    last = list_checkpoints(folder / "stopped/checkpoints")[-1]
+    done = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert last.name.removesuffix("-stopped") == f"step-{done:08d}" and done < STEPS
+    again = start(folder, "stopped", "--resume")
+    output, _ = again.communicate(timeout=600)
+    assert again.returncode == 0 and f"resumed from stopped/checkpoints/{last.name}" in output, output
+    for name in (path.name for path in list_checkpoints(folder / "two/checkpoints")):
+        sums = [(folder / out / "checkpoints" / name / "SHA256SUMS").read_text() for out in ("two", "stopped")]
+        assert sums[0] == sums[1], name
 
 
 def test_each_rank_has_its_own_history_and_all_the_rest_in_common():

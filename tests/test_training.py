@@ -133,6 +133,19 @@ def test_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     assert len(list_checkpoints(tmp_path)) == 2
 
 
+def test_a_checkpoint_of_a_stop_goes_with_the_next_and_takes_no_other_place(tmp_path):
+    def there(name: str) -> list[str]:
+        save_checkpoint(tmp_path, name, {}, {}, keep=2)
+        return [path.name for path in list_checkpoints(tmp_path)]
+
+    assert there("step-1") == ["step-1"]
+    assert there("step-1-stopped") == ["step-1", "step-1-stopped"]
+    assert there("step-2") == ["step-1", "step-2"]
+    assert there("step-3-stopped") == ["step-1", "step-2", "step-3-stopped"]
+    assert there("step-4-stopped") == ["step-1", "step-2", "step-4-stopped"]
+    assert there("step-5") == ["step-2", "step-5"]
+
+
 def test_not_finite_stops_and_names_the_number(pair, tmp_path):
     config = TrainConfig(**SMALL, out=tmp_path / "run", steps=4, lam=1e38, learning_rate_refiner=0.9)
     with pytest.raises(TrainingError, match="must be finite.*step"):
