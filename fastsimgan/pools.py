@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.histogram import non_uniformity
+from fastsimgan.data.room import available_memory
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import InputError
 from fastsimgan.runtime.refiner import prepare
@@ -258,7 +258,7 @@ def _placement(arrays: dict[str, Images], choice: str, device: torch.device) -> 
     else:
         if not mapped:
             return True, ""  # in memory already: nothing was chosen
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        free = available_memory()
     # half: activations, weights and the history want the rest
     if size <= free // 2:
         return True, f"{_bytes(size)} on {device}: they fit half of the {_bytes(free)} that are free"

@@ -201,7 +201,7 @@ def test_placement_is_chosen_by_free_memory_and_said(tmp_path, monkeypatch):
     mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
     said: list[str] = []
     assert open_pools(mapped, mapped, SMALL, CPU, said.append).resident
-    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    monkeypatch.setattr("fastsimgan.pools.available_memory", lambda: 10_000)
     assert not open_pools(mapped, mapped, SMALL, CPU, said.append).resident
     assert "they fit half of" in said[0] and "more than half of" in said[1]
 

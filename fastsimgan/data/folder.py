@@ -12,6 +12,7 @@ import numpy as np
 
 from fastsimgan.data.files import natural_key, printable
 from fastsimgan.data.images import FORMATS, Header, read_header, read_image
+from fastsimgan.data.room import room_for
 from fastsimgan.data.threads import in_threads
 from fastsimgan.errors import InputError
 
@@ -111,7 +112,7 @@ class FolderImages:
         return text
 
     def load(self) -> np.ndarray:
-        """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, uint8 or uint16, in the order of ``images``.
+        """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, uint8 or uint16, in the order of ``images`` (see `room_for`).
 
         Raises InputError naming the file if an image is bad or damaged, or the first two that differ in size or kind.
         """
@@ -126,10 +127,7 @@ class FolderImages:
                     f"{printable(self.images[0])} is {first} and {printable(image)} is {header}"
                 )
         assert first is not None  # there is at least one image
-        try:
-            images = np.empty((len(self), *first.shape), first.dtype)
-        except MemoryError as error:
-            raise InputError(f"{printable(self.path)}: {len(self)} images of {first} must fit the memory") from error
+        images = room_for((len(self), *first.shape), first.dtype, self.path)
 
         def decode(index: int) -> None:
             images[index] = read_image(self.path / self.images[index]).pixels

@@ -15,6 +15,7 @@ import numpy as np
 
 from fastsimgan.data.arrays import FILES, MAX_CHANNELS, check_range, combined_sha256
 from fastsimgan.data.files import printable
+from fastsimgan.data.room import room_for
 from fastsimgan.data.values import WHITE
 from fastsimgan.errors import InputError, UnavailableError
 
@@ -92,13 +93,24 @@ class HDF5Images:
         return f"{printable(self.path)}: HDF5, {len(self)} images, {kind}, {labels}"
 
     def load(self) -> np.ndarray:
-        """All images, ``[N, H, W]`` or ``[N, H, W, C]``, in native byte order.
+        """All images, ``[N, H, W]`` or ``[N, H, W, C]``, in native byte order (see `room_for`).
 
         Raises InputError if the file's data is damaged or a float is outside [0, 1].
         """
-        images = self.read_range(0, len(self)).astype(self.dtype, copy=False)
-        check_range(images, self.path, 0)
+        images = room_for(self._shape, self.dtype, self.path)
+        for first in range(0, len(self), self._step()):
+            part = images[first : first + self._step()]
+            part[:] = self.read_range(first, first + len(part))
+            check_range(part, self.path, first)
         return images
+
+    def _step(self) -> int:
+        """Images of about 64 MB, in whole chunks."""
+        with self._reading():
+            chunks = self._open()[IMAGES].chunks
+        chunk = chunks[0] if chunks else 1
+        image = int(np.prod(self._shape[1:])) * self.dtype.itemsize
+        return max(1, (1 << 26) // (image * chunk)) * chunk
 
     def read_range(self, first: int, end: int) -> np.ndarray:
         """Images ``first`` to ``end - 1`` as the file holds them; floats unchecked. Raises InputError if damaged.

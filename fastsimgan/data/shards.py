@@ -17,6 +17,7 @@ import numpy as np
 from fastsimgan.data.files import natural_key, printable
 from fastsimgan.data.images import FORMATS, MAX_FILE_BYTES, Header, decode_image
 from fastsimgan.data.listing import is_image
+from fastsimgan.data.room import room_for
 from fastsimgan.data.threads import in_threads
 from fastsimgan.errors import InputError
 
@@ -44,7 +45,7 @@ class ShardImages:
         return f"{printable(self.path)}: WebDataset, {len(self.shards)} shards, {size / 1e6:.1f} MB"
 
     def load(self) -> np.ndarray:
-        """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, uint8 or uint16.
+        """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, uint8 or uint16 (see `room_for`).
 
         Raises InputError if a shard breaks a rule of `read_samples`, if an image is bad, naming it, or if two differ in
         size or kind, or if there is none.
@@ -57,19 +58,24 @@ class ShardImages:
                         info, data = sample.members[sample.image]
                         yield data, shard / info.name
 
-        images: list[np.ndarray] = []
+        images: np.ndarray | None = None
         first: tuple[Path, Header] | None = None
+        count = 0
         for where, image in in_threads(lambda found: (found[1], decode_image(*found)), encoded()):
-            first = first or (where, image.header)
+            if images is None or first is None:
+                first = where, image.header
+                most = sum(_count_images(shard) for shard in self.shards)
+                images = room_for((most, *image.header.shape), image.header.dtype, self.path)
             if (image.header.shape, image.header.dtype) != (first[1].shape, first[1].dtype):
                 raise InputError(
                     f"{printable(self.path)}: images must be of one size and kind, {printable(first[0])} is {first[1]} "
                     f"and {printable(where)} is {image.header}"
                 )
-            images.append(image.pixels)
-        if not images:
+            images[count] = image.pixels
+            count += 1
+        if images is None:
             raise InputError(f"{printable(self.path)}: must hold at least one image ({' '.join(FORMATS)}), got none")
-        return np.stack(images)
+        return images[:count]
 
     def labels(self) -> dict[str, np.ndarray]:
         """Empty: labels in a shard only travel along; ``refine --to npz`` makes arrays of them."""
@@ -94,6 +100,12 @@ def find_shards(path: Path) -> list[Path]:
         twin = next(name for name in names if names.count(name) > 1)
         raise InputError(f"{printable(path)}: shards must differ in file name, got {printable(twin)} twice")
     return sorted(found, key=natural_key)
+
+
+def _count_images(path: Path) -> int:
+    """Members that are called like images; their bytes are passed over."""
+    with tarfile.open(path, "r:", errors="surrogateescape") as tar:
+        return sum(info.isfile() and _is_image(info.name, None) for info in tar)
 
 
 def read_samples(path: Path, images: str | None = None) -> Iterator[Sample]:
