@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ class Run:
         self.complete = complete
         self.partial = partial_of(output)
         self.state = state_of(output, is_file) if complete else self.partial / STATE
+        self._prefix = uuid.uuid4().hex
+        self._names = count()
 
     def committed(self) -> set[int]:
         """The blocks that are done. One listing, no manifest is read."""
@@ -105,7 +108,7 @@ class Run:
 
     def temporary(self) -> Path:
         """A new name under ``tmp/``, that of no other thread, process or machine."""
-        return self.state / "tmp" / uuid.uuid4().hex
+        return self.state / "tmp" / f"{self._prefix}.{next(self._names)}"
 
     def commit(self, block: int, header: dict[str, Any], lines: Iterable[str]) -> None:
         """Write a block's manifest. All of its files must have their names by now."""
@@ -117,11 +120,15 @@ class Run:
     def write_file(self, path: Path, data: bytes, *, flush: bool = False) -> None:
         """Write ``path`` at once or not at all; what is there is replaced, by the same bytes in an honest run."""
         temporary = self.temporary()
-        with temporary.open("xb") as file:
-            file.write(data)
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(file, left) :]
             if flush:
-                file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file)
+        finally:
+            os.close(file)
         rename(temporary, path)
 
     def headers(self) -> Iterator[dict[str, Any]]:

@@ -106,8 +106,9 @@ class FolderInput:
         for position, line in enumerate(lines):
             image, *others = json.loads(line)
             names = [name for name in (image, *others) if name is not None]
-            parts = tuple(Part(name, self.path / name) for name in names)
-            yield RawUnit(position, parts, None if image is None else 0, self.path / names[0])
+            paths = [self.path / name for name in names]
+            parts = tuple(map(Part, names, paths))
+            yield RawUnit(position, parts, None if image is None else 0, paths[0])
 
     def block_sha256(self, block: int) -> str | None:
         """None: each file has its own in the manifest."""

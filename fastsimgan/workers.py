@@ -71,6 +71,8 @@ def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
     """The job's refiner: several workers share the CUDA devices out among them, or else the cores."""
     import torch
 
+    from fastsimgan.cores import CoreRefiner
+    from fastsimgan.device import choose_device
     from fastsimgan.runtime import load_refiner
     from fastsimgan.runtime.streamed import StreamedRefiner
 
@@ -79,8 +81,10 @@ def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
         torch.set_num_threads(cores(workers))
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{worker % torch.cuda.device_count()}"
-    refiner = load_refiner(job.refiner, device=device, trust_engine=job.trust_engine)
-    return StreamedRefiner(refiner) if refiner.device.type == "cuda" else refiner
+    load_it = partial(load_refiner, job.refiner, device=device, trust_engine=job.trust_engine)
+    if choose_device(device).type == "cpu":
+        return CoreRefiner(load_it, cores(workers))
+    return StreamedRefiner(load_it())
 
 
 def cores(workers: int) -> int:
