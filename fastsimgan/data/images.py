@@ -113,10 +113,19 @@ def read_image(path: Path) -> StoredImage:
 
 def read_bytes(path: Path) -> bytes:
     """An image file's bytes. Raises InputError if it cannot be read or is longer than any image should be."""
-    with _refusing(path), path.open("rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise InputError(f"must have at most {MAX_FILE_BYTES} bytes, got {os.fstat(file.fileno()).st_size}")
+    with _refusing(path):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(file).st_size
+            if size > MAX_FILE_BYTES:
+                raise InputError(f"must have at most {MAX_FILE_BYTES} bytes, got {size}")
+            data = os.read(file, size + 1)
+            while len(data) <= size and (more := os.read(file, size + 1 - len(data))):
+                data += more
+        finally:
+            os.close(file)
+        if len(data) > size:
+            raise InputError(f"must not grow while it is read, from {size} bytes")
         return data
 
 
