@@ -83,6 +83,7 @@ def compare(
     """Each side once in every round, in turn; a ratio is the median over the rounds of the ratio within one.
 
     make: loads the refiner; make_loops: that of the obvious loops, which run over the first ``looped`` images alone.
+    What is written is removed at the end: ext4 makes new files slowly for some seconds after many were removed.
     """
     folder = Path(tempfile.mkdtemp())
     cores = len(os.sched_getaffinity(0))
@@ -122,10 +123,12 @@ def compare(
             return run
 
         def codec(name: str) -> Callable[[], None]:
-            def one(path: Path) -> None:
-                (folder / f"{path.name}.again").write_bytes(encode_image(decode_image(path.read_bytes(), path)))
-
             def run() -> None:
+                again = Path(tempfile.mkdtemp(dir=folder))
+
+                def one(path: Path) -> None:
+                    (again / path.name).write_bytes(encode_image(decode_image(path.read_bytes(), path)))
+
                 with ThreadPoolExecutor(cores) as pool:
                     list(pool.map(one, sorted(sets[name].iterdir())))
 
@@ -133,16 +136,12 @@ def compare(
 
         def ours(name: str) -> Callable[[], None]:
             def run() -> None:
-                output = folder / f"out{sets[name].suffix}"
+                output = Path(tempfile.mkdtemp(dir=folder)) / f"out{sets[name].suffix}"
                 report = refine(Job(folder / "model", sets[name], output), loader=lambda *_: split)
                 assert report.images == sides[name][1]
                 tables[name] = report
 
             return run
-
-        def clear() -> None:
-            for path in [*folder.glob("*.again"), *folder.glob("out*")]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
         tables: dict[str, Report] = {}
         sides = {"refiner, one call": (one_call, count), "refiner, a core a batch": (a_core_each, count)}
@@ -163,7 +162,6 @@ def compare(
                 if number:
                     wall[name].append((after[0] - before[0]) / images_in)
                     cpu[name].append((after[1] - before[1]) / images_in)
-                clear()
         print(f"{count} images {height}x{width}, {rounds} rounds in turn, {cores} core(s), {title}")
         print(f"{'':28} {'images/s, lowest to highest':>32} {'CPU ms/image':>24}")
         for name in sides:
