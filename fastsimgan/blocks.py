@@ -277,9 +277,7 @@ def is_published(output: Path, is_file: bool) -> bool:
 def _open_run(output: Path, settings: dict[str, Any], source: Any, is_file: bool) -> Run:
     partial, state = partial_of(output), state_of(output, is_file)
     if is_published(output, is_file):
-        source.attach(state)
-        identity = {**settings, **source.identity}
-        _compare(output, identity, read_json(state / "run.json"))
+        identity = _attach(output, state, settings, source)
         return Run(output, identity, source.blocks, is_file=is_file, complete=True)
     published = is_file and (partial / STATE / "done.json").exists()  # killed between its two renames
     if os.path.lexists(output) and not published:
@@ -310,9 +308,7 @@ def _open_run(output: Path, settings: dict[str, Any], source: Any, is_file: bool
                 with writing(output):
                     run.write_file(partial / STATE / "run.json", (json.dumps(record, indent=1) + "\n").encode())
                 return run
-            source.attach(partial / STATE)
-            identity = {**settings, **source.identity}
-            _compare(partial, identity, read_json(partial / STATE / "run.json"))
+            identity = _attach(partial, partial / STATE, settings, source)
             return Run(output, identity, source.blocks, is_file=is_file, complete=False)
     except BaseException:
         if not (partial / STATE / "run.json").exists():
@@ -346,13 +342,23 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     return map(json.loads, body.splitlines())
 
 
-def _compare(where: Path, identity: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raise InputError naming the first thing in which this run is not the one on record."""
+def _attach(where: Path, state: Path, settings: dict[str, Any], source: Any) -> dict[str, Any]:
+    """This run's identity. Raises InputError if it is not the run on record in ``state``."""
+    record = read_json(state / "run.json")
+    _compare(where, source.identity, record, source.identity)  # of another input's listing there is nothing to say
+    source.attach(state)
+    identity = {**settings, **source.identity}
+    _compare(where, identity, record, identity.keys() | record["identity"].keys())
+    return identity
+
+
+def _compare(where: Path, identity: dict[str, Any], record: dict[str, Any], keys: Iterable[str]) -> None:
+    """Raise InputError naming the first of ``keys`` in which this run is not the one on record."""
     identity = json.loads(json.dumps(identity))
     if record.get("format") != FORMAT:
         raise InputError(f"{printable(where)}: format must be {FORMAT!r}, got {record.get('format')!r}")
     theirs = record["identity"]
-    for key in sorted(identity.keys() | theirs.keys()):
+    for key in sorted(keys):
         if identity.get(key) != theirs.get(key):
             raise InputError(
                 f"{printable(where)}: is another run's output: its {key} is {printable(str(theirs.get(key)))}, "

@@ -196,6 +196,7 @@ class Worker:
         self._read_stage, self._write_stage = reading[0], writing[0]
         if isinstance(refiner, QueuedRefiner):
             self.stages.threads["device"] = 1
+        self._begin = time.perf_counter()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -207,7 +208,6 @@ class Worker:
 
     def run(self, blocks: Iterable[int]) -> None:
         """Do each of ``blocks`` that can be claimed. Raises InputError at a bad image ("fail") or a full disk."""
-        self._begin = time.perf_counter()
         self._stop.clear()
         self._failure = None
         self._held = self._in_batches = 0

@@ -59,6 +59,7 @@ class Report:
     mean_change: float = 0.0  # mean of |R(x) - x| over pixels and images, in grey levels of 255, whatever the bit depth
     now: int = 0  # images of this call
     seconds: float = 0.0  # of this call
+    working: float = 0.0  # of the worker that was at work longest, once its refiner was loaded
     busy: dict[str, float] = field(default_factory=dict)  # seconds that the threads of each stage were at work
     threads: dict[str, int] = field(default_factory=dict)
 
@@ -285,6 +286,7 @@ def refine(
         raise
     totals = run.totals()
     for part in stages.values():
+        report.working = max(report.working, part.seconds)
         for stage, seconds in part.busy.items():
             report.busy[stage] = report.busy.get(stage, 0.0) + seconds
         for stage, threads in part.threads.items():

@@ -223,6 +223,18 @@ def test_a_complete_output_is_left_as_it_is(model: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("state", ["complete", "unfinished"])
+def test_another_inputs_output_is_refused_by_the_inputs_names(state: str, model: Path, tmp_path: Path) -> None:
+    job = Job(model, make_folder(tmp_path / "in", 10), tmp_path / "out")
+    refine(job, loader=load_invert) if state == "complete" else start(job)
+    where = tmp_path / ("out" if state == "complete" else "out.partial")
+    with pytest.raises(InputError) as caught:
+        start(replace(job, input=make_folder(tmp_path / "other", 12)))
+    assert str(caught.value) == (
+        f"{where}: is another run's output: its input is {tmp_path}/in, here it is {tmp_path}/other"
+    )
+
+
+@pytest.mark.parametrize("state", ["complete", "unfinished"])
 @pytest.mark.parametrize("change", ["model", "batch_size", "link", "names"])
 def test_another_runs_output_is_refused(state: str, change: str, model: Path, tmp_path: Path) -> None:
     source = make_folder(tmp_path / "in", 10)
