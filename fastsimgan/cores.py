@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -45,9 +45,14 @@ class CoreRefiner:
                 self._whole = self._load()
             return self._whole(images, batch_size)
 
-    def shared(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def shared(self) -> Iterator[None]:
         """Held by the thread that starts those that call this refiner, so that each of them has one core."""
-        return _torch_threads(1)
+        cudnn = torch.backends.cudnn
+        kept = cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, cudnn.allow_tf32
+        # these are the process's own, and where several calls set them for a while, the last may put back another's
+        with cudnn.flags(*kept), _torch_threads(1):
+            yield
 
 
 @contextmanager

@@ -72,3 +72,11 @@ def test_the_command_line_refines_in_a_thread_a_core(
     report = refine(job)
     assert report.threads == {"read": 1, "refine": 3, "write": 1, "commit": 1}
     assert np.array_equal(np.load(tmp_path / "out.npy"), load_refiner(path, device="cpu")(IMAGES, 4))
+
+
+def test_settings_of_the_process_come_back(path: Path) -> None:
+    refiner = CoreRefiner(partial(load_refiner, path, device="cpu"), 2)
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
+    with refiner.shared():
+        cudnn.allow_tf32 = not before  # as two calls at a time may leave it
+    assert cudnn.allow_tf32 == before
