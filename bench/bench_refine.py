@@ -166,14 +166,14 @@ def compare(
         print(f"{'':28} {'images/s, lowest to highest':>32} {'CPU ms/image':>24}")
         for name in sides:
             print(f"{name:28} {spread([1 / each for each in wall[name]])} {spread([1e3 * each for each in cpu[name]])}")
-        # alone it is as fast as the faster of its two ways
-        alone = [min(pair) for pair in zip(wall["refiner, one call"], wall["refiner, a core a batch"], strict=True)]
-        print(f"packed: {percent(alone, wall['packed'])} of the refiner alone")
+        for way in ("one call", "a core a batch"):
+            print(f"packed: {percent(wall[f'refiner, {way}'], wall['packed'])} of the refiner alone, {way}")
         for name in ("PNG folder", "JPEG folder"):
-            slower = [max(pair) for pair in zip(alone, wall[f"codec alone, {name}"], strict=True)]
-            parts = zip(cpu["refiner, a core a batch"], cpu[f"codec alone, {name}"], strict=True)
-            both = [refiner + codec for refiner, codec in parts]
-            print(f"{name}: {percent(slower, wall[name])} of the slower of refiner and codec alone")
+            codec_wall, codec_cpu = wall[f"codec alone, {name}"], cpu[f"codec alone, {name}"]
+            for way in ("one call", "a core a batch"):
+                slower = list(map(max, wall[f"refiner, {way}"], codec_wall))
+                print(f"{name}: {percent(slower, wall[name])} of the slower of refiner ({way}) and codec alone")
+            both = [sum(pair) for pair in zip(cpu["refiner, a core a batch"], codec_cpu, strict=True)]
             print(f"{'':12}{percent(both, cpu[name])} of the CPU-seconds of both, one after the other")
             if looped:
                 once = f"loop of 1, {name}"
