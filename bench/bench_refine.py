@@ -17,16 +17,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from fastsimgan import blocks, inputs
+from fastsimgan import inputs
+from fastsimgan.cores import CoreRefiner
 from fastsimgan.data.images import decode_image, encode_image
 from fastsimgan.refine import print_stages
-from fastsimgan.workers import Job, Report, load, refine, start
+from fastsimgan.runtime import load_refiner
+from fastsimgan.workers import Job, Report, refine, start
+
+TIMES = 8  # as many packed images as files: they take a fraction of a second otherwise
 
 
 class Identity:
@@ -52,8 +58,8 @@ class Pictures(Dataset):
 
 
 def make_sets(folder: Path, images: np.ndarray) -> dict[str, Path]:
-    """The same images packed and as files."""
-    np.save(folder / "packed.npy", images)
+    """The same images packed, several times over, and as files."""
+    np.save(folder / "packed.npy", np.concatenate([images] * TIMES))
     sets = {"packed": folder / "packed.npy"}
     for name, suffix in (("PNG folder", "png"), ("JPEG folder", "jpg")):
         sets[name] = folder / suffix
@@ -70,26 +76,38 @@ def spent() -> tuple[float, float]:
     return time.perf_counter(), sum(each.ru_utime + each.ru_stime for each in usage)
 
 
-def compare(refiner_path: Path, loop_path: Path, count: int, height: int, width: int, rounds: int) -> None:
-    """Each side once in every round, in turn; a ratio is the median over the rounds of the ratio within one."""
+def compare(
+    make: Callable[[], Any], make_loops: Callable[[], Any], title: str, count: int, looped: int, size: tuple[int, int],
+    rounds: int,
+) -> None:  # fmt: skip
+    """Each side once in every round, in turn; a ratio is the median over the rounds of the ratio within one.
+
+    make: loads the refiner; make_loops: that of the obvious loops, which run over the first ``looped`` images alone.
+    What is written is removed at the end: ext4 makes new files slowly for some seconds after many were removed.
+    """
     folder = Path(tempfile.mkdtemp())
     cores = len(os.sched_getaffinity(0))
+    height, width = size
     try:
         (folder / "model").write_bytes(b"identity")
         images = np.random.default_rng(0).integers(0, 256, (count, height // 4, width // 4), dtype=np.uint8)
         images = np.stack([np.asarray(Image.fromarray(i).resize((width, height))) for i in images])
         sets = make_sets(folder, images)
-        refiner = load(Job(refiner_path, folder, folder))
-        other = refiner if loop_path == refiner_path else load(Job(loop_path, folder, folder))
-        for each, size in ((refiner, 64), (other, 64), (other, 1)):
-            each(images[:size], size)  # whatever is chosen or allocated at first use
+        whole, split = make(), CoreRefiner(make, cores)
+        other = make_loops() if looped else whole
+        for each, batch in ((whole, 64), (split, 64), (other, 64), (other, 1)):
+            each(images[:batch], batch)  # whatever is chosen or allocated at first use
 
-        def engine() -> None:
-            refiner(images, 64)
+        def one_call() -> None:
+            whole(images, 64)
+
+        def a_core_each() -> None:
+            with split.shared(), ThreadPoolExecutor(cores) as pool:
+                list(pool.map(lambda first: split(images[first : first + 64], 64), range(0, count, 64)))
 
         def loop(name: str) -> Callable[[], None]:
             def run() -> None:
-                for path in sorted(sets[name].iterdir()):
+                for path in sorted(sets[name].iterdir())[:looped]:
                     pixels = np.array(Image.open(path))
                     Image.fromarray(other(pixels[None], 1)[0]).save(folder / f"one{path.suffix}")
 
@@ -97,7 +115,7 @@ def compare(refiner_path: Path, loop_path: Path, count: int, height: int, width:
 
         def loader(name: str) -> Callable[[], None]:
             def run() -> None:
-                paths = sorted(sets[name].iterdir())
+                paths = sorted(sets[name].iterdir())[:looped]
                 for batch in DataLoader(Pictures(paths), batch_size=64, num_workers=cores):
                     for pixels in other(batch.numpy(), 64):
                         Image.fromarray(pixels).save(folder / f"one{paths[0].suffix}")
@@ -105,57 +123,62 @@ def compare(refiner_path: Path, loop_path: Path, count: int, height: int, width:
             return run
 
         def codec(name: str) -> Callable[[], None]:
-            def one(path: Path) -> None:
-                (folder / f"{path.name}.again").write_bytes(encode_image(decode_image(path.read_bytes(), path)))
-
             def run() -> None:
+                again = Path(tempfile.mkdtemp(dir=folder))
+
+                def one(path: Path) -> None:
+                    (again / path.name).write_bytes(encode_image(decode_image(path.read_bytes(), path)))
+
                 with ThreadPoolExecutor(cores) as pool:
                     list(pool.map(one, sorted(sets[name].iterdir())))
-                for path in folder.glob("*.again"):
-                    path.unlink()
 
             return run
 
         def ours(name: str) -> Callable[[], None]:
             def run() -> None:
-                output = folder / f"out{sets[name].suffix}"
-                report = refine(Job(refiner_path, sets[name], output), loader=lambda *_: refiner)
-                assert report.images == count
+                output = Path(tempfile.mkdtemp(dir=folder)) / f"out{sets[name].suffix}"
+                report = refine(Job(folder / "model", sets[name], output), loader=lambda *_: split)
+                assert report.images == sides[name][1]
                 tables[name] = report
-                for path in (output, blocks.state_of(output, True)):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
             return run
 
         tables: dict[str, Report] = {}
-        sides = {"refiner alone": engine}
+        sides = {"refiner, one call": (one_call, count), "refiner, a core a batch": (a_core_each, count)}
         for name in ("PNG folder", "JPEG folder"):
-            sides |= {f"codec alone, {name}": codec(name), f"loop of 1, {name}": loop(name)}
-        sides |= {"DataLoader of 64, PNG folder": loader("PNG folder")} | {name: ours(name) for name in sets}
-        wall: dict[str, list[float]] = {name: [] for name in sides}
+            sides[f"codec alone, {name}"] = codec(name), count
+            if looped:
+                sides[f"loop of 1, {name}"] = loop(name), looped
+        if looped:
+            sides["DataLoader of 64, PNG folder"] = loader("PNG folder"), looped
+        sides |= {name: (ours(name), count * (TIMES if name == "packed" else 1)) for name in sets}
+        wall: dict[str, list[float]] = {name: [] for name in sides}  # seconds an image
         cpu: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(rounds + 1):  # the first is not counted
-            for name, run in sides.items():
+            for name, (run, images_in) in sides.items():
                 before = spent()
                 run()
                 after = spent()
                 if number:
-                    wall[name].append(after[0] - before[0])
-                    cpu[name].append(after[1] - before[1])
-        print(f"{count} images {height}x{width}, {rounds} rounds in turn, {cores} core(s), refiner {refiner_path.name}")
-        print(f"{'':28} {'images/s':>10} {'CPU ms/image':>13}   beside the refiner alone: wall, CPU")
+                    wall[name].append((after[0] - before[0]) / images_in)
+                    cpu[name].append((after[1] - before[1]) / images_in)
+        print(f"{count} images {height}x{width}, {rounds} rounds in turn, {cores} core(s), {title}")
+        print(f"{'':28} {'images/s, lowest to highest':>32} {'CPU ms/image':>24}")
         for name in sides:
-            rate = count / statistics.median(wall[name])
-            each = statistics.median(cpu[name]) / count * 1e3
-            shares = ratio(wall["refiner alone"], wall[name]), ratio(cpu["refiner alone"], cpu[name])
-            print(f"{name:28} {rate:10.1f} {each:13.3f}   {shares[0]:7.1%} {shares[1]:7.1%}")
+            print(f"{name:28} {spread([1 / each for each in wall[name]])} {spread([1e3 * each for each in cpu[name]])}")
+        for way in ("one call", "a core a batch"):
+            print(f"packed: {percent(wall[f'refiner, {way}'], wall['packed'])} of the refiner alone, {way}")
         for name in ("PNG folder", "JPEG folder"):
-            slower = [max(pair) for pair in zip(wall["refiner alone"], wall[f"codec alone, {name}"], strict=True)]
-            print(
-                f"{name}: {ratio(slower, wall[name]):.1%} of the slower of refiner and codec alone, "
-                f"{ratio(wall[f'loop of 1, {name}'], wall[name]):.2f} times the loop of 1 "
-                f"({ratio(cpu[f'loop of 1, {name}'], cpu[name]):.2f} by CPU seconds)"
-            )
+            codec_wall, codec_cpu = wall[f"codec alone, {name}"], cpu[f"codec alone, {name}"]
+            for way in ("one call", "a core a batch"):
+                slower = list(map(max, wall[f"refiner, {way}"], codec_wall))
+                print(f"{name}: {percent(slower, wall[name])} of the slower of refiner ({way}) and codec alone")
+            both = [sum(pair) for pair in zip(cpu["refiner, a core a batch"], codec_cpu, strict=True)]
+            print(f"{'':12}{percent(both, cpu[name])} of the CPU-seconds of both, one after the other")
+            if looped:
+                once = f"loop of 1, {name}"
+                print(f"{'':12}{spread(ratios(wall[once], wall[name]))} times the loop of 1; by CPU-seconds")
+                print(f"{'':12}{spread(ratios(cpu[once], cpu[name]))}")
         for name, report in tables.items():
             print(name)
             print_stages(report)
@@ -163,8 +186,22 @@ def compare(refiner_path: Path, loop_path: Path, count: int, height: int, width:
         shutil.rmtree(folder)
 
 
-def ratio(slow: list[float], fast: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+def ratios(slow: list[float], fast: list[float]) -> list[float]:
+    return [a / b for a, b in zip(slow, fast, strict=True)]
+
+
+def percent(slow: list[float], fast: list[float]) -> str:
+    low, middle, high = (f"{each:.1%}" for each in three(ratios(slow, fast)))
+    return f"{middle} ({low} to {high})"
+
+
+def spread(values: list[float]) -> str:
+    low, middle, high = three(values)
+    return f"{middle:10.2f} ({low:9.2f} to {high:9.2f})"
+
+
+def three(values: list[float]) -> tuple[float, float, float]:
+    return min(values), statistics.median(values), max(values)
 
 
 def packed(count: int, device: str) -> None:
@@ -263,8 +300,10 @@ def scale(count: int, entries: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_refine", description=__doc__)
-    parser.add_argument("--refiner", type=Path, help="a run or a refiner's file")
-    parser.add_argument("--loop-refiner", type=Path, help="of the obvious loops, if another: they have no exported one")
+    parser.add_argument("--refiner", type=Path, help="a run, a refiner's file or an exported one")
+    parser.add_argument("--precision", default="float32", help="of --refiner, where PyTorch runs it")
+    parser.add_argument("--loop-refiner", type=Path, help="of the obvious loops, if another (in float32)")
+    parser.add_argument("--loops", type=int, default=256, help="images of the obvious loops; 0: none of them")
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--size", type=int, nargs=2, default=(35, 55), help="height and width")
     parser.add_argument("--rounds", type=int, default=3)
@@ -281,7 +320,10 @@ def main() -> None:
     elif given.refiner is None:
         parser.error("--refiner must be given")
     else:
-        compare(given.refiner, given.loop_refiner or given.refiner, given.count, *given.size, given.rounds)
+        make = partial(load_refiner, given.refiner, precision=given.precision)
+        loops = partial(load_refiner, given.loop_refiner or given.refiner)
+        title = f"refiner {given.refiner.name}, {given.precision}"
+        compare(make, loops, title, given.count, min(given.loops, given.count), given.size, given.rounds)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ class Run:
         self.complete = complete
         self.partial = partial_of(output)
         self.state = state_of(output, is_file) if complete else self.partial / STATE
+        self._prefix = uuid.uuid4().hex
+        self._names = count()
 
     def committed(self) -> set[int]:
         """The blocks that are done. One listing, no manifest is read."""
@@ -105,7 +108,7 @@ class Run:
 
     def temporary(self) -> Path:
         """A new name under ``tmp/``, that of no other thread, process or machine."""
-        return self.state / "tmp" / uuid.uuid4().hex
+        return self.state / "tmp" / f"{self._prefix}.{next(self._names)}"
 
     def commit(self, block: int, header: dict[str, Any], lines: Iterable[str]) -> None:
         """Write a block's manifest. All of its files must have their names by now."""
@@ -117,11 +120,15 @@ class Run:
     def write_file(self, path: Path, data: bytes, *, flush: bool = False) -> None:
         """Write ``path`` at once or not at all; what is there is replaced, by the same bytes in an honest run."""
         temporary = self.temporary()
-        with temporary.open("xb") as file:
-            file.write(data)
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(file, left) :]
             if flush:
-                file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file)
+        finally:
+            os.close(file)
         rename(temporary, path)
 
     def headers(self) -> Iterator[dict[str, Any]]:
@@ -270,9 +277,7 @@ def is_published(output: Path, is_file: bool) -> bool:
 def _open_run(output: Path, settings: dict[str, Any], source: Any, is_file: bool) -> Run:
     partial, state = partial_of(output), state_of(output, is_file)
     if is_published(output, is_file):
-        source.attach(state)
-        identity = {**settings, **source.identity}
-        _compare(output, identity, read_json(state / "run.json"))
+        identity = _attach(output, state, settings, source)
         return Run(output, identity, source.blocks, is_file=is_file, complete=True)
     published = is_file and (partial / STATE / "done.json").exists()  # killed between its two renames
     if os.path.lexists(output) and not published:
@@ -303,9 +308,7 @@ def _open_run(output: Path, settings: dict[str, Any], source: Any, is_file: bool
                 with writing(output):
                     run.write_file(partial / STATE / "run.json", (json.dumps(record, indent=1) + "\n").encode())
                 return run
-            source.attach(partial / STATE)
-            identity = {**settings, **source.identity}
-            _compare(partial, identity, read_json(partial / STATE / "run.json"))
+            identity = _attach(partial, partial / STATE, settings, source)
             return Run(output, identity, source.blocks, is_file=is_file, complete=False)
     except BaseException:
         if not (partial / STATE / "run.json").exists():
@@ -339,13 +342,23 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     return map(json.loads, body.splitlines())
 
 
-def _compare(where: Path, identity: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raise InputError naming the first thing in which this run is not the one on record."""
+def _attach(where: Path, state: Path, settings: dict[str, Any], source: Any) -> dict[str, Any]:
+    """This run's identity. Raises InputError if it is not the run on record in ``state``."""
+    record = read_json(state / "run.json")
+    _compare(where, source.identity, record, source.identity)  # of another input's listing there is nothing to say
+    source.attach(state)
+    identity = {**settings, **source.identity}
+    _compare(where, identity, record, identity.keys() | record["identity"].keys())
+    return identity
+
+
+def _compare(where: Path, identity: dict[str, Any], record: dict[str, Any], keys: Iterable[str]) -> None:
+    """Raise InputError naming the first of ``keys`` in which this run is not the one on record."""
     identity = json.loads(json.dumps(identity))
     if record.get("format") != FORMAT:
         raise InputError(f"{printable(where)}: format must be {FORMAT!r}, got {record.get('format')!r}")
     theirs = record["identity"]
-    for key in sorted(identity.keys() | theirs.keys()):
+    for key in sorted(keys):
         if identity.get(key) != theirs.get(key):
             raise InputError(
                 f"{printable(where)}: is another run's output: its {key} is {printable(str(theirs.get(key)))}, "

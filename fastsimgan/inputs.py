@@ -67,7 +67,7 @@ class FolderInput:
     def __init__(self, path: Path, images: str | None = None) -> None:
         self.path = path
         self.images = images
-        self.identity: dict[str, Any] = {}
+        self.identity: dict[str, Any] = {"input": _absolute(path), "input kind": self.kind}
         self._offsets: list[int] = []
         self._listing = Path()
         self.counts = (0, 0)  # images, other files
@@ -106,8 +106,9 @@ class FolderInput:
         for position, line in enumerate(lines):
             image, *others = json.loads(line)
             names = [name for name in (image, *others) if name is not None]
-            parts = tuple(Part(name, self.path / name) for name in names)
-            yield RawUnit(position, parts, None if image is None else 0, self.path / names[0])
+            paths = [self.path / name for name in names]
+            parts = tuple(map(Part, names, paths))
+            yield RawUnit(position, parts, None if image is None else 0, paths[0])
 
     def block_sha256(self, block: int) -> str | None:
         """None: each file has its own in the manifest."""
@@ -122,8 +123,9 @@ class FolderInput:
         return f"{block:08d}.tar"
 
     def describe(self) -> str:
-        """What was found, in one line; sizes and depths are those of the first hundred images."""
+        """What was found, in one line; sizes, depths and sidecars are those of the first hundred images."""
         kinds: Counter[str] = Counter()
+        sidecars: Counter[str] = Counter()
         units = (unit for block in range(self.blocks) for unit in self.units(block) if unit.image is not None)
         for unit in islice(units, LOOKED_AT):
             try:
@@ -131,10 +133,14 @@ class FolderInput:
                 kinds[f"{header} {header.format}"] += 1
             except InputError:
                 kinds["not readable"] += 1
+            stem = len(unit.parts[0].name.rpartition(".")[0])
+            sidecars.update(part.name[stem:] for part in unit.parts[1:])
         listed = ", ".join(f"{count} {kind}" if len(kinds) > 1 else kind for kind, count in kinds.most_common(5))
         looked = f"first {LOOKED_AT}: " if self.counts[0] > LOOKED_AT else ""
+        beside = " ".join(printable(suffix) for suffix, _ in sidecars.most_common(8))
         return (
             f"{printable(self.path)}: folder, {self.counts[0]} images, {looked}{listed}, {self.counts[1]} other files"
+            + (f" (sidecars {beside})" if beside else "")
         )
 
     def _list(self, target: Path | None) -> dict[str, Any]:
@@ -171,9 +177,7 @@ class FolderInput:
         self._listing = (state / "listing.jsonl").absolute()
         self._offsets = facts["offsets"]
         self.counts = facts["images"], facts["others"]
-        self.identity = {
-            "input": _absolute(self.path),
-            "input kind": self.kind,
+        self.identity |= {
             "images": self.images,
             "units in a block": FILES_PER_BLOCK,
             "listing sha256": facts["sha256"],

@@ -266,7 +266,7 @@ class ArraysOutput:
         self.raw = run.partial / (run.output.name if kind == "npy" else "images.raw")
 
     def open_block(self, block: int) -> ArraysBlock:
-        """A block, filled in order by one thread."""
+        """A block, filled by one thread, in any order."""
         return ArraysBlock(self, block)
 
     def finish(self) -> dict[str, str]:
@@ -332,14 +332,22 @@ class ArraysBlock:
         first, _ = output.source.range(block)
         self._position = len(output.header) + first * output.row
         self._digest = hashlib.sha256()
+        self._next = 0
+        self._waiting: dict[int, np.ndarray] = {}
         with writing(output.run.output):
             # neither appended to nor cut: other workers write their own blocks
             self._file = os.fdopen(os.open(output.raw, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb", 0)
             if first == 0:
                 os.pwrite(self._file.fileno(), output.header, 0)
 
-    def put(self, images: np.ndarray) -> None:
-        """Write the next images ``[n, H, W(, C)]`` of the block."""
+    def put(self, number: int, images: np.ndarray) -> None:
+        """Write batch ``number`` of the block, ``[n, H, W(, C)]``; one that comes too early waits."""
+        self._waiting[number] = images
+        while self._next in self._waiting:
+            self._write(self._waiting.pop(self._next))
+            self._next += 1
+
+    def _write(self, images: np.ndarray) -> None:
         stored = np.ascontiguousarray(images.astype(self.output.source.arrays.stored_dtype, copy=False))
         data = stored.reshape(-1).view(np.uint8).data
         self._digest.update(data)
@@ -351,6 +359,7 @@ class ArraysBlock:
 
     def close(self) -> dict[str, Any]:
         """Flush to the disk; returns what else the manifest's first line is to say."""
+        assert not self._waiting
         with writing(self.output.run.output):
             os.fsync(self._file.fileno())
             self._file.close()

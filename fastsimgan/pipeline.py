@@ -1,7 +1,7 @@
 """Offline refinement as a pipeline: read and decode, refine, encode and write, commit. Imports no torch.
 
-Each stage has its own threads and a bounded queue before it, so that the slowest sets the speed. The refiner runs in
-the calling thread. In memory are a few batches of images, however many the input holds.
+Each stage has its own threads and a bounded queue before it, so that the slowest sets the speed. In memory are a few
+batches of images, however many the input holds.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -30,12 +30,15 @@ from fastsimgan.inputs import ArraysInput, Input, RawUnit
 from fastsimgan.outputs import ArraysBlock, ArraysOutput, FolderBlock, Output, PackedOutput, ShardBlock, sha256
 from fastsimgan.unpacking import UnpackedInput
 
-PIXELS_PER_BATCH = 1 << 20  # at most, whatever batch_size says: a network's features take hundreds of bytes a pixel
+PIXELS_PER_BATCH = 1 << 18  # at most, whatever batch_size says: a network's features take hundreds of bytes a pixel
 BYTES_AHEAD = 1 << 27  # of decoded images that wait to be put into batches
 BYTES_IN_BATCHES = 1 << 26  # of batches from the reader to the disk; one batch may be larger
 MEASURED = 1 << 18  # values whose change is measured at a time, so that they stay in the cache
 BATCHES_QUEUED = 2  # in a device: one in work and the next
-BATCHES_AHEAD = 3  # batches that wait for the refiner, and again for the encoders
+BATCHES_AHEAD = 3  # that wait for the refiner, and again for the encoders
+BLOCKS_OPEN = 4  # at most, from the reader to the commit
+UNITS_PER_TASK = 16  # at most, and BYTES_PER_TASK: handing one small image to another thread costs as much as its codec
+BYTES_PER_TASK = 1 << 17  # of pixels
 
 
 _Wait = Callable[[], tuple[np.ndarray, float]]
@@ -48,6 +51,16 @@ class ImageRefiner(Protocol):
 
     def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
         """``[N, H, W]`` or ``[N, H, W, C]``, uint8, uint16 or float32 in [0, 1] -> the same shape and type."""
+
+
+@runtime_checkable
+class ParallelRefiner(ImageRefiner, Protocol):
+    """A refiner that several threads call at a time: `fastsimgan.cores`."""
+
+    threads: int
+
+    def shared(self) -> AbstractContextManager[None]:
+        """Held by the thread that starts those threads, for as long as they call."""
 
 
 @runtime_checkable
@@ -101,6 +114,7 @@ class _Tally:
     source_sha256: str | None = None
     lines: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # by unit
     changes: dict[int, float] = field(default_factory=dict)  # by batch: sum over its images of mean |R(x) - x|
+    open: int = 1  # batches that have not been refined, and the reader if it is at the block
     images: int = 0
     failed: int = 0
     pending: list[Future[None]] = field(default_factory=list)
@@ -114,7 +128,13 @@ class _Batch:
     units: list[tuple[RawUnit, StoredImage, str]] | None = None  # with SHA-256 of the encoded input; None for arrays
 
 
-_Decoded = tuple[StoredImage | InputError | None, str]  # and the SHA-256 of the encoded bytes
+def _task_size(nbytes: int) -> int:
+    """Units in a task where each has ``nbytes`` of pixels."""
+    return max(1, min(UNITS_PER_TASK, BYTES_PER_TASK // max(1, nbytes)))
+
+
+_Decoded = tuple[RawUnit, StoredImage | InputError | None, str]  # and the SHA-256 of the encoded bytes
+_Units = list[tuple[RawUnit, StoredImage | None, str]]
 
 
 def _size(unit: RawUnit, image: StoredImage | InputError | None) -> int:
@@ -161,128 +181,141 @@ class Worker:
         self.report = report
         self.record = record or {}
         self.stages = Stages()
-        self.stages.threads = {"read, decode": threads, "refine": 1, "encode, write": threads, "commit": 1}
+        self._refining = refiner.threads if isinstance(refiner, ParallelRefiner) else 1
+        reading, writing = ("read, decode", threads), ("encode, write", threads)
         if isinstance(source, ArraysInput):
-            self.stages.threads = {"read": 1, "refine": 1, "write": 1, "commit": 1}
-            if isinstance(source, UnpackedInput):
-                self.stages.threads = {"read": 1, "refine": 1, "encode, write": threads, "commit": 1}
+            reading = "read", 1
+            if not isinstance(source, UnpackedInput):
+                writing = "write", 1
             if source.arrays.shape[0] != refiner.channels:
                 raise InputError(
                     f"{printable(source.path)}: images must have {refiner.channels} channel(s), as the refiner has, "
                     f"got {source.arrays.shape[0]}"
                 )
-        self._read_stage, _, self._write_stage, _ = self.stages.threads
+        self.stages.threads = dict([reading, ("refine", self._refining), writing, ("commit", 1)])
+        self._read_stage, self._write_stage = reading[0], writing[0]
         if isinstance(refiner, QueuedRefiner):
             self.stages.threads["device"] = 1
+        self._begin = time.perf_counter()
         self._stop = threading.Event()
+        self._failure: BaseException | None = None
         self._lock = threading.Lock()
+        self._telling = threading.Lock()
         self._held = 0
+        self._task = 1  # units to decode at a time
         self._room = threading.Condition()
         self._in_batches = 0
 
     def run(self, blocks: Iterable[int]) -> None:
         """Do each of ``blocks`` that can be claimed. Raises InputError at a bad image ("fail") or a full disk."""
-        self._begin = time.perf_counter()
         self._stop.clear()
+        self._failure = None
         self._held = self._in_batches = 0
         self._claims: list[Claim] = []
-        ready: queue.Queue[tuple[str, Any]] = queue.Queue(BATCHES_AHEAD)
-        self._slots = threading.Semaphore(BATCHES_AHEAD)
+        ahead = BATCHES_AHEAD + self._refining - 1
+        ready: queue.Queue[_Batch | None] = queue.Queue(ahead)
+        self._slots = threading.Semaphore(ahead)
+        self._blocks = threading.Semaphore(BLOCKS_OPEN)
+        reader = ThreadPoolExecutor(1, "read")
         self._decoders = ThreadPoolExecutor(self.threads, "decode")
+        refiners = ThreadPoolExecutor(self._refining, "refine")
         # arrays are written, and hashed, in order
         self._encoders = ThreadPoolExecutor(1 if isinstance(self.output, ArraysOutput) else self.threads, "encode")
-        committer = ThreadPoolExecutor(1, "commit")
-        commits: deque[Future[None]] = deque()
-        queued: deque[tuple[_Batch, _Wait] | _Tally] = deque()  # in the device, and ends of blocks among them, in order
-
-        def take_first() -> None:
-            first = queued.popleft()
-            if isinstance(first, _Tally):
-                commits.append(committer.submit(self._commit, first))
-            else:
-                self._finish(*first)
-
-        reader = threading.Thread(target=self._read, args=(blocks, ready), daemon=True)
-        reader.start()
+        self._committer = ThreadPoolExecutor(1, "commit")
         try:
-            while True:
-                while commits and (commits[0].done() or len(commits) > BATCHES_AHEAD):
-                    commits.popleft().result()
-                # what is queued keeps the reader waiting for room: where nothing comes, it goes on
-                if queued and (ready.empty() or len(queued) >= BATCHES_QUEUED or isinstance(queued[0], _Tally)):
-                    take_first()
-                    continue
-                kind, item = ready.get()
-                if kind == "batch":
-                    if isinstance(self.refiner, QueuedRefiner):
-                        with self.stages.time("refine"):
-                            queued.append((item, self.refiner.begin(item.pixels)))
-                    else:
-                        self._refine(item)
-                elif kind == "end":
-                    queued.append(item)
-                elif kind == "error":
-                    raise item
+            with self.refiner.shared() if isinstance(self.refiner, ParallelRefiner) else nullcontext():
+                self._start(reader, self._read, blocks, ready)
+                if self._refining > 1:
+                    wait([self._start(refiners, self._refine_all, ready) for _ in range(self._refining)])
                 else:
-                    break
-            while queued:
-                take_first()
-            for commit in commits:
-                commit.result()
+                    self._refine_all(ready)
+            if not self._stop.is_set():
+                self._committer.shutdown()  # waits for the last
+        except _Stopped:
+            pass
         finally:
             self._stop.set()
-            for pool in (self._decoders, self._encoders, committer):
+            for pool in (self._decoders, self._encoders, self._committer, refiners, reader):
                 pool.shutdown(cancel_futures=True)
-            reader.join()
             for claim in self._claims:
                 claim.release()
+        if self._failure is not None:
+            raise self._failure
+
+    def _start(self, pool: ThreadPoolExecutor, work: Callable[..., None], *arguments: Any) -> Future[None]:
+        """Have ``pool`` do something; if it fails, all is given up."""
+
+        def look(future: Future[None]) -> None:
+            error = None if future.cancelled() else future.exception()
+            if error is not None and not self._stop.is_set():
+                self._failure = error
+                self._stop.set()
+
+        future = pool.submit(work, *arguments)
+        future.add_done_callback(look)
+        return future
 
     # --- read, decode
 
-    def _read(self, blocks: Iterable[int], ready: queue.Queue[tuple[str, Any]]) -> None:
-        """The reading thread: batches of one block after another into ``ready``."""
+    def _read(self, blocks: Iterable[int], ready: queue.Queue[_Batch | None]) -> None:
+        """The reading thread: batches of one block after another into ``ready``, and None at the end."""
+        for block in blocks:
+            self._until(lambda: self._blocks.acquire(timeout=0.5))
+            claim = self.output_run.claim(block)
+            if claim is None:
+                self._blocks.release()
+                continue
+            self._claims = [held for held in self._claims if held.held] + [claim]
+            tally = _Tally(claim, self.output.open_block(block))
+            for batch in self._array_batches(tally) if isinstance(self.source, ArraysInput) else self._batches(tally):
+                self._take_room(batch.pixels.nbytes)
+                with self._lock:
+                    tally.open += 1
+                self._put_ready(ready, batch)
+                del batch
+            self._close(tally)
+        self._put_ready(ready, None)
 
-        def put(kind: str, item: Any = None) -> None:
-            while not self._stop.is_set():
-                try:
-                    return ready.put((kind, item), timeout=0.5)
-                except queue.Full:
-                    pass
-            raise _Stopped
+    def _until(self, true: Callable[[], bool]) -> None:
+        """Call ``true``, which waits a little, again and again until it is so or the run is given up."""
+        while not true():
+            if self._stop.is_set():
+                raise _Stopped
 
-        try:
-            for block in blocks:
-                claim = self.output_run.claim(block)
-                if claim is None:
-                    continue
-                self._claims = [held for held in self._claims if held.held] + [claim]
-                tally = _Tally(claim, self.output.open_block(block))
-                batches = self._array_batches(tally) if isinstance(self.source, ArraysInput) else self._batches(tally)
-                for batch in batches:
-                    with self._room:
-                        while self._in_batches and self._in_batches + batch.pixels.nbytes > BYTES_IN_BATCHES:
-                            self._room.wait(0.5)
-                            if self._stop.is_set():
-                                raise _Stopped
-                        self._in_batches += batch.pixels.nbytes
-                    put("batch", batch)
-                    del batch
-                put("end", tally)
-            put("done")
-        except _Stopped:
-            pass
-        except BaseException as error:
+    def _put_ready(self, ready: queue.Queue[_Batch | None], batch: _Batch | None) -> None:
+        def put() -> bool:
             try:
-                put("error", error)
-            except _Stopped:
-                pass
+                ready.put(batch, timeout=0.5)
+                return True
+            except queue.Full:
+                return False
+
+        self._until(put)
+
+    def _take_room(self, size: int) -> None:
+        with self._room:
+
+            def fits() -> bool:
+                return not self._in_batches or self._in_batches + size <= BYTES_IN_BATCHES
+
+            self._until(lambda: self._room.wait_for(fits, 0.5))
+            self._in_batches += size
+
+    def _close(self, tally: _Tally) -> None:
+        """One of those that have a block open is done with it; the last hands it to the committer."""
+        with self._lock:
+            tally.open -= 1
+            if tally.open:
+                return
+        commit = self._start(self._committer, self._commit, tally)
+        commit.add_done_callback(lambda _: self._blocks.release())
 
     def _array_batches(self, tally: _Tally) -> Iterator[_Batch]:
         assert isinstance(self.source, ArraysInput)
         arrays = self.source.arrays
         if isinstance(self.source, UnpackedInput) and tally.claim.block >= self.source.image_blocks:
             for unit in self.source.files_alone(tally.claim.block):
-                self._submit(tally, self._put, tally, unit, None, "")
+                self._submit(tally, self._put, tally, [(unit, None, "")])
             return
         first, end = self.source.range(tally.claim.block)
         with self.stages.time(self._read_stage):
@@ -337,7 +370,7 @@ class Worker:
                 self._leave_out(tally, unit, image, digest)
                 continue
             if image is None:
-                self._submit(tally, self._put, tally, unit, None, "")
+                self._submit(tally, self._put, tally, [(unit, None, "")])
                 continue
             kind = image.header.shape, image.header.dtype
             group = waiting.setdefault(kind, [])
@@ -357,51 +390,71 @@ class Worker:
         """Images of ``shape`` in a full batch."""
         return max(1, min(self.batch_size, PIXELS_PER_BATCH // (shape[0] * shape[1])))
 
-    def _decoded(self, units: Iterable[RawUnit]) -> Iterator[tuple[RawUnit, StoredImage | InputError | None, str]]:
+    def _decoded(self, units: Iterable[RawUnit]) -> Iterator[_Decoded]:
         """Each unit with its decoded image (None without one) or what is wrong with it; in order, in threads."""
-        waiting: deque[tuple[RawUnit, Future[_Decoded]]] = deque()
+        waiting: deque[tuple[int, Future[list[_Decoded]]]] = deque()
+        number = 0  # of units that wait
+        task: list[RawUnit] = []
 
-        def first() -> tuple[RawUnit, StoredImage | InputError | None, str]:
-            unit, future = waiting.popleft()
-            image, digest = future.result()
-            self._hold(-_size(unit, image))
-            return unit, image, digest
+        def submit() -> None:
+            nonlocal task
+            if task:
+                waiting.append((len(task), self._decoders.submit(self._decode_all, task)))
+                task = []
+
+        def first() -> Iterator[_Decoded]:
+            nonlocal number
+            units, future = waiting.popleft()
+            number -= units
+            for unit, image, digest in future.result():
+                self._hold(-_size(unit, image))
+                yield unit, image, digest
 
         for unit in units:
             self._hold(_size(unit, None))
-            waiting.append((unit, self._decoders.submit(self._decode, unit)))
-            while len(waiting) > 4 * self.batch_size or (len(waiting) > self.threads and self._held > BYTES_AHEAD):
-                yield first()
+            number += 1
+            task.append(unit)
+            if len(task) >= self._task:
+                submit()
+            while waiting and (
+                number > 4 * self.batch_size or (number > self.threads * self._task and self._held > BYTES_AHEAD)
+            ):
+                yield from first()
+        submit()
         while waiting:
-            yield first()
+            yield from first()
 
     def _hold(self, size: int) -> None:
         """Count bytes that wait for the refiner."""
         with self._lock:
             self._held += size
 
-    def _decode(self, unit: RawUnit) -> _Decoded:
-        """A unit's decoded image and the SHA-256 of its encoded bytes."""
-        if unit.image is None:
-            return None, ""
-        digest = ""
+    def _decode_all(self, units: list[RawUnit]) -> list[_Decoded]:
+        """Units' decoded images and the SHA-256 of their encoded bytes."""
         with self.stages.time(self._read_stage):
-            try:
-                data = unit.parts[unit.image].read()
-                digest = sha256(data)
-                image = decode_image(data, unit.where)
-                channels = image.pixels.shape[2] if image.pixels.ndim == 3 else 1
-                if channels != self.refiner.channels:
-                    raise InputError(
-                        f"{printable(unit.where)}: must have {self.refiner.channels} channel(s), as the refiner has, "
-                        f"got {channels}"
-                    )
-                if isinstance(self.output, PackedOutput):
-                    self.output.check(image.header, unit.where)
-                self._hold(image.pixels.nbytes)
-                return image, digest
-            except InputError as error:
-                return error, digest
+            return [self._decode(unit) for unit in units]
+
+    def _decode(self, unit: RawUnit) -> _Decoded:
+        if unit.image is None:
+            return unit, None, ""
+        digest = ""
+        try:
+            data = unit.parts[unit.image].read()
+            digest = sha256(data)
+            image = decode_image(data, unit.where)
+            channels = image.pixels.shape[2] if image.pixels.ndim == 3 else 1
+            if channels != self.refiner.channels:
+                raise InputError(
+                    f"{printable(unit.where)}: must have {self.refiner.channels} channel(s), as the refiner has, "
+                    f"got {channels}"
+                )
+            if isinstance(self.output, PackedOutput):
+                self.output.check(image.header, unit.where)
+            self._task = _task_size(image.pixels.nbytes)
+            self._hold(image.pixels.nbytes)
+            return unit, image, digest
+        except InputError as error:
+            return unit, error, digest
 
     def _leave_out(self, tally: _Tally, unit: RawUnit, error: InputError, digest: str) -> None:
         assert not isinstance(tally.sink, ArraysBlock)
@@ -412,10 +465,37 @@ class Worker:
 
     # --- refine
 
-    def _refine(self, batch: _Batch) -> None:
-        with self.stages.time("refine"):
-            refined = self.refiner(batch.pixels, len(batch.pixels))
-        self._hand_on(batch, refined)
+    def _refine_all(self, ready: queue.Queue[_Batch | None]) -> None:
+        """A refining thread: every batch of ``ready`` until the end, which it leaves there for the others."""
+        queued: deque[tuple[_Batch, _Wait]] = deque()  # in the device, in order
+        while True:
+            # what is queued keeps the reader waiting for room: where nothing comes, it goes on
+            if queued and (ready.empty() or len(queued) >= BATCHES_QUEUED):
+                self._finish(*queued.popleft())
+                continue
+            batch = self._take_ready(ready)
+            if batch is None:
+                break
+            if isinstance(self.refiner, QueuedRefiner):
+                with self.stages.time("refine"):
+                    queued.append((batch, self.refiner.begin(batch.pixels)))
+            else:
+                with self.stages.time("refine"):
+                    refined = self.refiner(batch.pixels, len(batch.pixels))
+                self._hand_on(batch, refined)
+                del refined
+            del batch
+        ready.put(None)
+        while queued:
+            self._finish(*queued.popleft())
+
+    def _take_ready(self, ready: queue.Queue[_Batch | None]) -> _Batch | None:
+        while not self._stop.is_set():
+            try:
+                return ready.get(timeout=0.5)
+            except queue.Empty:
+                pass
+        raise _Stopped
 
     def _finish(self, batch: _Batch, wait: _Wait) -> None:
         """Wait for a batch that a device has in work."""
@@ -430,28 +510,32 @@ class Worker:
             raise TypeError(
                 f"refiner must return {images.dtype}{list(images.shape)}, got {refined.dtype}{list(refined.shape)}"
             )
-        self._slots.acquire()
+        self._until(lambda: self._slots.acquire(timeout=0.5))
         tally = batch.tally
-        tally.images += len(images)
+        with self._lock:
+            tally.images += len(images)
         self._tell(len(images), 0)
-        first = self._submit(tally, self._measure, batch, refined)
+        last = self._submit(tally, self._measure, batch, refined)
         if batch.units is None:
-            last = self._submit(tally, self._put_array, tally, refined)
+            last = self._submit(tally, self._put_array, batch, refined)
         else:
-            last = first
-            tasks = []
-            for (unit, image, digest), pixels in zip(batch.units, refined, strict=True):
-                tasks.append(self._submit(tally, self._put, tally, unit, replace(image, pixels=pixels), digest))
-            last = tasks[-1]
-        size = images.nbytes
+            size = _task_size(refined[0].nbytes)
+            for first in range(0, len(refined), size):
+                units: _Units = []
+                for index in range(first, min(first + size, len(refined))):
+                    unit, image, digest = batch.units[index]
+                    units.append((unit, replace(image, pixels=refined[index]), digest))
+                last = self._submit(tally, self._put, tally, units)
+        room = images.nbytes
 
         def written(_: Future[None]) -> None:
             self._slots.release()
             with self._room:
-                self._in_batches -= size
+                self._in_batches -= room
                 self._room.notify()
 
         last.add_done_callback(written)
+        self._close(tally)
 
     # --- encode, write
 
@@ -470,18 +554,19 @@ class Worker:
                 total += float(np.abs(np.subtract(new[part], old[part], dtype=wide)).sum(dtype=np.float64))
             batch.tally.changes[batch.number] = total / refined[0].size * 255 / WHITE[refined.dtype.name]
 
-    def _put(self, tally: _Tally, unit: RawUnit, image: StoredImage | None, digest: str) -> None:
+    def _put(self, tally: _Tally, units: _Units) -> None:
         assert not isinstance(tally.sink, ArraysBlock)
         with self.stages.time(self._write_stage):
-            lines = tally.sink.put(unit, image)
-            if unit.image is not None:
-                lines[unit.image]["from"] = digest
-            tally.lines[unit.position] = lines
+            for unit, image, digest in units:
+                lines = tally.sink.put(unit, image)
+                if unit.image is not None:
+                    lines[unit.image]["from"] = digest
+                tally.lines[unit.position] = lines
 
-    def _put_array(self, tally: _Tally, refined: np.ndarray) -> None:
-        assert isinstance(tally.sink, ArraysBlock)
+    def _put_array(self, batch: _Batch, refined: np.ndarray) -> None:
+        assert isinstance(batch.tally.sink, ArraysBlock)
         with self.stages.time(self._write_stage):
-            tally.sink.put(refined)
+            batch.tally.sink.put(batch.number, refined)
 
     # --- commit
 
@@ -505,9 +590,10 @@ class Worker:
         self._tell(tally.failed, 1)
 
     def _tell(self, images: int, blocks: int) -> None:
-        seconds = time.perf_counter() - self._begin
-        self.report(Progress(images, blocks, seconds, dict(self.stages.busy), self.stages.threads))
+        with self._telling:  # one at a time, whichever thread has something to tell
+            seconds = time.perf_counter() - self._begin
+            self.report(Progress(images, blocks, seconds, dict(self.stages.busy), self.stages.threads))
 
 
 class _Stopped(FastSimGANError):
-    """The run was given up while the reader waited."""
+    """The run was given up while a thread waited."""

@@ -128,7 +128,8 @@ def refine(config: RefineConfig) -> int:
     print_stages(report)
     print(
         f"{printable(config.output)}: {report.images} images ({report.failed} skipped), {report.others} other files; "
-        f"{report.now} in {report.seconds:.1f} s, {report.now / report.seconds:.0f} images/s, "
+        f"{report.now} in {report.seconds:.1f} s, {report.now / (report.working or report.seconds):.0f} images/s once "
+        f"loaded, "
         f"mean |R(x) - x| {report.mean_change:.2f} grey levels of 255, "
         f"refiner sha256 {run.identity['refiner sha256']}"
     )
@@ -138,7 +139,7 @@ def refine(config: RefineConfig) -> int:
 def print_stages(report: Report) -> None:
     """Each stage's share of its threads' time, and which is the limit."""
     shares = {
-        stage: report.busy.get(stage, 0.0) / report.seconds / threads for stage, threads in report.threads.items()
+        stage: report.busy.get(stage, 0.0) / report.working / threads for stage, threads in report.threads.items()
     }
     for stage, share in shares.items():
         limit = "  <- the limit" if share == max(shares.values()) else ""

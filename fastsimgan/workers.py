@@ -60,6 +60,7 @@ class Report:
     mean_change: float = 0.0  # mean of |R(x) - x| over pixels and images, in grey levels of 255, whatever the bit depth
     now: int = 0  # images of this call
     seconds: float = 0.0  # of this call
+    working: float = 0.0  # of the worker that was at work longest, once its refiner was loaded
     busy: dict[str, float] = field(default_factory=dict)  # seconds that the threads of each stage were at work
     threads: dict[str, int] = field(default_factory=dict)
 
@@ -72,6 +73,8 @@ def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
     """The job's refiner: several workers share the CUDA devices out among them, or else the cores."""
     import torch
 
+    from fastsimgan.cores import CoreRefiner
+    from fastsimgan.device import choose_device
     from fastsimgan.runtime import load_refiner
     from fastsimgan.runtime.streamed import StreamedRefiner
 
@@ -80,8 +83,10 @@ def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
         torch.set_num_threads(cores(workers))
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{worker % torch.cuda.device_count()}"
-    refiner = load_refiner(job.refiner, device=device, precision=job.precision, trust_engine=job.trust_engine)
-    return StreamedRefiner(refiner) if refiner.device.type == "cuda" else refiner
+    load_it = partial(load_refiner, job.refiner, device=device, precision=job.precision, trust_engine=job.trust_engine)
+    if choose_device(device).type == "cpu":
+        return CoreRefiner(load_it, cores(workers))
+    return StreamedRefiner(load_it())
 
 
 def cores(workers: int) -> int:
@@ -283,6 +288,7 @@ def refine(
         raise
     totals = run.totals()
     for part in stages.values():
+        report.working = max(report.working, part.seconds)
         for stage, seconds in part.busy.items():
             report.busy[stage] = report.busy.get(stage, 0.0) + seconds
         for stage, threads in part.threads.items():

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ def load_invert(job: Job, worker: int, workers: int) -> Invert:
     if "MARK" in os.environ:
         Path(os.environ["MARK"]).touch()  # a worker is about to claim its first block
     return Invert(float(os.environ.get("DELAY", "0")))
+
+
+class Inverts(Invert):
+    """Called by two threads at a time."""
+
+    threads = 2
+
+    def shared(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def load_inverts(job: Job, worker: int, workers: int) -> Invert:
+    return Inverts(2 * load_invert(job, worker, workers).delay)
 
 
 def load_dying(job: Job, worker: int, workers: int) -> Invert:
@@ -206,6 +220,18 @@ def test_a_complete_output_is_left_as_it_is(model: Path, tmp_path: Path) -> None
     report = refine(job, loader=load_mortal)
     assert (report.images, report.now) == (10, 0)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize("state", ["complete", "unfinished"])
+def test_another_inputs_output_is_refused_by_the_inputs_names(state: str, model: Path, tmp_path: Path) -> None:
+    job = Job(model, make_folder(tmp_path / "in", 10), tmp_path / "out")
+    refine(job, loader=load_invert) if state == "complete" else start(job)
+    where = tmp_path / ("out" if state == "complete" else "out.partial")
+    with pytest.raises(InputError) as caught:
+        start(replace(job, input=make_folder(tmp_path / "other", 12)))
+    assert str(caught.value) == (
+        f"{where}: is another run's output: its input is {tmp_path}/in, here it is {tmp_path}/other"
+    )
 
 
 @pytest.mark.parametrize("state", ["complete", "unfinished"])
@@ -451,12 +477,14 @@ if __name__ in ("__main__", "__mp_main__"):
     inputs.BYTES_PER_BLOCK = 10 * 35
 if __name__ == "__main__":
     job = Job(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), batch_size=5, to=sys.argv[5])
-    refine(job, workers=int(sys.argv[4]), loader=test_blocks.load_invert)
+    refine(job, workers=int(sys.argv[4]), loader=test_blocks.load_inverts)
 """
 
 
 def test_kills(model: Path, tmp_path: Path, small_blocks: None) -> None:
-    """Whole process groups are killed at random moments; with another number of workers at every start."""
+    """Whole process groups are killed at random moments; with another number of workers at every start. Those that are
+    killed refine in two threads, the run to compare with in one.
+    """
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(tests=os.path.dirname(__file__)))
     rng = random.Random(int(os.environ.get("FASTSIMGAN_KILL_SEED", "0")))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import threading
 import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,13 @@ import torch
 from PIL import Image
 
 from fastsimgan import inputs, pipeline
+from fastsimgan.blocks import Run, state_of
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.images import read_image
 from fastsimgan.errors import InputError
 from fastsimgan.models.refiner import Refiner
+from fastsimgan.outputs import FolderBlock
 from fastsimgan.runtime import save_refiner
 from fastsimgan.verification import verify
 from fastsimgan.workers import Job, Report, refine, start
@@ -145,6 +150,82 @@ def test_images_larger_than_all_that_may_wait_go_through_a_device(
     monkeypatch.setattr(pipeline, "BYTES_IN_BATCHES", 10)
     np.save(tmp_path / "in.npy", noise(6, 5, 7))
     assert refine_source(tmp_path / "in.npy", Device(invert), tmp_path / "out.npy", batch_size=1).images == 6
+
+
+class Several(Fake):
+    """A refiner that three threads call at a time; its batches end in another order than they began."""
+
+    threads = 3
+
+    def __init__(self, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        super().__init__(change)
+        self.begun = itertools.count()
+        self.together = self.most = 0
+
+    def shared(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
+        self.together += 1
+        self.most = max(self.most, self.together)
+        time.sleep(0.02 if next(self.begun) % 3 == 0 else 0.002)
+        self.together -= 1
+        return super().__call__(images, batch_size)
+
+
+@pytest.mark.parametrize("kind", ["folder", "npy", "to npz", "to shards", "to folder"])
+def test_batches_may_end_in_any_order(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 20)
+    monkeypatch.setattr(inputs, "BYTES_PER_BLOCK", 20 * 35)
+    images = noise(90, 5, 7)
+    source = tmp_path / ("in.npy" if kind in ("npy", "to folder") else "in")
+    for i, image in enumerate(images):
+        if source.suffix != ".npy":
+            save(source / f"{i}.png", image)
+            (source / f"{i}.txt").write_text(str(i))
+    if source.suffix == ".npy":
+        np.save(source, images)
+    to = kind.removeprefix("to ") if kind.startswith("to ") else "same"
+    suffix = {"npy": ".npy", "to npz": ".npz"}.get(kind, "")
+    outputs = [tmp_path / f"{name}{suffix}" for name in ("several", "one")]
+    several = Several(invert)
+    report = refine_source(source, several, outputs[0], batch_size=4, to=to)
+    assert report.images == 90 and several.most == 3 and report.threads["refine"] == 3
+    refine_source(source, Fake(invert), outputs[1], batch_size=4, to=to)
+    if suffix:
+        assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    else:
+        assert tree(outputs[0]) == tree(outputs[1])
+    manifests = [state_of(output, bool(suffix)) / "blocks" for output in outputs]
+    assert [path.read_bytes() for path in sorted(manifests[0].iterdir())] == [
+        path.read_bytes() for path in sorted(manifests[1].iterdir())
+    ]
+
+
+@pytest.mark.parametrize("where", ["refiner", "write", "commit"])
+def test_a_failure_in_any_thread_ends_the_run(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 20)
+    for i, image in enumerate(noise(90, 5, 7)):
+        save(tmp_path / "in" / f"{i}.png", image)
+    calls, before = itertools.count(), threading.active_count()
+
+    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(calls) >= 2:
+                raise OSError(28, "No space left on device")
+            return function(*arguments, **options)
+
+        return call
+
+    refiner = Several(failing(invert) if where == "refiner" else invert)
+    if where == "write":
+        monkeypatch.setattr(FolderBlock, "put", failing(FolderBlock.put))
+    if where == "commit":
+        monkeypatch.setattr(Run, "commit", failing(Run.commit))
+    with pytest.raises(OSError, match="No space left"):
+        refine_source(tmp_path / "in", refiner, tmp_path / "out", batch_size=4)
+    assert not (tmp_path / "out").exists()
+    assert threading.active_count() == before
 
 
 @pytest.mark.gpu

@@ -57,13 +57,14 @@ def test_folder(refiner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
             assert (tmp_path / "out" / f"{kind}_{i}.json").read_text() == f'{{"gaze": "{i}"}}'
             change.append(np.abs(refined.astype(float) - images[i]).mean() * 255 / np.iinfo(kind).max)
     described, *stages, summary = capsys.readouterr().out.splitlines()
-    assert (
-        described == f"{tmp_path}/in: folder, 6 images, 3 35x55 8-bit grey PNG, 3 35x55 16-bit grey PNG, 6 other files"
+    assert described == (
+        f"{tmp_path}/in: folder, 6 images, 3 35x55 8-bit grey PNG, 3 35x55 16-bit grey PNG, 6 other files "
+        f"(sidecars .json)"
     )
     assert len(stages) == 4 and sum("<- the limit" in line for line in stages) == 1
     assert summary.startswith(f"{tmp_path}/out: 6 images (0 skipped), 6 other files; 6 in ")
     assert f"refiner sha256 {hashlib.sha256(refiner.read_bytes()).hexdigest()}" in summary
-    found = re.search(r"([\d.]+) images/s, mean \|R\(x\) - x\| ([\d.]+) grey levels of 255", summary)
+    found = re.search(r"([\d.]+) images/s once loaded, mean \|R\(x\) - x\| ([\d.]+) grey levels of 255", summary)
     assert found is not None
     assert float(found[2]) == pytest.approx(np.mean(change), abs=0.01)
 

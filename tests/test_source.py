@@ -22,7 +22,15 @@ from PIL import Image
 from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.files import copy_file, natural_key, printable, staged
 from fastsimgan.data.folder import FolderImages
-from fastsimgan.data.images import Header, StoredImage, read_image, write_image
+from fastsimgan.data.images import (
+    Header,
+    StoredImage,
+    _decode_plain,
+    decode_image,
+    encode_image,
+    read_image,
+    write_image,
+)
 from fastsimgan.data.source import open_images
 from fastsimgan.data.threads import in_threads
 from fastsimgan.data.values import from_float, to_float
@@ -33,6 +41,7 @@ GREY8 = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
 RGB8 = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY16 = RNG.integers(0, 65536, (5, 7), dtype=np.uint16)
 RGB16 = RNG.integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"
 
 
 def png_bytes(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
@@ -221,24 +230,88 @@ def test_big_endian_tiff(tmp_path: Path) -> None:
     assert np.array_equal(image.pixels, GREY16)
 
 
-@pytest.mark.parametrize("colour", ["grey", "RGB"])
-@pytest.mark.parametrize("options", [{"quality": 75}, {"quality": 95, "subsampling": 0}, {"progressive": True}])
+def pillow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastsimgan.data.images.simplejpeg", None)
+    monkeypatch.setattr("fastsimgan.data.images.cv2", None)
+
+
+PLAIN = [
+    ("PNG", {}), ("PNG", {"compress_level": 9}), ("JPEG", {"quality": 75}), ("JPEG", {"comment": b"by hand"}),
+    ("JPEG", {"quality": 95, "subsampling": 0}), ("JPEG", {"progressive": True}),
+]  # fmt: skip
+SPECIAL = [("PNG", {"dpi": (72, 72)}), ("JPEG", {"dpi": (90, 90)}), ("JPEG", {"exif": EXIF}), ("PNG", {"exif": EXIF})]
+
+
+FAST = [(pixels, *case) for case in PLAIN + SPECIAL for pixels in (GREY8, RGB8)]
+FAST += [(GREY16, "PNG", {}), (RGB16, "PNG", {})]
+
+
+@pytest.mark.parametrize(("pixels", "kind", "options"), FAST)
 def test_fast_codecs_change_no_pixel(
-    colour: str, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pixels: np.ndarray, kind: str, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("simplejpeg", reason="simplejpeg is not installed")
     pytest.importorskip("cv2", reason="opencv is not installed")
-    shape = (37, 53) if colour == "grey" else (37, 53, 3)
-    noise = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "a.jpg", **options)
-    write_image(tmp_path / "a.png", StoredImage(noise, Header(shape, "uint8", "PNG")))
-    deep = noise.astype(np.uint16) * 257
-    write_image(tmp_path / "b.png", StoredImage(deep, Header(shape, "uint16", "PNG")))
-    fast = read_image(tmp_path / "a.jpg").pixels
-    monkeypatch.setattr("fastsimgan.data.images.simplejpeg", None)
-    assert np.array_equal(read_image(tmp_path / "a.jpg").pixels, fast)
-    assert np.array_equal(read_image(tmp_path / "a.png").pixels, noise)
-    assert np.array_equal(read_image(tmp_path / "b.png").pixels, deep)
+    path = tmp_path / f"a.{kind.lower()}"
+    if pixels.dtype == np.uint16:
+        write_image(path, StoredImage(pixels, Header(pixels.shape, "uint16", "PNG")))
+    else:
+        path.write_bytes(encode(pixels, kind, **options))
+    data = path.read_bytes()
+    plain = _decode_plain(data, path.suffix)
+    assert (plain is None) == ((kind, options) in SPECIAL)
+    fast = read_image(path)
+    again = encode_image(fast)
+    pillow_alone(monkeypatch)
+    slow = read_image(path)
+    assert np.array_equal(slow.pixels, fast.pixels)
+    assert (slow.header, slow.extras, slow.pixels.dtype) == (fast.header, fast.extras, fast.pixels.dtype)
+    if kind == "PNG":
+        assert np.array_equal(decode_image(again, path).pixels, slow.pixels)
+    else:
+        assert again == encode_image(slow)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_fast_codecs_judge_damage_as_pillow_does(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(2)
+    path = tmp_path / f"a.{kind.lower()}"
+
+    def found(data: bytes) -> object:
+        try:
+            image = decode_image(data, path)
+        except InputError as error:
+            return str(error)
+        return image.header, image.extras, image.pixels.tobytes()
+
+    for number in range(300):
+        data = bytearray(encode(GREY8 if number % 2 else RGB8, kind))
+        for _ in range(rng.integers(1, 4)):
+            data[rng.integers(len(data))] = rng.integers(256)
+        if number % 3 == 0:
+            del data[rng.integers(len(data)) :]
+        if kind == "PNG" and number % 5:
+            data = bytearray(mend_checksums(bytes(data)))
+        fast = found(bytes(data))
+        with monkeypatch.context() as patch:
+            pillow_alone(patch)
+            assert found(bytes(data)) == fast, number
+    capfd.readouterr()  # libpng's own complaints
+
+
+def mend_checksums(data: bytes) -> bytes:
+    """A PNG's chunks with the checksums that their bytes have."""
+    position, mended = 8, bytearray(data)
+    while position + 12 <= len(data):
+        end = position + 12 + struct.unpack_from(">I", data, position)[0]
+        if end > len(data):
+            break
+        struct.pack_into(">I", mended, end - 4, zlib.crc32(data[position + 4 : end - 4]))
+        position = end
+    return bytes(mended)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

@@ -21,6 +21,8 @@ from fastsimgan.data.room import room_for
 from fastsimgan.data.threads import in_threads
 from fastsimgan.errors import InputError
 
+BUFFER = 1 << 20  # bytes read of a shard at a time
+
 Member = tuple[tarfile.TarInfo, bytes]
 
 
@@ -158,7 +160,10 @@ def _is_image(name: str, images: str | None) -> bool:
 def read_members(path: Path) -> Iterator[Member]:
     """Every file and folder of one tar with its bytes, in order. Raises InputError as `read_samples` does."""
     try:
-        with tarfile.open(path, "r:", errors="surrogateescape") as tar:
+        with (
+            path.open("rb", buffering=BUFFER) as raw,
+            tarfile.open(fileobj=raw, mode="r:", errors="surrogateescape") as tar,
+        ):
             for info in tar:
                 if info.isdir():
                     yield info, b""
@@ -180,10 +185,9 @@ def read_members(path: Path) -> Iterator[Member]:
                     raise InputError(f"{printable(path)}: cut short within {printable(info.name)}")
                 yield info, data
             # tarfile takes a file that ends anywhere between two members for a whole one
-            with path.open("rb") as raw:
-                raw.seek(tar.offset)
-                if raw.read(512) != bytes(512):
-                    raise InputError(f"{printable(path)}: must end with an end-of-archive mark, got a truncated tar")
+            raw.seek(tar.offset)
+            if raw.read(512) != bytes(512):
+                raise InputError(f"{printable(path)}: must end with an end-of-archive mark, got a truncated tar")
     except (tarfile.TarError, EOFError) as error:
         raise InputError(f"{printable(path)}: cannot be read as tar: {printable(str(error))}") from error
     except OSError as error:
