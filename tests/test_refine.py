@@ -156,3 +156,19 @@ def test_help_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "JPEG of quality 95" in " ".join(done.stdout.split())
+
+
+def test_an_output_is_of_one_precision(
+    refiner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastsimgan.runtime.backend.cpu_has_bfloat16", lambda: True)  # any CPU can emulate it
+    images = RNG.integers(0, 256, (4, 35, 55), dtype=np.uint8)
+    np.save(tmp_path / "in.npy", images)
+    assert refine(refiner, tmp_path / "in.npy", tmp_path / "out.npy", "--precision", "bfloat16") == 0
+    expected = load_refiner(refiner, device="cpu", precision="bfloat16")(images)
+    assert np.array_equal(np.load(tmp_path / "out.npy"), expected)
+    assert refine(refiner, tmp_path / "in.npy", tmp_path / "out.npy") == 2
+    assert "precision" in capsys.readouterr().err
+    assert refine(refiner, tmp_path / "in.npy", tmp_path / "other.npy", "--precision", "float16") == 2
+    assert "precision float16 needs a CUDA device, got cpu" in capsys.readouterr().err
+    assert not list(tmp_path.glob("other*"))
