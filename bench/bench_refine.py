@@ -240,12 +240,14 @@ def scale(count: int, entries: int) -> None:
         memory: list[tuple[float, float, int]] = []
         begin = time.perf_counter()
 
+        def own() -> float:
+            """Resident megabytes, those of mapped files apart."""
+            _, pages, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+            return (pages - shared) * resource.getpagesize() / 1e6
+
         def look(_: object) -> None:
             if not memory or time.perf_counter() - begin - memory[-1][0] > 1:
-                pages = int(Path("/proc/self/statm").read_text().split()[1])
-                shared = int(Path("/proc/self/statm").read_text().split()[2])
-                size = (pages - shared) * resource.getpagesize() / 1e6
-                memory.append((time.perf_counter() - begin, size, len(os.listdir("/proc/self/fd"))))
+                memory.append((time.perf_counter() - begin, own(), len(os.listdir("/proc/self/fd"))))
 
         report = refine(
             Job(folder / "model", folder / "in.npy", folder / "out.npy"), loader=lambda *_: Identity(), progress=look
@@ -291,9 +293,8 @@ def scale(count: int, entries: int) -> None:
         print(
             f"resuming over {entries} entries ({size / 1e9:.2f} GB of records): what is left is known after "
             f"{listed:.2f} s ({len(left)} block), totals after {time.perf_counter() - begin:.2f} s "
-            f"({totals['images']} images)"
+            f"({totals['images']} images), {own():.0f} MB of its own"
         )
-        print(f"peak memory of all of this: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")
     finally:
         shutil.rmtree(folder)
 
