@@ -7,12 +7,9 @@
 // in the border (4 % of an eye) for nothing, and no row's end needs care.
 #include "residual_block_amx.h"
 
-#include <cpuid.h>
 #include <immintrin.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 namespace fastsimgan::amx {
 namespace {
@@ -295,20 +292,6 @@ Rows rows_of(const Images& images, int64_t strip) {
 }
 
 }  // namespace
-
-bool usable() {
-  static const bool answer = [] {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    const bool avx512 = (b >> 16 & 1) && (b >> 30 & 1) && (b >> 31 & 1);       // F, BW, VL
-    const bool amx = (d >> 22 & 1) && (d >> 24 & 1);                           // BF16, TILE
-    if (!avx512 || !amx || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512_BF16
-    if (!__builtin_cpu_supports("avx512f")) return false;  // and the system saves its registers
-    constexpr long kRequest = 0x1023, kTileData = 18;      // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  }();
-  return answer;
-}
 
 int64_t Images::strips_an_image() const {
   const int64_t row_bytes = (width + 2) * maps * static_cast<int64_t>(sizeof(bfloat16));

@@ -11,9 +11,6 @@ using bfloat16 = uint16_t;  // its bits
 
 constexpr int64_t kMaps = 32;  // C must be a multiple of it
 
-// Whether this processor has AMX for bfloat16 and the system lets this process use it; asks the system once.
-bool usable();
-
 // What a pass works on, in strips of whole rows that keep what is in between in the cache.
 struct Images {
   int64_t count, height, width, maps;

@@ -1,8 +1,11 @@
 // The ops fastsimgan::residual_block_bfloat16 and its backward on the CPU: checks, memory and threads; the arithmetic is
-// in residual_block_amx.cpp.
+// in residual_block_amx.cpp, which no processor without AMX may enter: whether this one has it is asked here.
+#include <cpuid.h>
+#include <sys/syscall.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <optional>
@@ -20,6 +23,21 @@ using torch::stable::Tensor;
 // Sums are taken over a number of groups that depends on the size alone, then over the groups in order: the same bits
 // for any number of threads.
 constexpr int64_t kGroups = 16;
+
+// Whether this processor has AMX for bfloat16 and the system lets this process use it; asks the system once.
+bool usable() {
+  static const bool answer = [] {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const bool avx512 = (b >> 16 & 1) && (b >> 30 & 1) && (b >> 31 & 1);  // F, BW, VL
+    const bool amx = (d >> 22 & 1) && (d >> 24 & 1);                      // BF16, TILE
+    if (!avx512 || !amx || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512_BF16
+    if (!__builtin_cpu_supports("avx512f")) return false;  // and the system saves its registers
+    constexpr long kRequest = 0x1023, kTileData = 18;      // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return answer;
+}
 
 template <typename T>
 const T* read(const Tensor& tensor) {
