@@ -69,3 +69,12 @@ def test_a_full_disk_is_said_before_anything_is_decoded(images, tmp_path, monkey
 def test_available_memory_is_that_of_the_machine():
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < room.available_memory() <= physical
+
+
+@pytest.mark.parametrize("damage", ["no tar", "cut short"])
+def test_a_damaged_later_shard_is_named(damage, images, tmp_path):
+    write("shards", tmp_path, images)
+    data = (tmp_path / "1.tar").read_bytes()
+    (tmp_path / "1.tar").write_bytes(b"x" * 2048 if damage == "no tar" else data[:700])
+    with pytest.raises(InputError, match=r"1\.tar: c"):
+        open_images(tmp_path).load()

@@ -98,8 +98,9 @@ class HDF5Images:
         Raises InputError if the file's data is damaged or a float is outside [0, 1].
         """
         images = room_for(self._shape, self.dtype, self.path)
-        for first in range(0, len(self), self._step()):
-            part = images[first : first + self._step()]
+        step = self._step()
+        for first in range(0, len(self), step):
+            part = images[first : first + step]
             part[:] = self.read_range(first, first + len(part))
             check_range(part, self.path, first)
         return images

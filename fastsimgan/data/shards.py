@@ -9,8 +9,10 @@ from __future__ import annotations
 import glob
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 
@@ -105,8 +107,8 @@ def find_shards(path: Path) -> list[Path]:
 
 
 def _count_images(path: Path) -> int:
-    """Members that are called like images; their bytes are passed over."""
-    with tarfile.open(path, "r:", errors="surrogateescape") as tar:
+    """Members that are called like images; their bytes are passed over. Raises InputError if it is no tar."""
+    with _opened(path) as (_, tar):
         return sum(info.isfile() and _is_image(info.name, None) for info in tar)
 
 
@@ -157,38 +159,45 @@ def _is_image(name: str, images: str | None) -> bool:
     return PurePosixPath(name).name.partition(".")[2].lower() in {suffix[1:] for suffix in FORMATS}
 
 
-def read_members(path: Path) -> Iterator[Member]:
-    """Every file and folder of one tar with its bytes, in order. Raises InputError as `read_samples` does."""
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, tarfile.TarFile]]:
+    """A shard's file and the tar in it; whatever is wrong with either while they are open is an InputError."""
     try:
         with (
             path.open("rb", buffering=BUFFER) as raw,
             tarfile.open(fileobj=raw, mode="r:", errors="surrogateescape") as tar,
         ):
-            for info in tar:
-                if info.isdir():
-                    yield info, b""
-                    continue
-                if not info.isfile() or info.issparse():
-                    raise InputError(
-                        f"{printable(path)}: members must be plain files and folders, "
-                        f"{printable(info.name)} is a link, device or sparse file"
-                    )
-                if info.size > MAX_FILE_BYTES:
-                    raise InputError(
-                        f"{printable(path)}: members must have at most {MAX_FILE_BYTES} bytes, "
-                        f"{printable(info.name)} has {info.size}"
-                    )
-                file = tar.extractfile(info)
-                assert file is not None  # it is a plain file
-                data = file.read()
-                if len(data) != info.size:
-                    raise InputError(f"{printable(path)}: cut short within {printable(info.name)}")
-                yield info, data
-            # tarfile takes a file that ends anywhere between two members for a whole one
-            raw.seek(tar.offset)
-            if raw.read(512) != bytes(512):
-                raise InputError(f"{printable(path)}: must end with an end-of-archive mark, got a truncated tar")
+            yield raw, tar
     except (tarfile.TarError, EOFError) as error:
         raise InputError(f"{printable(path)}: cannot be read as tar: {printable(str(error))}") from error
     except OSError as error:
         raise InputError(f"{printable(path)}: cannot be read: {error.strerror or printable(str(error))}") from error
+
+
+def read_members(path: Path) -> Iterator[Member]:
+    """Every file and folder of one tar with its bytes, in order. Raises InputError as `read_samples` does."""
+    with _opened(path) as (raw, tar):
+        for info in tar:
+            if info.isdir():
+                yield info, b""
+                continue
+            if not info.isfile() or info.issparse():
+                raise InputError(
+                    f"{printable(path)}: members must be plain files and folders, "
+                    f"{printable(info.name)} is a link, device or sparse file"
+                )
+            if info.size > MAX_FILE_BYTES:
+                raise InputError(
+                    f"{printable(path)}: members must have at most {MAX_FILE_BYTES} bytes, "
+                    f"{printable(info.name)} has {info.size}"
+                )
+            file = tar.extractfile(info)
+            assert file is not None  # it is a plain file
+            data = file.read()
+            if len(data) != info.size:
+                raise InputError(f"{printable(path)}: cut short within {printable(info.name)}")
+            yield info, data
+        # tarfile takes a file that ends anywhere between two members for a whole one
+        raw.seek(tar.offset)
+        if raw.read(512) != bytes(512):
+            raise InputError(f"{printable(path)}: must end with an end-of-archive mark, got a truncated tar")
