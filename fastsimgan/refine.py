@@ -57,8 +57,8 @@ class RefineConfig:
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
-    """In which the inner layers of a run's refiner multiply: float16 is for CUDA, bfloat16 for CPUs that compute in it;
-    both are several times faster, and a pixel in some hundred is a grey level off. An exported file has its own."""
+    """In which the inner layers of a run's refiner multiply: float16 is for CUDA, bfloat16 for CPUs that compute in it,
+    where it is several times faster and one pixel in six a grey level off. An exported file has its own."""
     on_error: Literal["fail", "skip"] = "fail"
     """At an image that cannot be read: stop, or leave it and its sidecars out and say so."""
 
@@ -129,8 +129,7 @@ def refine(config: RefineConfig) -> int:
     print(
         f"{printable(config.output)}: {report.images} images ({report.failed} skipped), {report.others} other files; "
         f"{report.now} in {report.seconds:.1f} s, {report.now / (report.working or report.seconds):.0f} images/s once "
-        f"loaded, "
-        f"mean |R(x) - x| {report.mean_change:.2f} grey levels of 255, "
+        f"loaded, mean |R(x) - x| {report.mean_change:.2f} grey levels of 255, "
         f"refiner sha256 {run.identity['refiner sha256']}"
     )
     return _judge(report.images, report.failed)
