@@ -1,82 +1,19 @@
 // The arithmetic of residual_block_amx.h. This file alone is compiled for AVX-512 and AMX, so it includes nothing whose
 // inline functions could end up in other files' hands: no torch header, no standard template.
-//
-// A strip's rows lie in buffers with a border: P = width + 2 pixels a row, a row above and one below, all zeros. There a
-// 3x3 convolution is nine matrix products on one and the same memory: for the output at position q = row * P + column
-// the tap (dy, dx) reads position q + dy * P + dx. All positions are computed 32 at a time, the two of each row that lie
-// in the border (4 % of an eye) for nothing, and no row's end needs care.
 #include "residual_block_amx.h"
 
-#include <immintrin.h>
-#include <stdlib.h>
-#include <string.h>
+#include "residual_block_strips.h"
 
 namespace fastsimgan::amx {
 namespace {
 
-constexpr int64_t kPixels = 32;       // positions, and kMaps output maps, that are computed at a time: 2x2 tiles
 constexpr int64_t kTile = 16 * 32;    // bfloat16 values in a tile of 16 rows of 64 bytes
 constexpr int64_t kInCache = 512 << 10;  // bytes of a strip's features in bfloat16; there are two to six of them
-
-// -- tiles ------------------------------------------------------------------------------------------------------------
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_a_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// All eight tiles at 16 rows of 64 bytes; afterwards as they were, for libraries that configure them once a thread.
-struct Tiles {
-  alignas(64) uint8_t before[64];
-  Tiles() {
-    _tile_storeconfig(before);
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() {
-    if (before[0] != 0)
-      _tile_loadconfig(before);
-    else
-      _tile_release();
-  }
-  Tiles(const Tiles&) = delete;
-};
-
-// -- memory -----------------------------------------------------------------------------------------------------------
-
-template <typename T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t count) : data(static_cast<T*>(aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64))) {}
-  ~Buffer() { free(data); }
-  Buffer(const Buffer&) = delete;
-};
-
-// Rows with a border, and behind them room for what whole groups of positions read and write too much.
-struct Bordered {
-  int64_t rows, pitch, maps;  // rows with the two of the border; pixels a row with the two of the border
-  Buffer<bfloat16> buffer;
-  Bordered(int64_t most_rows, int64_t pitch, int64_t maps)
-      : rows(most_rows), pitch(pitch), maps(maps), buffer(positions_with_room() * maps) {}
-  int64_t positions_with_room() const { return rows * pitch + 2 * pitch + 2 + kPixels; }
-  bfloat16* at(int64_t row, int64_t column) const { return buffer.data + (row * pitch + column) * maps; }
-  void clear_row(int64_t row) const { memset(at(row, 0), 0, pitch * maps * sizeof(bfloat16)); }
-  // Zeros in the border and in the room: all but the image's rows, of which this holds those from `first` on.
-  void clear_border(int64_t first, int64_t height) const {
-    for (int64_t row = 0; row < rows; ++row) {
-      if (first + row < 0 || first + row >= height) clear_row(row);
-      memset(at(row, 0), 0, maps * sizeof(bfloat16));
-      memset(at(row, pitch - 1), 0, maps * sizeof(bfloat16));
-    }
-    memset(at(rows, 0), 0, (positions_with_room() - rows * pitch) * maps * sizeof(bfloat16));
-  }
-};
 
 inline __m512i pack(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // Image rows first, first + 1, ... into `to`; rows outside the image are zeros. With `out` only where that is positive.
-void take_floats(const float* image, const float* out, int64_t first, int64_t height, const Bordered& to) {
+void take_floats(const float* image, const float* out, int64_t first, int64_t height, const Bordered<bfloat16>& to) {
   const int64_t row_values = (to.pitch - 2) * to.maps;
   to.clear_border(first, height);
   for (int64_t row = 0; row < to.rows; ++row) {
@@ -97,7 +34,7 @@ void take_floats(const float* image, const float* out, int64_t first, int64_t he
   }
 }
 
-void take_bfloat16(const bfloat16* image, int64_t first, int64_t height, const Bordered& to) {
+void take_bfloat16(const bfloat16* image, int64_t first, int64_t height, const Bordered<bfloat16>& to) {
   const int64_t row_values = (to.pitch - 2) * to.maps;
   to.clear_border(first, height);
   for (int64_t row = 0; row < to.rows; ++row) {
@@ -112,7 +49,7 @@ void take_bfloat16(const bfloat16* image, int64_t first, int64_t height, const B
 // For each of the `rows * in.pitch` positions from that of row `row` on, and each output map: the sum over all taps and
 // input maps. `end(q, map, sums)` takes them for 32 positions from q and 32 maps from `map`, sums[position * 32 + map].
 template <typename End>
-inline void convolve(const Bordered& in, int64_t rows, const bfloat16* weights, const End& end) {
+inline void convolve(const Bordered<bfloat16>& in, int64_t rows, const bfloat16* weights, const End& end) {
   const int64_t maps = in.maps, positions = rows * in.pitch, bytes = maps * sizeof(bfloat16);
   alignas(64) float sums[kPixels * kMaps];
   for (int64_t map = 0; map < maps; map += kMaps) {
@@ -143,16 +80,6 @@ inline void convolve(const Bordered& in, int64_t rows, const bfloat16* weights, 
       _tile_stored(3, sums + 16 * kMaps + 16, pitch);
       end(q, map, sums);
     }
-  }
-}
-
-// Calls `inside(row, column, sums)` for those of 32 positions from q that are neither in the border nor behind the rows.
-template <typename Inside>
-inline void for_pixels(int64_t q, int64_t pitch, int64_t rows, const float* sums, const Inside& inside) {
-  int64_t row = q / pitch, column = q % pitch;
-  for (int64_t i = 0; i < kPixels && row < rows; ++i) {
-    if (column < pitch - 2) inside(row, column, sums + i * kMaps);
-    if (++column == pitch) column = 0, ++row;
   }
 }
 
@@ -195,7 +122,7 @@ struct Planes {
   }
   Planes(int64_t positions, int64_t maps) : maps(maps), length(length_of(positions)), buffer(maps * length) {}
 
-  void take(const Bordered& from) const {
+  void take(const Bordered<bfloat16>& from) const {
     const int64_t filled = from.positions_with_room() / 16 * 16;
     for (int64_t q = 0; q < length; q += 16)
       for (int64_t map = 0; map < maps; map += 32) {
@@ -276,21 +203,6 @@ void add_weight_gradient(const Planes& planes, int64_t pitch, const bfloat16* gr
   }
 }
 
-int64_t most_rows(const Images& images) {
-  const int64_t strips = images.strips_an_image();
-  return (images.height + strips - 1) / strips;
-}
-
-struct Rows {
-  int64_t image, first, count;
-};
-
-Rows rows_of(const Images& images, int64_t strip) {
-  const int64_t strips = images.strips_an_image(), number = strip % strips;
-  const int64_t first = number * images.height / strips, last = (number + 1) * images.height / strips;
-  return {strip / strips, first, last - first};
-}
-
 }  // namespace
 
 int64_t Images::strips_an_image() const {
@@ -321,7 +233,7 @@ void forward(const Images& images, int64_t from, int64_t to, const float* in, co
   const int64_t maps = images.maps, width = images.width, pitch = width + 2, row_values = width * maps;
   const int64_t image_values = images.height * row_values;
   const Tiles tiles;
-  Bordered x(most_rows(images) + 4, pitch, maps), h(most_rows(images) + 2, pitch, maps);
+  Bordered<bfloat16> x(most_rows(images) + 4, pitch, maps), h(most_rows(images) + 2, pitch, maps);
   for (int64_t strip = from; strip < to; ++strip) {
     const Rows rows = rows_of(images, strip);
     x.rows = rows.count + 4;
@@ -347,7 +259,8 @@ void forward(const Images& images, int64_t from, int64_t to, const float* in, co
     convolve(h, rows.count, weight2, [&](int64_t q, int64_t map, const float* sums) {
       const __m512 low = _mm512_loadu_ps(bias2 + map), high = _mm512_loadu_ps(bias2 + map + 16);
       const __m512 zero = _mm512_setzero_ps();
-      for_pixels(q, pitch, rows.count, sums, [&](int64_t row, int64_t column, const float* sum) {
+      for_pixels(q, pitch, rows.count, [&](int64_t i, int64_t row, int64_t column) {
+        const float* sum = sums + i * kMaps;
         const int64_t at = start + (row * width + column) * maps + map;
         const __m512 first = _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(sum), low), _mm512_loadu_ps(in + at));
         const __m512 second =
@@ -367,8 +280,8 @@ void backward(const Images& images, int64_t from, int64_t to, const float* grad,
   const Tiles tiles;
   const int64_t most = most_rows(images);
   // outer and inner: the gradients of the sums before the second and the first ReLU
-  Bordered outer(most + 4, pitch, maps), inner(most + 2, pitch, maps);
-  Bordered before(most + 2, pitch, maps);  // what a convolution was given
+  Bordered<bfloat16> outer(most + 4, pitch, maps), inner(most + 2, pitch, maps);
+  Bordered<bfloat16> before(most + 2, pitch, maps);  // what a convolution was given
   const Planes planes(before.positions_with_room(), maps);
   const Buffer<bfloat16> pairs((most * pitch + 31) / 32 * 32 * maps);
   for (int64_t strip = from; strip < to; ++strip) {
@@ -403,12 +316,12 @@ void backward(const Images& images, int64_t from, int64_t to, const float* grad,
     const int64_t start = offset + rows.first * row_values;
     convolve(inner, rows.count, weight1, [&](int64_t q, int64_t map, const float* sum) {
       const __m512 zero = _mm512_setzero_ps();
-      for_pixels(q, pitch, rows.count, sum, [&](int64_t row, int64_t column, const float* value) {
+      for_pixels(q, pitch, rows.count, [&](int64_t i, int64_t row, int64_t column) {
         const int64_t at = start + (row * width + column) * maps + map;
-        for (int64_t i = 0; i < 32; i += 16) {
-          const __mmask16 positive = _mm512_cmp_ps_mask(_mm512_loadu_ps(out + at + i), zero, _CMP_GT_OQ);
-          const __m512 skip = _mm512_maskz_loadu_ps(positive, grad + at + i);
-          _mm512_storeu_ps(grad_in + at + i, _mm512_add_ps(_mm512_load_ps(value + i), skip));
+        for (int64_t half = 0; half < 32; half += 16) {
+          const __mmask16 positive = _mm512_cmp_ps_mask(_mm512_loadu_ps(out + at + half), zero, _CMP_GT_OQ);
+          const __m512 skip = _mm512_maskz_loadu_ps(positive, grad + at + half);
+          _mm512_storeu_ps(grad_in + at + half, _mm512_add_ps(_mm512_load_ps(sum + i * kMaps + half), skip));
         }
       });
     });

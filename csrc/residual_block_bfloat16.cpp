@@ -1,17 +1,15 @@
 // The ops fastsimgan::residual_block_bfloat16 and its backward on the CPU: checks, memory and threads; the arithmetic is
-// in residual_block_amx.cpp, which no processor without AMX may enter: whether this one has it is asked here.
-#include <cpuid.h>
-#include <sys/syscall.h>
+// in residual_block_amx.cpp, which no processor without AMX may enter.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "processor.h"
 #include "residual_block_amx.h"
 
 namespace fastsimgan::amx {
@@ -24,21 +22,6 @@ using torch::stable::Tensor;
 // for any number of threads.
 constexpr int64_t kGroups = 16;
 
-// Whether this processor has AMX for bfloat16 and the system lets this process use it; asks the system once.
-bool usable() {
-  static const bool answer = [] {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    const bool avx512 = (b >> 16 & 1) && (b >> 30 & 1) && (b >> 31 & 1);  // F, BW, VL
-    const bool amx = (d >> 22 & 1) && (d >> 24 & 1);                      // BF16, TILE
-    if (!avx512 || !amx || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512_BF16
-    if (!__builtin_cpu_supports("avx512f")) return false;  // and the system saves its registers
-    constexpr long kRequest = 0x1023, kTileData = 18;      // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  }();
-  return answer;
-}
-
 template <typename T>
 const T* read(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
@@ -50,7 +33,7 @@ T* write(Tensor& tensor) {
 
 // [count, C, height, width] of `type` whose memory is [count, height, width, C].
 Images images_of(const Tensor& x, ScalarType type) {
-  STD_TORCH_CHECK(usable(), "residual_block_bfloat16 needs a processor with AMX and AVX-512 for bfloat16");
+  STD_TORCH_CHECK(processor::has_amx_bfloat16(), "residual_block_bfloat16 needs a processor with AMX and AVX-512 for bfloat16");
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == type, "features must be [B, C, H, W], float32 (hidden: bfloat16)");
   const Images images{x.size(0), x.size(2), x.size(3), x.size(1)};
   STD_TORCH_CHECK(x.numel() > 0 && images.maps % kMaps == 0,
@@ -74,13 +57,14 @@ void check_bias(const Images& images, const Tensor& bias) {
                   "biases must be contiguous float32 [C] with C=", images.maps);
 }
 
-std::vector<bfloat16> packed(const Images& images, const Tensor& weight, bool backward) {
+// In a tensor, whose memory begins at a cache line: what is loaded of it are whole lines.
+Tensor packed(const Images& images, const Tensor& weight, bool backward) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(0) == images.maps &&
                       weight.size(1) == images.maps && weight.size(2) == 3 && weight.size(3) == 3,
                   "weights must be float32 [C, C, 3, 3] with C=", images.maps);
-  std::vector<bfloat16> result(images.weights());
+  Tensor result = torch::stable::new_empty(weight, {images.weights()}, ScalarType::BFloat16);
   const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
-  pack_weights(read<float>(weight), strides, images.maps, backward, result.data());
+  pack_weights(read<float>(weight), strides, images.maps, backward, write<bfloat16>(result));
   return result;
 }
 
@@ -88,7 +72,7 @@ std::tuple<Tensor, Tensor> residual_block_cpu(Tensor features, Tensor weight1, T
                                               Tensor bias2) {
   const Images images = images_of(features, ScalarType::Float);
   for (const Tensor& bias : {bias1, bias2}) check_bias(images, bias);
-  const auto first = packed(images, weight1, false), second = packed(images, weight2, false);
+  const Tensor first = packed(images, weight1, false), second = packed(images, weight2, false);
   Tensor out = torch::stable::empty_like(features);
   Tensor hidden = torch::stable::empty(features.sizes(), ScalarType::BFloat16, std::nullopt, std::nullopt, std::nullopt,
                                        torch::headeronly::MemoryFormat::ChannelsLast);
@@ -98,7 +82,7 @@ std::tuple<Tensor, Tensor> residual_block_cpu(Tensor features, Tensor weight1, T
   bfloat16* kept = write<bfloat16>(hidden);
   float* result = write<float>(out);
   torch::stable::parallel_for(0, images.strips(), 1, [&](int64_t from, int64_t to) {
-    forward(images, from, to, x, first.data(), read<float>(bias1), second.data(), read<float>(bias2), kept, result);
+    forward(images, from, to, x, read<bfloat16>(first), read<float>(bias1), read<bfloat16>(second), read<float>(bias2), kept, result);
   });
   return {out, hidden};
 }
@@ -131,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_block_backward_cpu(T
   const Images images = images_of(features, ScalarType::Float);
   for (const Tensor& other : {grad, out}) check_same(images, other);
   check_same(images, hidden, ScalarType::BFloat16);
-  const auto first = packed(images, weight1, true), second = packed(images, weight2, true);
+  const Tensor first = packed(images, weight1, true), second = packed(images, weight2, true);
   Tensor grad_features = torch::stable::empty_like(features);
   check_same(images, grad_features);
   const int64_t groups = std::min(images.strips(), kGroups), weights = images.weights(), maps = images.maps;
@@ -141,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_block_backward_cpu(T
   torch::stable::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
     for (int64_t group = from; group < to; ++group)
       backward(images, group * images.strips() / groups, (group + 1) * images.strips() / groups, read<float>(grad),
-               read<float>(features), read<bfloat16>(hidden), read<float>(out), first.data(), second.data(), to_features,
+               read<float>(features), read<bfloat16>(hidden), read<float>(out), read<bfloat16>(first), read<bfloat16>(second), to_features,
                {of_weight1.data() + group * weights, of_bias1.data() + group * maps,
                 of_weight2.data() + group * weights, of_bias2.data() + group * maps});
   });
@@ -155,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_block_backward_cpu(T
 
 // The schemas, the fakes and the fallback for other devices are Python's (fastsimgan/ops/residual_block.py).
 STABLE_TORCH_LIBRARY_IMPL(fastsimgan, CompositeExplicitAutograd, m) {
-  m.impl("amx_usable", TORCH_BOX(&fastsimgan::amx::usable));
+  m.impl("amx_usable", TORCH_BOX(&fastsimgan::processor::has_amx_bfloat16));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsimgan, CPU, m) {

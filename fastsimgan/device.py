@@ -1,4 +1,4 @@
-"""The device asked for by name."""
+"""The device asked for by name, and the memory order in which convolutions are fastest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastsimgan.errors import InputError, UnavailableError
 
@@ -19,6 +19,17 @@ def channels_last(module: AnyModule, device: torch.device) -> AnyModule:
     # torch's own annotation of Module.to leaves memory_format out
     moved: AnyModule = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return moved
+
+
+def images_channels_last(images: Tensor) -> Tensor:
+    """``[N, C, H, W]`` in channels_last by its strides as well.
+
+    Contiguous images of one channel count as channels_last, but convolutions take them for the other order and give
+    their feature maps in it, to be turned at once by the next layer.
+    """
+    count, channels, height, width = images.shape
+    pixels = images.permute(0, 2, 3, 1).reshape(-1)
+    return pixels.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 def choose_device(name: str) -> torch.device:

@@ -13,7 +13,7 @@ from fastsimgan import __version__, cli
 
 DESCRIPTION = "Versions, devices, how fastsimgan._C was built, and which implementation of each op runs here."
 
-OPS = ("refiner_loss", "discriminator_loss", "history_swap", "residual_block")
+OPS = ("refiner_loss", "discriminator_loss", "history_swap", "residual_block", "residual_block_int8")
 # Each with what it is needed for, as the extras of pyproject.toml group them.
 PACKAGES = {
     "torch": "core",
@@ -85,9 +85,9 @@ def report(config: EnvConfig) -> None:
 
 
 def _chosen(op: str, reasons: dict[str, str | None], device: str) -> str:
-    """What impl="auto" takes: the kernel made for the device where it can run, otherwise the reference."""
-    preferred = {"cpu": "cpp", "cuda": "cuda" if op == "history_swap" else "triton"}[device]
-    return preferred if preferred in reasons and reasons[preferred] is None else "reference"
+    """What impl="auto" takes: a kernel made for the device where it can run, otherwise the reference."""
+    preferred = {"cpu": ("cpp", "amx", "vnni"), "cuda": ("cuda" if op == "history_swap" else "triton",)}[device]
+    return next((name for name in preferred if name in reasons and reasons[name] is None), "reference")
 
 
 def _version(package: str) -> str:

@@ -25,7 +25,7 @@ from fastsimgan.data.values import from_float
 from fastsimgan.errors import FastSimGANError, InputError
 from fastsimgan.models import refiner as network
 from fastsimgan.pictures import save_rows
-from fastsimgan.runtime import graph, trtexec
+from fastsimgan.runtime import graph, int8_backend, trtexec
 from fastsimgan.runtime.form import Form, input_name
 from fastsimgan.runtime.onnx_file import read, stamp
 from fastsimgan.runtime.onnxruntime_backend import OnnxRuntimeBackend
@@ -124,7 +124,7 @@ def export(
     profile = _profile(batch, size)
     facts = _facts(refiner, file, what)
     weights = {name: tensor.numpy() for name, tensor in file.module.state_dict().items()}
-    peaks = graph.calibrate(file.module, prepare(calibration, file.settings["histogram"])) if quantise else None
+    found = graph.calibrate(file.module, prepare(calibration, file.settings["histogram"])) if quantise else None
     truth = Truth(file, compared)
     forms = FORMS | dict(QUANTISED[name] for name in quantise)
 
@@ -134,23 +134,26 @@ def export(
         hashes: dict[str, str] = {}
         for name, form in forms.items():
             about = facts | {"uint8": form.uint8, "branches": form.branches, "how_to_call": _how_to_call(form, file)}
-            (folder / name).write_bytes(stamp(graph.build(weights, file.settings, form, peaks), about))
+            (folder / name).write_bytes(stamp(graph.build(weights, file.settings, form, found), about))
             opened = read(folder / name)  # what is judged is the file, as a user will read it
             hashes[name] = opened.sha256
             backend = OnnxRuntimeBackend(opened, torch.device("cpu"))
             reports[name] = truth.compare(backend(truth.input(form)), form)
-            say(f"{name:30} {_row(reports[name])}")
+            say(f"{name:42} {_row(reports[name])}")
             if rule := reports[name].broken_rule(form, truth.own_error, min_psnr):
                 raise InputError(f"{name} does not agree with PyTorch: {rule}")
+            others: dict[str, Tensor] = {}
             if form.branches == "float16":
                 # onnxruntime computes float16 layers in float32 on a CPU; a GPU rounds after each of them.
-                rounded = truth.compare(truth.rounded_as_on_a_gpu(form), form)
-                reports[f"{name} (every layer rounded)"] = rounded
-                say(f"{'  every layer rounded':30} {_row(rounded)}")
-                if rule := rounded.broken_rule(form, truth.own_error, min_psnr):
-                    raise InputError(
-                        f"{name}, with every layer rounded to float16, does not agree with PyTorch: {rule}"
-                    )
+                others["every layer rounded to float16"] = truth.rounded_as_on_a_gpu(form)
+            if int8_backend.unmet(opened, torch.device("cpu")) is None:
+                ours = int8_backend.Int8Backend(opened)
+                others[f"in fastsimgan, {ours.name}"] = ours(truth.images)
+            for how, refined in others.items():
+                reports[f"{name} ({how})"] = parity = truth.compare(refined, form)
+                say(f"  {how:40} {_row(parity)}")
+                if rule := parity.broken_rule(form, truth.own_error, min_psnr):
+                    raise InputError(f"{name}, {how}, does not agree with PyTorch: {rule}")
             truth.draw_worst(
                 folder / f"worst.{name.removesuffix('.onnx')}.png", backend(truth.input(form)), reports[name]
             )
@@ -386,16 +389,18 @@ real people, nor for telling real from synthetic.
 
 {calls}
 
-In Python: `fastsimgan.load_refiner("FILE.onnx")`. Batch, height and width are free in every file.
+In Python: `fastsimgan.load_refiner("FILE.onnx")`, by onnxruntime; the int8-cpu file by kernels of its own where the
+processor has AVX-512 with VNNI. Batch, height and width are free in every file.
 
 Residual branches are in the numbers that a file's name tells; the first and last layer and the skip connections are
 float32 in all. **TF32 must be off for these**: onnxruntime's CUDA provider `use_tf32=0`, trtexec `--noTF32`.
 
 ## Agreement with PyTorch
 
-On {facts["compared_on"]}, by onnxruntime on a CPU ("every layer rounded": float16 emulated as a GPU rounds), in grey
-levels of 255. PyTorch's own float32 is {own_error:.4f} from float64. Rules: float32 within four times that (at least
-0.0013); float16 within one level on 99.5 % of pixels and two on all; quantised files at least {min_psnr:g} dB.
+On {facts["compared_on"]}, by onnxruntime on a CPU ("every layer rounded": float16 emulated as a GPU rounds; "in
+fastsimgan": by `load_refiner` on the machine that exported), in grey levels of 255. PyTorch's own float32 is
+{own_error:.4f} from float64. Rules: float32 within four times that (at least 0.0013); float16 within one level on
+99.5 % of pixels and two on all; quantised files at least {min_psnr:g} dB.
 
 | file | largest | mean | PSNR dB | within one | most levels |
 | --- | --- | --- | --- | --- | --- |

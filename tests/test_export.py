@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -18,9 +19,11 @@ from fastsimgan import exporting  # noqa: E402
 from fastsimgan.config import TrainConfig  # noqa: E402
 from fastsimgan.data.eye_simulator import simulate_eyes  # noqa: E402
 from fastsimgan.data.histogram import equalise  # noqa: E402
+from fastsimgan.data.values import from_float  # noqa: E402
 from fastsimgan.errors import InputError, UnavailableError  # noqa: E402
 from fastsimgan.export import main  # noqa: E402
 from fastsimgan.models import refiner as network  # noqa: E402
+from fastsimgan.ops import residual_block, residual_block_int8  # noqa: E402
 from fastsimgan.refine import main as refine  # noqa: E402
 from fastsimgan.runtime import graph, load_refiner, onnx_file, save_refiner  # noqa: E402
 from fastsimgan.runtime.form import Form  # noqa: E402
@@ -131,6 +134,116 @@ def test_eight_bits_hold_for_channels_of_very_different_range(tmp_path: Path) ->
     )
     found = {name: reports[exporting.QUANTISED[name][0]].psnr for name in exporting.QUANTISED}
     assert min(found["int8-cpu"], found["int8-tensorrt"]) > 55 and found["fp8"] > 45, found
+
+
+# The CPU's int8 file in kernels of our own.
+
+needs_int8 = pytest.mark.skipif(
+    residual_block_int8.implementations()["vnni"] is not None,
+    reason=str(residual_block_int8.implementations()["vnni"]),
+)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of 32 maps that does something, and its export."""
+    folder = tmp_path_factory.mktemp("wide")
+    run = saved(folder / "run", "equalise", identity=True, channels=1, width=32, blocks=3)
+    module = exporting.read_refiner(run).module
+    with torch.no_grad():
+        for block in module.blocks:
+            block.conv2.weight.normal_(0, 0.01)
+    save_refiner(run / "refiner.safetensors", module, histogram="equalise", training=TrainConfig())
+    lines: list[str] = []
+    exporting.export(run, folder / "exported", quantise=("int8-cpu",), min_psnr=40, say=lines.append)
+    assert any("in fastsimgan, int8 " in line for line in lines) == (
+        residual_block_int8.implementations()["vnni"] is None
+    )
+    return run, folder / "exported"
+
+
+def psnr(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Of floats in [-1, 1]."""
+    return 10 * math.log10(4 / float((found - truth).double().square().mean()))
+
+
+@needs_int8
+def test_our_int8_is_nearer_to_pytorch_than_onnxruntimes(wide: tuple[Path, Path]) -> None:
+    run, exported = wide
+    eyes = torch.from_numpy(simulate_eyes(40, 5)["images"])[:, None]
+    file = onnx_file.read(exported / "refiner.u8.int8-cpu.onnx")
+    ours = load_refiner(file.path, "cpu")
+    assert ours.backend.name.startswith("int8 ") and ours.sha256 == file.sha256
+    with torch.inference_mode():
+        truth = load_refiner(run, "cpu").backend(prepare(eyes, "equalise"))
+        found = ours.backend.floats(eyes)
+    theirs = OnnxRuntimeBackend(file, torch.device("cpu"))(eyes)
+    assert psnr(found, truth) > 58 and psnr(found, truth) > psnr(theirs.float() / 127.5 - 1, truth) + 2
+    assert torch.equal(ours(eyes), from_float(found, torch.uint8))
+    # the same images alone and together, and those of a size that no cache holds
+    assert torch.equal(torch.cat([ours(eyes[:1]), ours(eyes[1:])]), ours(eyes))
+    large = torch.nn.functional.interpolate(eyes[:1].float(), (300, 400)).to(torch.uint8)
+    assert ours(large).shape == large.shape
+    with pytest.raises(InputError, match="takes uint8 images, got torch.float32"):
+        ours(eyes.float() / 255)
+
+
+@needs_int8
+def test_without_amx_it_is_vnni_with_the_last_block_in_float32(wide: tuple[Path, Path], monkeypatch) -> None:
+    run, exported = wide
+    eyes = torch.from_numpy(simulate_eyes(8, 5)["images"])[:, None]
+    with torch.inference_mode():
+        truth = load_refiner(run, "cpu").backend(prepare(eyes, "equalise"))
+    for module in (residual_block, residual_block_int8):
+        monkeypatch.setitem(module._MISSING, "amx", "no such unit")
+    backend = load_refiner(exported / "refiner.u8.int8-cpu.onnx", "cpu").backend
+    assert backend.name == "int8 vnni, last block float32"
+    with torch.inference_mode():
+        assert psnr(backend.floats(eyes), truth) > 58
+    monkeypatch.setitem(residual_block_int8._MISSING, "vnni", "no such unit")
+    assert load_refiner(exported / "refiner.u8.int8-cpu.onnx", "cpu").backend.name == "onnxruntime u8s8"
+
+
+@needs_int8
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("blocks.1.conv2.scale", None, r"blocks\.1\.conv2\.scale must be float32 \[32\], got nothing"),
+        ("blocks.0.conv1.weight", np.zeros((32, 32, 3, 3), np.float32), "must be int8 .* got float32"),
+        ("blocks.0.in.per_unit", np.zeros((32, 1), np.float32), r"must be float32 \[32, 1, 1\], got float32 \[32, 1\]"),
+        ("last.weight", np.zeros((1, 32, 3, 3), np.float32), r"must be float32 \[1, 32, 1, 1\], got float32"),
+    ],
+)
+def test_an_int8_file_that_is_not_what_it_says(wide, tmp_path, name, change, message) -> None:
+    """Whoever can write the file can write its checksum: memory is taken on no word of it."""
+    model = onnx.load(wide[1] / "refiner.u8.int8-cpu.onnx")
+    facts = onnx_file.read(wide[1] / "refiner.u8.int8-cpu.onnx").facts
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    model.graph.initializer.remove(tensor)
+    if change is not None:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(change, name))
+    path = tmp_path / "other.onnx"
+    path.write_bytes(onnx_file.stamp(model, facts))
+    with pytest.raises(InputError, match=f"other.onnx: .*{message}"):
+        load_refiner(path, "cpu")
+
+
+def test_rounded_weights_make_up_for_each_other() -> None:
+    """With inputs that go together, the layer's error is less than half that of rounding each weight by itself."""
+    random = np.random.default_rng(0)
+    common = random.normal(size=(4000, 3)) @ random.normal(size=(3, 20)) + 0.2 * random.normal(size=(4000, 20)) + 1
+    inputs = np.concatenate([common, np.ones((4000, 1))], 1)
+    weights = random.normal(size=(6, 21)) * 3
+    moments = inputs.T @ inputs / len(inputs)
+    found = graph.compensated(weights, moments, np.rint, 8)
+    assert np.array_equal(found[:, :-1], np.rint(found[:, :-1])) and np.abs(found[:, :-1]).max() <= 8
+    plain = np.concatenate([np.rint(weights[:, :-1]), weights[:, -1:]], 1)
+
+    def error(rounded) -> float:
+        return float(np.square(inputs @ (rounded - weights).T).mean())
+
+    assert error(found) < error(plain) / 2
+    assert np.array_equal(graph.compensated(np.rint(weights), moments, np.rint, 8)[:, :-1], np.rint(weights)[:, :-1])
 
 
 def test_eight_bits_need_a_branch_to_be_in(tmp_path: Path) -> None:

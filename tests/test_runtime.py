@@ -13,6 +13,7 @@ from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.models import refiner as network
 from fastsimgan.precision import cpu_has_bfloat16
 from fastsimgan.runtime import backend, load_refiner, save_refiner
+from fastsimgan.runtime.refiner import prepare
 
 
 @pytest.fixture
@@ -53,6 +54,33 @@ def test_float32_means_float32_and_the_users_flags_stay(identity, monkeypatch):
     identity.backend._module.first.register_forward_pre_hook(lambda *_: during.append(flags()))
     identity(np.zeros((2, 8, 8), np.uint8))
     assert before[0] and during == [(False, *before[1:])] and flags() == before
+
+
+def test_a_large_batch_is_taken_in_parts_that_caches_hold(monkeypatch):
+    monkeypatch.setattr(backend, "_IN_CACHE", 4 * 20 * 8 * 9 * 3)  # three images for each thread
+    seen = []
+
+    def call(images):
+        seen.append(len(images))
+        return images * 2
+
+    at_once = 3 * torch.get_num_threads()
+    images = torch.rand(2 * at_once + 1, 1, 8, 9)
+    assert torch.equal(backend.in_cache(call, images, 20), images * 2) and seen == [at_once, at_once, 1]
+    seen.clear()
+    large = torch.rand(2, 1, 80, 90)
+    assert torch.equal(backend.in_cache(call, large, 20), large * 2) and seen == [2]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_prepared_images_are_channels_last_by_their_strides(channels):
+    """Where they are not, the first convolution gives its maps in the other order, and the next layer turns them."""
+    images = torch.randint(0, 256, (2, channels, 5, 7), dtype=torch.uint8)
+    prepared = prepare(images, "keep")
+    assert prepared.stride() == (35 * channels, 1, 7 * channels, channels)
+    torch.testing.assert_close(prepared, images / 127.5 - 1)
+    first = torch.nn.Conv2d(channels, 8, 3, padding=1)
+    assert first(prepared).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16 instructions")

@@ -10,7 +10,7 @@ Every graph takes ``[B, C, H, W]`` with B, H and W free, holds its weights itsel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ Weights = Mapping[str, Array]
 OPSET = 19  # the first with float8; parsed by onnxruntime 1.17, TensorRT 10 and later
 IR_VERSION = 10
 _FP8_TOP = 448  # the largest float8 e4m3
+_NEIGHBOURHOODS = 1 << 15  # of which moments are taken: four times as many change nothing (0.1 dB)
 
 #: All that a graph of ours may hold: anything else was not written here.
 OPERATORS = frozenset(
@@ -39,7 +40,7 @@ OPERATORS = frozenset(
 
 
 def build(
-    weights: Weights, settings: Mapping[str, Any], form: Form, peaks: Mapping[str, Array] | None = None
+    weights: Weights, settings: Mapping[str, Any], form: Form, calibration: Mapping[str, Array] | None = None
 ) -> onnx.ModelProto:
     """The graph of a refiner, checked, without metadata.
 
@@ -47,9 +48,9 @@ def build(
         weights: the refiner's tensors by the names in its file, float32.
         settings: the refiner's settings (`fastsimgan.runtime.refiner.describe`).
         form: what to write.
-        peaks: for a quantised form, what `calibrate` found.
+        calibration: for a quantised form, what `calibrate` found.
     """
-    graph = _Graph(weights, form, peaks or {})
+    graph = _Graph(weights, form, calibration or {})
     kind = TensorProto.UINT8 if form.uint8 else TensorProto.FLOAT
     name = input_name(form.uint8, settings["histogram"])
     shape = ["batch", settings["channels"], "height", "width"]
@@ -81,31 +82,46 @@ def build(
 
 @torch.no_grad()
 def calibrate(module: network.Refiner, images: Tensor) -> dict[str, Array]:
-    """Each channel's largest magnitude (``[width]``) in what the quantised forms round, over images like those to come.
+    """What rounding to 8 bits has to know of each block, over images like those to come.
 
-    Names: ``blocks.I.in``, ``blocks.I.hidden``, ``blocks.I.branch``; and each with ``.mean``, the channel's mean.
-    ``images`` is ``[B, C, H, W]`` in [-1, 1].
+    ``blocks.I.in``, ``blocks.I.hidden`` and ``blocks.I.branch`` are each channel's largest magnitude (``[width]``);
+    ``blocks.I.conv1`` and ``blocks.I.conv2`` the second moments of what the layer's kernels see, with a 1 for the
+    bias (``[9 * width + 1, 9 * width + 1]``). ``images`` is ``[B, C, H, W]`` in [-1, 1].
     """
     x = F.relu(module.first(images))
-    peaks = {}
+    found = {}
     for index, block in enumerate(module.blocks):
         assert isinstance(block, network.ResidualBlock)
         hidden = F.relu(block.conv1(x))
         branch = block.conv2(hidden)
         for name, value in (("in", x), ("hidden", hidden), ("branch", branch)):
-            peaks[f"blocks.{index}.{name}"] = value.abs().amax((0, 2, 3)).numpy()
-            peaks[f"blocks.{index}.{name}.mean"] = value.mean((0, 2, 3)).numpy()
+            found[f"blocks.{index}.{name}"] = value.abs().amax((0, 2, 3)).numpy()
+        found[f"blocks.{index}.conv1"], found[f"blocks.{index}.conv2"] = _moments(x), _moments(hidden)
         x = F.relu(x + branch)
-    return peaks
+    return found
+
+
+def _moments(features: Tensor) -> Array:
+    """Means of the products of any two values in a 3x3 neighbourhood (as weights ``[C, 3, 3]``), a 1 behind them."""
+    step = max(1, features.shape[0] * features.shape[2] * features.shape[3] // _NEIGHBOURHOODS)
+    rows = 9 * features.shape[1] + 1
+    sums, count = torch.zeros(rows, rows, dtype=torch.float64), 0
+    for image in features.split(1):
+        patches = F.unfold(image, 3, padding=1)[0, :, ::step]
+        patches = torch.cat([patches, patches.new_ones(1, patches.shape[1])])
+        sums += (patches @ patches.T).double()
+        count += patches.shape[1]
+    means: Array = (sums / count).numpy()
+    return means
 
 
 class _Graph:
     """Nodes and constants as they are added, in order."""
 
-    def __init__(self, weights: Weights, form: Form, peaks: Mapping[str, Array]) -> None:
+    def __init__(self, weights: Weights, form: Form, calibration: Mapping[str, Array]) -> None:
         self.weights = weights
         self.form = form
-        self.peaks = peaks
+        self.calibration = calibration
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[TensorProto] = []
 
@@ -149,14 +165,13 @@ class _Graph:
         pass), and at the two ends of the branch into a multiplication.
         """
         parts = ("in", "hidden", "branch")
-        units = {part: self.units(self.peaks[f"{name}.{part}"]) for part in parts}
+        units = {part: self.units(self.calibration[f"{name}.{part}"]) for part in parts}
         x = self.node("Mul", [x, self.channels(f"{name}.in.per_unit", 1 / units["in"])], f"{name}.in")
-        means = {part: self.peaks[f"{name}.{part}.mean"] / units[part] for part in parts}
         rounded = self.rounded(f"{name}.in", x)
-        conv1 = self.quantised_conv(f"{name}.conv1", rounded, units["in"], units["hidden"], means["in"])
+        conv1 = self.quantised_conv(f"{name}.conv1", rounded, units["in"], units["hidden"])
         hidden = self.node("Relu", [conv1], f"{name}.hidden")
         rounded = self.rounded(f"{name}.hidden", hidden)
-        out = self.quantised_conv(f"{name}.conv2", rounded, units["hidden"], units["branch"], means["hidden"])
+        out = self.quantised_conv(f"{name}.conv2", rounded, units["hidden"], units["branch"])
         if self.form.branches == "u8s8":
             # onnxruntime multiplies in 8 bits only where the result is rounded to 8 bits again
             out = self.rounded(f"{name}.branch", out, signed=True)
@@ -190,35 +205,31 @@ class _Graph:
         small = self.node("QuantizeLinear", [x, *about], f"{name}.quantised")
         return self.node("DequantizeLinear", [small, *about], f"{name}.dequantised")
 
-    def quantised_conv(self, name: str, x: str, x_units: Array, out_units: Array, x_means: Array) -> str:
-        """A convolution with 8-bit weights, one scale an output channel; input, output and means are in their units.
-
-        Activations behind a ReLU are far from zero on average, and so is what rounded weights make of them: that much
-        is taken out of the bias (Nagel et al., 2019, arXiv 1906.04721).
-        """
+    def quantised_conv(self, name: str, x: str, x_units: Array, out_units: Array) -> str:
+        """A convolution with 8-bit weights, one scale an output channel; input and output are in their units."""
         weight = self.weights[f"{name}.weight"] * x_units[:, None, None] / out_units[:, None, None, None]
-        bias = self.weights[f"{name}.bias"] / out_units
         fp8 = self.form.branches == "fp8"
-        peak = np.maximum(np.abs(weight).max((1, 2, 3)), 1e-12)
-        scale = (peak / (_FP8_TOP if fp8 else 127)).astype(np.float32)
-        unit = weight / scale[:, None, None, None]
+        top = _FP8_TOP if fp8 else 127
+        scale = (np.maximum(np.abs(weight).max((1, 2, 3)), 1e-12) / top).astype(np.float32)
+        exact = np.concatenate([weight.reshape(len(scale), -1), (self.weights[f"{name}.bias"] / out_units)[:, None]], 1)
+        seen = np.append(np.repeat(x_units, weight[0, 0].size), 1.0)
+        moments = self.calibration[name] / seen[:, None] / seen
+        held = compensated(exact / scale[:, None].astype(np.float64), moments, _to_float8 if fp8 else np.rint, top)
+        levels, bias = held[:, :-1].reshape(weight.shape), held[:, -1]
         if fp8:
-            held = torch.from_numpy(unit).to(torch.float8_e4m3fn).double().numpy()
-            small, zero = self.float8(f"{name}.weight", unit), self.float8(f"{name}.zero", np.zeros(len(scale)))
+            small, zero = self.float8(f"{name}.weight", levels), self.float8(f"{name}.zero", np.zeros(len(scale)))
         else:
-            held = np.rint(unit)
-            small = self.constant(f"{name}.weight", held.astype(np.int8))
+            small = self.constant(f"{name}.weight", levels.astype(np.int8))
             zero = self.constant(f"{name}.zero", np.zeros(len(scale), np.int8))
-        bias = bias - scale * ((held - unit).sum((2, 3)) @ x_means)
         about = [self.constant(f"{name}.scale", scale), zero]
         restored = self.node("DequantizeLinear", [small, *about], f"{name}.weight.dequantised", axis=0)
         if self.form.branches == "u8s8":  # onnxruntime wants the bias in the accumulator's own units
-            levels = np.clip(np.rint(bias / scale.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
+            whole = np.clip(np.rint(bias), -(2**31), 2**31 - 1).astype(np.int32)
             about = [about[0], self.constant(f"{name}.bias.zero", np.zeros(len(scale), np.int32))]
-            level = self.constant(f"{name}.bias", levels)
-            added = self.node("DequantizeLinear", [level, *about], f"{name}.bias.dequantised", axis=0)
+            added = self.constant(f"{name}.bias", whole)
+            added = self.node("DequantizeLinear", [added, *about], f"{name}.bias.dequantised", axis=0)
         else:
-            added = self.constant(f"{name}.bias", bias.astype(np.float32))
+            added = self.constant(f"{name}.bias", (bias * scale).astype(np.float32))
         return self.size_kept(name, [x, restored, added])
 
     def float8(self, name: str, value: Any) -> str:
@@ -227,6 +238,32 @@ class _Graph:
         raw = rounded.view(torch.uint8).numpy().tobytes()
         self.initializers.append(helper.make_tensor(name, TensorProto.FLOAT8E4M3FN, list(rounded.shape), raw, raw=True))
         return name
+
+
+def compensated(weights: Array, moments: Array, rounded: Callable[[Array], Array], top: float) -> Array:
+    """Rounded weights whose layer's output is nearest to the exact one's: columns are rounded one after the other, and
+    those behind make up for each one's error as far as they see the same (Frantar et al., 2023, arXiv 2210.17323).
+
+    Args:
+        weights: ``[outputs, inputs + 1]``, in units of the grid; the last column is the bias, which stays exact.
+        moments: ``[inputs + 1, inputs + 1]``, means of the products of what the columns are multiplied by.
+        rounded: to the grid.
+        top: the grid's largest magnitude.
+    """
+    damped = moments + np.eye(len(moments)) * 1e-3 * np.trace(moments) / len(moments)
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T
+    result: Array = weights.astype(np.float64)
+    for column in range(len(moments) - 1):
+        exact = result[:, column].copy()
+        result[:, column] = rounded(exact.clip(-top, top))
+        error = (exact - result[:, column]) / factor[column, column]
+        result[:, column + 1 :] -= np.outer(error, factor[column, column + 1 :])
+    return result
+
+
+def _to_float8(values: Array) -> Array:
+    rounded: Array = torch.from_numpy(values).to(torch.float8_e4m3fn).double().numpy()
+    return rounded
 
 
 def _stored_to_float(graph: _Graph, images: str, histogram: str) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from fastsimgan.data.files import printable
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.runtime.form import input_name
@@ -52,6 +54,11 @@ class OnnxFile:
     @property
     def input_name(self) -> str:
         return input_name(self.uint8, self.settings["histogram"])
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All constants of the graph, by name."""
+        model = onnx.load_model_from_string(self.data)
+        return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
 def stamp(model: onnx.ModelProto, facts: dict[str, Any]) -> bytes:

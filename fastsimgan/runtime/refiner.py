@@ -18,7 +18,7 @@ from fastsimgan.checkpoint import write_atomically
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.histogram import equalise
 from fastsimgan.data.values import from_float, to_float
-from fastsimgan.device import choose_device
+from fastsimgan.device import choose_device, images_channels_last
 from fastsimgan.errors import InputError
 from fastsimgan.models import refiner as network
 from fastsimgan.runtime.backend import Backend, Precision, TorchBackend
@@ -114,7 +114,7 @@ def prepare(images: Tensor, histogram: str) -> Tensor:
         # equalisation counts grey values, so floats take 16 bits on the way in
         levels = from_float(to_float(images), torch.uint16) if images.is_floating_point() else images
         images = equalise(levels)
-    return to_float(images).contiguous(memory_format=torch.channels_last)
+    return images_channels_last(to_float(images))
 
 
 def describe(module: network.Refiner, histogram: str) -> dict[str, Any]:
@@ -165,7 +165,8 @@ def load_refiner(
 
     Args:
         path: the folder of a run or its ``refiner.safetensors`` (runs in PyTorch), or an ``.onnx`` file of `export`
-            (runs in onnxruntime), or an ``.engine`` or ``.plan`` built from one (runs in TensorRT, on CUDA).
+            (runs in onnxruntime; the CPU's int8 file in kernels of our own where the processor has VNNI), or an
+            ``.engine`` or ``.plan`` built from one (runs in TensorRT, on CUDA).
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         precision: in which PyTorch takes the residual branches' products: "float32", on CUDA also "float16", on CPUs
             that compute in it also "bfloat16". An exported file has its own.
@@ -195,12 +196,15 @@ def load_refiner(
 
 
 def _load_onnx(path: Path, device: str) -> Refiner:
+    from fastsimgan.runtime import int8_backend
     from fastsimgan.runtime.onnx_file import read
     from fastsimgan.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
     file = read(path)
     chosen = choose_device(device)
-    return Refiner(OnnxRuntimeBackend(file, chosen), file.settings, file.sha256, chosen)
+    ours = int8_backend.unmet(file, chosen) is None
+    backend = int8_backend.Int8Backend(file) if ours else OnnxRuntimeBackend(file, chosen)
+    return Refiner(backend, file.settings, file.sha256, chosen)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+#include "processor.h"
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace fastsimgan::processor {
+namespace {
+
+// CPUID's answers to leaf 7.
+struct Features {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  explicit Features(unsigned subleaf) {
+    if (!__get_cpuid_count(7, subleaf, &a, &b, &c, &d)) a = b = c = d = 0;
+  }
+};
+
+bool has_avx512() {
+  static const bool answer = [] {
+    const unsigned b = Features(0).b;
+    const bool there = (b >> 16 & 1) && (b >> 30 & 1) && (b >> 31 & 1);  // F, BW, VL
+    return there && __builtin_cpu_supports("avx512f");                   // and the system saves its registers
+  }();
+  return answer;
+}
+
+// Asks the system for the matrix unit's registers, once.
+bool has_tiles() {
+  static const bool answer = [] {
+    if (!(Features(0).d >> 24 & 1)) return false;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return answer;
+}
+
+}  // namespace
+
+bool has_amx_bfloat16() {
+  return has_avx512() && (Features(1).a >> 5 & 1) && (Features(0).d >> 22 & 1) && has_tiles();
+}
+bool has_amx_int8() { return has_avx512() && (Features(0).d >> 25 & 1) && has_tiles(); }
+bool has_vnni() { return has_avx512() && (Features(0).c >> 11 & 1); }
+
+}  // namespace fastsimgan::processor

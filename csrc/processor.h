@@ -1,0 +1,10 @@
+// What this processor can execute and the system lets this process use. Compiled for any processor.
+#pragma once
+
+namespace fastsimgan::processor {
+
+bool has_amx_bfloat16();  // with AVX-512 for bfloat16
+bool has_amx_int8();      // with AVX-512
+bool has_vnni();          // of AVX-512
+
+}  // namespace fastsimgan::processor

@@ -1,0 +1,130 @@
+"""The refiner's residual block with products of 8 bits, for inference on a CPU: ``relu(x + conv(relu(conv(x))))``.
+
+What goes through the skip connection stays float32, and so does what the branch adds to it: a runtime that is handed a
+graph of 8-bit operators, such as onnxruntime, has to round the branch's result to 8 bits as well, and spends half of
+its time between the convolutions. Sums are exact 32-bit integers and every rounding is to even, so that all
+implementations give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastsimgan.errors import InputError, UnavailableError
+from fastsimgan.ops.history_swap import BUILD_INFO, NOT_LOADED
+
+TOP = 255
+"""The largest value of a rounded feature."""
+
+
+def residual_block_int8(
+    features: Tensor,
+    in_scale: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    scale1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    scale2: Tensor,
+    impl: str = "auto",
+) -> Tensor:
+    """``relu(features + scale2 * (bias2 + conv2(hidden)))``, borders padded with zeros, where ``hidden`` is
+    ``scale1 * (bias1 + conv1(features * in_scale))``; what each convolution is given is rounded to [0, 255].
+
+    Args:
+        features: ``[B, C, H, W]`` float32, not negative, best in channels_last.
+        in_scale: ``[C]`` float32, what makes features whole numbers.
+        weight1: ``[C, C, 3, 3]`` int8, of the first convolution; ``bias1`` ``[C]`` int32, ``scale1`` ``[C]`` float32.
+        weight2: ``[C, C, 3, 3]`` int8, of the second; ``bias2`` ``[C]`` int32, ``scale2`` ``[C]`` float32.
+        impl: ``"reference"`` (plain PyTorch), ``"vnni"`` (C++ for AVX-512's VNNI; C a multiple of 32), ``"amx"`` (C++
+            for AMX; the same), or ``"auto"``: the fastest that can serve the call.
+
+    Returns:
+        ``[B, C, H, W]`` float32, the same bits from all; "vnni" and "amx" give channels_last.
+
+    Raises:
+        InputError: an unknown ``impl``.
+        UnavailableError: "vnni" or "amx" was asked for and cannot serve the call.
+    """
+    if impl not in ("auto", *_MISSING, "reference"):
+        raise InputError(f"impl must be one of auto, amx, vnni, reference, got {impl!r}")
+    layers = weight1, bias1, scale1, weight2, bias2, scale2
+    for name in _MISSING if impl == "auto" else (impl,):
+        if name == "reference":
+            break
+        reason = _unmet(name, features)
+        if reason is None:
+            features = features.contiguous(memory_format=torch.channels_last)
+            out: Tensor = _op(features, in_scale, *layers, name == "amx")
+            return out
+        if impl != "auto":
+            raise UnavailableError(f"residual_block_int8 impl={impl!r}: {reason}")
+    return reference(features, in_scale, *layers)
+
+
+def implementations() -> dict[str, str | None]:
+    """Each implementation, in the order ``"auto"`` prefers them: None where it can run, otherwise why it cannot."""
+    return {**_MISSING, "reference": None}
+
+
+def reference(
+    features: Tensor,
+    in_scale: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    scale1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    scale2: Tensor,
+    amx: bool = False,
+) -> Tensor:
+    """The block in plain PyTorch: documentation, fallback, the tests' oracle. Sums in float64 are exact."""
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+        sums = F.conv2d(x.round().clamp(0, TOP).double(), weight.double(), bias.double(), padding=1)
+        return sums.float() * scale[:, None, None]
+
+    hidden = layer(features * in_scale[:, None, None], weight1, bias1, scale1)
+    return F.relu(features + layer(hidden, weight2, bias2, scale2))
+
+
+def _missing(impl: str) -> str | None:
+    if NOT_LOADED is not None or BUILD_INFO is None:
+        return NOT_LOADED
+    if not BUILD_INFO["amx"]:
+        return "fastsimgan._C was built without AVX-512 and AMX (another processor, system or compiler)"
+    if not torch.ops.fastsimgan.int8_usable(impl == "amx"):
+        return f"it needs a processor with {'AMX' if impl == 'amx' else 'VNNI of AVX-512'}, and Linux's leave to use it"
+    return None
+
+
+_library = torch.library.Library("fastsimgan", "FRAGMENT")
+_library.define("int8_usable(bool amx) -> bool")
+_MISSING = {impl: _missing(impl) for impl in ("amx", "vnni")}  # the answers cannot change in a process
+
+
+def _unmet(impl: str, features: Tensor) -> str | None:
+    """Why ``impl`` cannot serve this call; None if it can."""
+    if _MISSING[impl] is not None:
+        return _MISSING[impl]
+    if features.device.type != "cpu" or features.dtype != torch.float32:
+        return f"it needs float32 on a CPU, got {features.dtype} on {features.device}"
+    if features.shape[1] % 32:
+        return f"it needs a multiple of 32 feature maps, got {features.shape[1]}"
+    return None if features.numel() else f"features are empty: {list(features.shape)}"
+
+
+def _fake(features: Tensor, *_: Tensor | bool) -> Tensor:
+    return torch.empty_like(features)
+
+
+_library.define(
+    "residual_block_int8(Tensor features, Tensor in_scale, Tensor weight1, Tensor bias1, Tensor scale1, "
+    "Tensor weight2, Tensor bias2, Tensor scale2, bool amx) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.impl("residual_block_int8", reference, "CompositeExplicitAutograd")
+torch.library.register_fake("fastsimgan::residual_block_int8", _fake, lib=_library)
+_op = torch.ops.fastsimgan.residual_block_int8.default
