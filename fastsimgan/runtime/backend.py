@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastsimgan.device import channels_last
+from fastsimgan.device import channels_last, keep_some_freed_memory
 from fastsimgan.errors import InputError
 from fastsimgan.models import refiner as network
 from fastsimgan.precision import autocast, cpu_has_bfloat16
@@ -68,6 +68,8 @@ class TorchBackend:
             block.half()
         self._precision = precision
         self._call = Replay(self._forward) if device.type == "cuda" else self._forward
+        if device.type == "cpu":
+            keep_some_freed_memory()
 
     def __call__(self, images: Tensor) -> Tensor:
         return self._call(images)

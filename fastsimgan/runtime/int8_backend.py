@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fastsimgan.data.files import printable
 from fastsimgan.data.values import from_float
+from fastsimgan.device import keep_some_freed_memory
 from fastsimgan.errors import InputError
 from fastsimgan.ops import residual_block as float_block
 from fastsimgan.ops.residual_block import residual_block
@@ -67,6 +68,7 @@ class Int8Backend:
         self._last_block = *read.layer(f"{name}.conv1", shape), *read.layer(f"{name}.conv2", shape)
         self._last = read.layer("last", (channels, width, 1, 1))
         self._width: int = width
+        keep_some_freed_memory()
 
     def __call__(self, images: Tensor) -> Tensor:
         return from_float(self.floats(images), torch.uint8)
