@@ -1,4 +1,5 @@
-// The op fastsimgan::residual_block on the CPU: checks, memory and threads; the arithmetic is in residual_block_avx2.cpp.
+// The op fastsimgan::residual_block on the CPU: checks, memory and threads; the arithmetic is in residual_block_winograd.h,
+// compiled for AVX2 and for AVX-512.
 #include "residual_block.h"
 
 #include <torch/csrc/stable/library.h>
@@ -10,6 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "processor.h"
+
 namespace fastsimgan {
 namespace {
 
@@ -19,10 +22,13 @@ using torch::stable::Tensor;
 const float* read(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 float* write(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
+const Kernels& kernels_for(int64_t maps) {
+  return processor::has_avx512() && maps % kAvx512.lanes == 0 ? kAvx512 : kAvx2;
+}
+
 // Float32 [count, C, height, width] whose memory is [count, height, width, C].
 Features features_of(const Tensor& x) {
-  STD_TORCH_CHECK(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
-                  "residual_block in C++ needs a processor with AVX2 and FMA");
+  STD_TORCH_CHECK(processor::has_avx2(), "residual_block in C++ needs a processor with AVX2 and FMA");
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float, "features must be float32 [B, C, H, W]");
   const Features f{x.size(0), x.size(2), x.size(3), x.size(1)};
   STD_TORCH_CHECK(f.numel() > 0 && f.maps % 8 == 0 && f.maps <= kMostMaps,
@@ -56,7 +62,7 @@ std::unique_ptr<float[]> floats(int64_t count) { return std::unique_ptr<float[]>
 std::unique_ptr<float[]> transformed(const Tensor& weight, int64_t maps, bool backward) {
   auto result = floats(36 * maps * maps);
   const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
-  transform_weights(read(weight), strides, maps, backward, result.get());
+  kernels_for(maps).transform_weights(read(weight), strides, maps, backward, result.get());
   return result;
 }
 
@@ -70,7 +76,7 @@ struct Ending {
 void convolve_all(const Features& f, const float* in, const float* weights, const Ending& ending, float* out) {
   torch::stable::parallel_for(0, f.strips(), 1, [&](int64_t from, int64_t to) {
     const auto scratch = floats(2 * f.transformed());
-    convolve(f, from, to, in, weights, ending.bias, ending.add, ending.positive, ending.relu, out, scratch.get());
+    kernels_for(f.maps).convolve(f, from, to, in, weights, ending.bias, ending.add, ending.positive, ending.relu, out, scratch.get());
   });
 }
 
@@ -84,13 +90,13 @@ Tensor weight_gradient_of_all(const Features& f, const Tensor& weight, const flo
   torch::stable::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
     const auto scratch = floats(2 * f.transformed());
     for (int64_t group = from; group < to; ++group)
-      weight_gradient(f, group * f.strips() / groups, (group + 1) * f.strips() / groups, in, grad,
+      kernels_for(f.maps).weight_gradient(f, group * f.strips() / groups, (group + 1) * f.strips() / groups, in, grad,
                       sums.data() + group * size, scratch.get());
   });
   for (int64_t group = 1; group < groups; ++group)
     for (int64_t i = 0; i < size; ++i) sums[i] += sums[group * size + i];
   Tensor result = torch::stable::new_empty(weight, weight.sizes());
-  transform_back(sums.data(), f.maps, write(result));
+  kernels_for(f.maps).transform_back(sums.data(), f.maps, write(result));
   return result;
 }
 
@@ -101,7 +107,7 @@ Tensor masked_sum(const Features& f, const Tensor& like, const float* grad, cons
   torch::stable::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
     for (int64_t group = from; group < to; ++group) {
       const int64_t first = group * pixels / groups, last = (group + 1) * pixels / groups;
-      mask_and_sum(grad + first * f.maps, out ? out + first * f.maps : nullptr, last - first, f.maps,
+      kernels_for(f.maps).mask_and_sum(grad + first * f.maps, out ? out + first * f.maps : nullptr, last - first, f.maps,
                    masked ? masked + first * f.maps : nullptr, sums.data() + group * f.maps);
     }
   });
