@@ -25,7 +25,8 @@ from fastsimgan.data.values import from_float
 from fastsimgan.errors import FastSimGANError
 from fastsimgan.models.refiner import Refiner as Network
 from fastsimgan.precision import choose_precision
-from fastsimgan.runtime.refiner import Refiner, load_refiner, prepare, read_refiner, save_refiner
+from fastsimgan.runtime.backend import prepare
+from fastsimgan.runtime.refiner import Refiner, load_refiner, read_refiner, save_refiner
 
 if TYPE_CHECKING:
     from fastsimgan.runtime.onnx_file import OnnxFile

@@ -26,10 +26,11 @@ from fastsimgan.errors import FastSimGANError, InputError
 from fastsimgan.models import refiner as network
 from fastsimgan.pictures import save_rows
 from fastsimgan.runtime import graph, int8_backend, trtexec
+from fastsimgan.runtime.backend import prepare
 from fastsimgan.runtime.form import Form, input_name
 from fastsimgan.runtime.onnx_file import read, stamp
 from fastsimgan.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from fastsimgan.runtime.refiner import RefinerFile, prepare, read_refiner
+from fastsimgan.runtime.refiner import RefinerFile, read_refiner
 from fastsimgan.runtime.tensorrt_backend import Library, cached_engine
 
 FORMS = {

@@ -18,7 +18,7 @@ from fastsimgan.data.histogram import non_uniformity
 from fastsimgan.data.room import available_memory
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import InputError
-from fastsimgan.runtime.refiner import prepare
+from fastsimgan.runtime.backend import prepare
 
 Images = NDArray[Any]
 _EQUALISED = 0.06  # below this `non_uniformity`, images are taken for equalised

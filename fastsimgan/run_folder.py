@@ -33,7 +33,8 @@ from fastsimgan.errors import InputError, TrainingError
 from fastsimgan.models.refiner import Refiner as Network
 from fastsimgan.pictures import save_contact_sheet
 from fastsimgan.pools import Pools
-from fastsimgan.runtime.refiner import BEST, FILE, Refiner, load_refiner, prepare, save_refiner
+from fastsimgan.runtime.backend import prepare
+from fastsimgan.runtime.refiner import BEST, FILE, Refiner, load_refiner, save_refiner
 from fastsimgan.selection import Selection, seen
 
 ATTEMPTS = 3

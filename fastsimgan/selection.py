@@ -18,7 +18,8 @@ from fastsimgan.metrics.label_drift import describe, label_drift
 from fastsimgan.metrics.realism import kernel_distance, random_features
 from fastsimgan.models.refiner import Refiner as Network
 from fastsimgan.pools import Images, Pools
-from fastsimgan.runtime.refiner import Refiner, prepare
+from fastsimgan.runtime.backend import prepare
+from fastsimgan.runtime.refiner import Refiner
 
 _REAL = 2000  # real images that refined ones are compared with
 _BATCH = 64

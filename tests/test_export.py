@@ -26,9 +26,10 @@ from fastsimgan.models import refiner as network  # noqa: E402
 from fastsimgan.ops import residual_block, residual_block_int8  # noqa: E402
 from fastsimgan.refine import main as refine  # noqa: E402
 from fastsimgan.runtime import graph, load_refiner, onnx_file, save_refiner  # noqa: E402
+from fastsimgan.runtime.backend import prepare  # noqa: E402
 from fastsimgan.runtime.form import Form  # noqa: E402
 from fastsimgan.runtime.onnxruntime_backend import OnnxRuntimeBackend  # noqa: E402
-from fastsimgan.runtime.refiner import describe, prepare  # noqa: E402
+from fastsimgan.runtime.refiner import describe  # noqa: E402
 from fastsimgan.runtime.trtexec import Profile, command  # noqa: E402
 
 FLOATS = ("refiner.onnx", "refiner.fp16.onnx")

@@ -13,7 +13,7 @@ from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.models import refiner as network
 from fastsimgan.precision import cpu_has_bfloat16
 from fastsimgan.runtime import backend, load_refiner, save_refiner
-from fastsimgan.runtime.refiner import prepare
+from fastsimgan.runtime.backend import prepare
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.models import refiner as network
 from fastsimgan.refine import main as refine_main
 from fastsimgan.runtime import graph, onnx_file, tensorrt_backend
+from fastsimgan.runtime.backend import prepare
 from fastsimgan.runtime.form import Form
-from fastsimgan.runtime.refiner import Refiner, describe, load_refiner, prepare
+from fastsimgan.runtime.refiner import Refiner, describe, load_refiner
 from fastsimgan.runtime.trtexec import Profile
 
 EYES = Profile((1, 35, 55), (64, 35, 55), (512, 35, 55))

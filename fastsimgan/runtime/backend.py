@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastsimgan.device import channels_last, keep_some_freed_memory
+from fastsimgan.data.histogram import equalise
+from fastsimgan.data.values import from_float, to_float
+from fastsimgan.device import channels_last, images_channels_last, keep_some_freed_memory
 from fastsimgan.errors import InputError
 from fastsimgan.models import refiner as network
 from fastsimgan.precision import autocast, cpu_has_bfloat16
@@ -28,6 +30,15 @@ class Backend(Protocol):
     """Images that one call may have; None is any number."""
 
     def __call__(self, images: Tensor) -> Tensor: ...
+
+
+def prepare(images: Tensor, histogram: str) -> Tensor:
+    """Stored images ``[N, C, H, W]`` to what R sees: equalised if ``histogram`` is "equalise", then in [-1, 1]."""
+    if histogram == "equalise":
+        # equalisation counts grey values, so floats take 16 bits on the way in
+        levels = from_float(to_float(images), torch.uint16) if images.is_floating_point() else images
+        images = equalise(levels)
+    return images_channels_last(to_float(images))
 
 
 _IN_CACHE = 4 << 20  # bytes of features that a core has near it

@@ -21,9 +21,8 @@ from fastsimgan.errors import InputError
 from fastsimgan.ops import residual_block as float_block
 from fastsimgan.ops.residual_block import residual_block
 from fastsimgan.ops.residual_block_int8 import implementations, residual_block_int8
-from fastsimgan.runtime.backend import in_cache
+from fastsimgan.runtime.backend import in_cache, prepare
 from fastsimgan.runtime.onnx_file import OnnxFile
-from fastsimgan.runtime.refiner import prepare
 
 FINER = 224 / 127
 """How many of our steps one of the file's is: a channel's peak in calibration is 127 there and 224 here, of 255."""

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from fastsimgan.checkpoint import write_atomically
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.histogram import equalise
-from fastsimgan.data.values import from_float, to_float
-from fastsimgan.device import choose_device, images_channels_last
+from fastsimgan.data.values import from_float
+from fastsimgan.device import choose_device
 from fastsimgan.errors import InputError
 from fastsimgan.models import refiner as network
-from fastsimgan.runtime.backend import Backend, Precision, TorchBackend
+from fastsimgan.runtime.backend import Backend, Precision, TorchBackend, prepare
 
 FILE, BEST = "refiner.safetensors", "best.safetensors"
 _FORMAT = "fastsimgan.refiner/1"
@@ -108,15 +107,6 @@ class Refiner:
         return from_float(self.backend(prepare(images, self.settings["histogram"])), images.dtype)
 
 
-def prepare(images: Tensor, histogram: str) -> Tensor:
-    """Stored images ``[N, C, H, W]`` to what R sees: equalised if ``histogram`` is "equalise", then in [-1, 1]."""
-    if histogram == "equalise":
-        # equalisation counts grey values, so floats take 16 bits on the way in
-        levels = from_float(to_float(images), torch.uint16) if images.is_floating_point() else images
-        images = equalise(levels)
-    return images_channels_last(to_float(images))
-
-
 def describe(module: network.Refiner, histogram: str) -> dict[str, Any]:
     """The settings from which `load_refiner` builds the network again."""
     return {
@@ -196,14 +186,13 @@ def load_refiner(
 
 
 def _load_onnx(path: Path, device: str) -> Refiner:
-    from fastsimgan.runtime import int8_backend
+    from fastsimgan.runtime.int8_backend import Int8Backend, unmet
     from fastsimgan.runtime.onnx_file import read
     from fastsimgan.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
     file = read(path)
     chosen = choose_device(device)
-    ours = int8_backend.unmet(file, chosen) is None
-    backend = int8_backend.Int8Backend(file) if ours else OnnxRuntimeBackend(file, chosen)
+    backend = Int8Backend(file) if unmet(file, chosen) is None else OnnxRuntimeBackend(file, chosen)
     return Refiner(backend, file.settings, file.sha256, chosen)
 
 
