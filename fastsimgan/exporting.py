@@ -140,7 +140,7 @@ def export(
             hashes[name] = opened.sha256
             backend = OnnxRuntimeBackend(opened, torch.device("cpu"))
             reports[name] = truth.compare(backend(truth.input(form)), form)
-            say(f"{name:42} {_row(reports[name])}")
+            say(f"{name:46} {_row(reports[name])}")
             if rule := reports[name].broken_rule(form, truth.own_error, min_psnr):
                 raise InputError(f"{name} does not agree with PyTorch: {rule}")
             others: dict[str, Tensor] = {}
@@ -152,7 +152,7 @@ def export(
                 others[f"in fastsimgan, {ours.name}"] = ours(truth.images)
             for how, refined in others.items():
                 reports[f"{name} ({how})"] = parity = truth.compare(refined, form)
-                say(f"  {how:40} {_row(parity)}")
+                say(f"  {how:44} {_row(parity)}")
                 if rule := parity.broken_rule(form, truth.own_error, min_psnr):
                     raise InputError(f"{name}, {how}, does not agree with PyTorch: {rule}")
             truth.draw_worst(
