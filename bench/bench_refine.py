@@ -323,7 +323,7 @@ def main() -> None:
     else:
         make = partial(load_refiner, given.refiner, precision=given.precision)
         loops = partial(load_refiner, given.loop_refiner or given.refiner)
-        title = f"refiner {given.refiner.name}, {given.precision}"
+        title = f"refiner {given.refiner.name}, {make().backend.name}"
         compare(make, loops, title, given.count, min(given.loops, given.count), given.size, given.rounds)
 
 
