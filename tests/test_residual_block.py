@@ -19,8 +19,10 @@ each_cpp = pytest.mark.parametrize(
     ("impl", "maps"), [pytest.param("cpp", 16, marks=needs_cpp), pytest.param("amx", 32, marks=needs_amx)]
 )
 
-# [B, C, H, W]: the paper's eye, the quick presets' widths, a last strip that is not full, tiles that are cut, one pixel
+# [B, C, H, W]: the paper's eye, the quick presets' widths, a last strip that is not full, tiles that are cut, one
+# pixel; pairs of 16 lanes, of 8, and a last one alone
 SHAPES = [(2, 64, 35, 55), (3, 32, 48, 48), (2, 24, 17, 9), (1, 40, 5, 3), (5, 8, 4, 4), (1, 8, 1, 1), (1, 16, 1, 33)]
+SHAPES += [(2, 48, 11, 13)]
 
 
 # Several strips an image, of unequal height; one row, one column, one pixel; maps that are no power of two

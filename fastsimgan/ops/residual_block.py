@@ -36,10 +36,10 @@ def residual_block(
         features: ``[B, C, H, W]``, floating point, best in channels_last.
         weight1: ``[C, C, 3, 3]``, of the first convolution; ``bias1`` ``[C]``.
         weight2: ``[C, C, 3, 3]``, of the second; ``bias2`` ``[C]``.
-        impl: ``"reference"`` (plain PyTorch), ``"cpp"`` (C++ for AVX2; float32 on a CPU, C a multiple of 8 up to
-            1,024), ``"amx"`` (C++ for AMX: products in bfloat16 of float32 tensors on a CPU, C a multiple of 32), or
-            ``"auto"``: "amx" under autocast to bfloat16 and "cpp" without autocast, where they can serve the call and
-            nothing is being exported.
+        impl: ``"reference"`` (plain PyTorch), ``"cpp"`` (C++ for AVX2 and AVX-512; float32 on a CPU, C a multiple of 8
+            up to 1,024), ``"amx"`` (C++ for AMX: products in bfloat16 of float32 tensors on a CPU, C a multiple of 32),
+            or ``"auto"``: "amx" under autocast to bfloat16 and "cpp" without autocast, where they can serve the call
+            and nothing is being exported.
 
     Returns:
         ``[B, C, H, W]``; "cpp" and "amx" give channels_last and float32.
