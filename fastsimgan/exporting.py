@@ -139,7 +139,8 @@ def export(
             opened = read(folder / name)  # what is judged is the file, as a user will read it
             hashes[name] = opened.sha256
             backend = OnnxRuntimeBackend(opened, torch.device("cpu"))
-            reports[name] = truth.compare(backend(truth.input(form)), form)
+            refined = backend(truth.input(form))
+            reports[name] = truth.compare(refined, form)
             say(f"{name:46} {_row(reports[name])}")
             if rule := reports[name].broken_rule(form, truth.own_error, min_psnr):
                 raise InputError(f"{name} does not agree with PyTorch: {rule}")
@@ -150,14 +151,12 @@ def export(
             if int8_backend.unmet(opened, torch.device("cpu")) is None:
                 ours = int8_backend.Int8Backend(opened)
                 others[f"in fastsimgan, {ours.name}"] = ours(truth.images)
-            for how, refined in others.items():
-                reports[f"{name} ({how})"] = parity = truth.compare(refined, form)
+            for how, other in others.items():
+                reports[f"{name} ({how})"] = parity = truth.compare(other, form)
                 say(f"  {how:44} {_row(parity)}")
                 if rule := parity.broken_rule(form, truth.own_error, min_psnr):
                     raise InputError(f"{name}, {how}, does not agree with PyTorch: {rule}")
-            truth.draw_worst(
-                folder / f"worst.{name.removesuffix('.onnx')}.png", backend(truth.input(form)), reports[name]
-            )
+            truth.draw_worst(folder / f"worst.{name.removesuffix('.onnx')}.png", refined, reports[name])
         record = {
             "files": hashes,
             "parity": {name: asdict(parity) | {"psnr": _finite(parity.psnr)} for name, parity in reports.items()},

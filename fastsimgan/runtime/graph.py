@@ -103,15 +103,13 @@ def calibrate(module: network.Refiner, images: Tensor) -> dict[str, Array]:
 
 def _moments(features: Tensor) -> Array:
     """Means of the products of any two values in a 3x3 neighbourhood (as weights ``[C, 3, 3]``), a 1 behind them."""
-    step = max(1, features.shape[0] * features.shape[2] * features.shape[3] // _NEIGHBOURHOODS)
-    rows = 9 * features.shape[1] + 1
-    sums, count = torch.zeros(rows, rows, dtype=torch.float64), 0
-    for image in features.split(1):
-        patches = F.unfold(image, 3, padding=1)[0, :, ::step]
-        patches = torch.cat([patches, patches.new_ones(1, patches.shape[1])])
-        sums += (patches @ patches.T).double()
-        count += patches.shape[1]
-    means: Array = (sums / count).numpy()
+    count, _, height, width = features.shape
+    pixels = torch.arange(0, count * height * width, max(1, count * height * width // _NEIGHBOURHOODS))
+    image, y, x = pixels // (height * width), pixels // width % height, pixels % width
+    padded = F.pad(features, (1, 1, 1, 1)).permute(0, 2, 3, 1)
+    taps = torch.stack([padded[image, y + dy, x + dx] for dy in range(3) for dx in range(3)], 2).flatten(1)
+    seen = torch.cat([taps, taps.new_ones(len(taps), 1)], 1)
+    means: Array = (seen.T @ seen).double().div(len(seen)).numpy()
     return means
 
 
@@ -252,12 +250,13 @@ def compensated(weights: Array, moments: Array, rounded: Callable[[Array], Array
     """
     damped = moments + np.eye(len(moments)) * 1e-3 * np.trace(moments) / len(moments)
     factor = np.linalg.cholesky(np.linalg.inv(damped)).T
-    result: Array = weights.astype(np.float64)
-    for column in range(len(moments) - 1):
-        exact = result[:, column].copy()
-        result[:, column] = rounded(exact.clip(-top, top))
-        error = (exact - result[:, column]) / factor[column, column]
-        result[:, column + 1 :] -= np.outer(error, factor[column, column + 1 :])
+    columns = weights.T.astype(np.float64)
+    for index in range(len(moments) - 1):
+        exact = columns[index].copy()
+        columns[index] = rounded(exact.clip(-top, top))
+        error = (exact - columns[index]) / factor[index, index]
+        columns[index + 1 :] -= factor[index, index + 1 :, None] * error
+    result: Array = columns.T
     return result
 
 
