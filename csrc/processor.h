@@ -1,6 +1,10 @@
 // What this processor can execute and the system lets this process use. Compiled for any processor.
 #pragma once
 
+// In headers that files for several processors include: no function of its own may be left, which the linker would take
+// from any of them.
+#define FASTSIMGAN_INLINE __attribute__((always_inline)) inline
+
 namespace fastsimgan::processor {
 
 bool has_avx2();          // with FMA

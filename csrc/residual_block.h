@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "processor.h"
+
 namespace fastsimgan {
 
 constexpr int64_t kMostMaps = 1024;
@@ -12,17 +14,17 @@ constexpr int64_t kMostMaps = 1024;
 // What a pass works on. `maps` is C, a multiple of 8, at most kMostMaps.
 struct Features {
   int64_t count, height, width, maps;
-  int64_t rows() const { return (height + 3) / 4; }  // of 4x4 tiles
-  int64_t columns() const { return (width + 3) / 4; }
-  int64_t tiles() const { return count * rows() * columns(); }
-  int64_t numel() const { return count * height * width * maps; }
+  FASTSIMGAN_INLINE int64_t rows() const { return (height + 3) / 4; }  // of 4x4 tiles
+  FASTSIMGAN_INLINE int64_t columns() const { return (width + 3) / 4; }
+  FASTSIMGAN_INLINE int64_t tiles() const { return count * rows() * columns(); }
+  FASTSIMGAN_INLINE int64_t numel() const { return count * height * width * maps; }
   // Tiles that are transformed before they are multiplied: as many as keep both in a core's L2 cache, whole sixes.
-  int64_t strip() const {
+  FASTSIMGAN_INLINE int64_t strip() const {
     const int64_t fits = 409600 / (36 * 4 * maps);
     return fits < 6 ? 6 : fits > 54 ? 54 : fits / 6 * 6;
   }
-  int64_t strips() const { return (tiles() + strip() - 1) / strip(); }
-  int64_t transformed() const { return 36 * strip() * maps; }  // floats of a strip of transformed tiles
+  FASTSIMGAN_INLINE int64_t strips() const { return (tiles() + strip() - 1) / strip(); }
+  FASTSIMGAN_INLINE int64_t transformed() const { return 36 * strip() * maps; }  // floats of a strip of transformed tiles
 };
 
 // For one kind of vectors.

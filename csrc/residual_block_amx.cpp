@@ -8,7 +8,6 @@ namespace fastsimgan::amx {
 namespace {
 
 constexpr int64_t kTile = 16 * 32;    // bfloat16 values in a tile of 16 rows of 64 bytes
-constexpr int64_t kInCache = 512 << 10;  // bytes of a strip's features in bfloat16; there are two to six of them
 
 inline __m512i pack(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
@@ -204,12 +203,6 @@ void add_weight_gradient(const Planes& planes, int64_t pitch, const bfloat16* gr
 }
 
 }  // namespace
-
-int64_t Images::strips_an_image() const {
-  const int64_t row_bytes = (width + 2) * maps * static_cast<int64_t>(sizeof(bfloat16));
-  const int64_t rows = kInCache / row_bytes > 8 ? kInCache / row_bytes : 8;
-  return (height + rows - 1) / rows;
-}
 
 void pack_weights(const float* weight, const int64_t* strides, int64_t maps, bool backward, bfloat16* packed) {
   for (int64_t out = 0; out < maps; out += kMaps)

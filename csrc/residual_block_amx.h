@@ -5,18 +5,25 @@
 
 #include <cstdint>
 
+#include "processor.h"
+
 namespace fastsimgan::amx {
 
 using bfloat16 = uint16_t;  // its bits
 
 constexpr int64_t kMaps = 32;  // C must be a multiple of it
+constexpr int64_t kInCache = 512 << 10;  // bytes of a strip's features in bfloat16; there are two to six of them
 
 // What a pass works on, in strips of whole rows that keep what is in between in the cache.
 struct Images {
   int64_t count, height, width, maps;
-  int64_t strips_an_image() const;
-  int64_t strips() const { return count * strips_an_image(); }
-  int64_t weights() const { return 9 * maps * maps; }
+  FASTSIMGAN_INLINE int64_t strips_an_image() const {
+    const int64_t row_bytes = (width + 2) * maps * static_cast<int64_t>(sizeof(bfloat16));
+    const int64_t rows = kInCache / row_bytes > 8 ? kInCache / row_bytes : 8;
+    return (height + rows - 1) / rows;
+  }
+  FASTSIMGAN_INLINE int64_t strips() const { return count * strips_an_image(); }
+  FASTSIMGAN_INLINE int64_t weights() const { return 9 * maps * maps; }
 };
 
 // Weights [C, C, 3, 3] with any strides as the matrix unit takes them: images.weights() values. `backward` swaps inputs

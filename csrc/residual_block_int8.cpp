@@ -36,7 +36,8 @@ Images images_of(const Tensor& x) {
 void check_vector(const Images& images, const Tensor& values, ScalarType type) {
   STD_TORCH_CHECK(values.dim() == 1 && values.scalar_type() == type && values.size(0) == images.maps &&
                       values.stride(0) == 1,
-                  "scales and biases must be contiguous float32 and int32 [C] with C=", images.maps);
+                  "in_scale, scale1 and scale2 must be contiguous float32, bias1 and bias2 int32 [C] with C=",
+                  images.maps);
 }
 
 // In a tensor, whose memory begins at a cache line: what is loaded of it are whole lines.

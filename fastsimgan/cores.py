@@ -34,6 +34,7 @@ class CoreRefiner:
         self._whole: Refiner | None = None  # for large images
         self._alone = threading.Lock()
         self.channels = self._refiner.channels
+        self.backend_name = self._refiner.backend.name
         self.device = self._refiner.device
 
     def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:

@@ -67,7 +67,8 @@ def keep_freed_memory() -> None:
 
 
 def keep_some_freed_memory() -> None:
-    """Have glibc keep up to 64 MiB that were freed, as it does in any program that has freed a block of 32 MiB once.
+    """Have glibc keep freed memory, up to 64 MiB in each of its arenas, as it does in any process that has freed a
+    block of 32 MiB once; the process keeps it so.
 
     For those who refine: a layer's features are freed after the next, and by default their pages are given back to the
     system and zeroed anew a dozen times a batch, which can take as long as the layers do in 8 bits.

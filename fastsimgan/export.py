@@ -28,7 +28,7 @@ class ExportConfig:
     """Synthetic images like those to be refined, to compare (64) and calibrate (64) on: folder, .npz or .npy. Left out:
     the built-in eyes."""
     quantise: tuple[Literal["int8-cpu", "int8-tensorrt", "fp8"], ...] = ()
-    """8-bit files to write too; a refiner that began at the identity often loses too much for them."""
+    """8-bit files to write too; a refiner that began at the identity may lose too much for fp8."""
     min_psnr: float = 50.0
     """Least PSNR of an 8-bit file against PyTorch, in dB (50 dB is 0.8 grey levels, root mean square)."""
     trtexec: Literal[10, 11] | None = None

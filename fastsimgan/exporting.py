@@ -69,7 +69,12 @@ class Parity:
         is more; float16 ones within one level on 99.5 % of the pixels and within two on all; quantised ones in PSNR.
         """
         if form.quantised:
-            return None if self.psnr >= min_psnr else f"PSNR must be at least {min_psnr:g} dB, got {self.psnr:.1f}"
+            if self.psnr >= min_psnr:
+                return None
+            return (
+                f"PSNR must be at least {min_psnr:g} dB, got {self.psnr:.1f} (--min-psnr {math.floor(self.psnr)} takes "
+                "it; nothing is written now, so leave it out of --quantise to have the others)"
+            )
         if form.branches == "float32":
             allowed = max(4 * own_error, 1e-5 * 127.5)
             return None if self.largest <= allowed else f"must be within {allowed:.2g} levels, got {self.largest:.2g}"
@@ -133,6 +138,7 @@ def export(
         folder.mkdir()
         reports: dict[str, Parity] = {}
         hashes: dict[str, str] = {}
+        in_fastsimgan = ""  # what runs an 8-bit file here, where that is not onnxruntime
         for name, form in forms.items():
             about = facts | {"uint8": form.uint8, "branches": form.branches, "how_to_call": _how_to_call(form, file)}
             (folder / name).write_bytes(stamp(graph.build(weights, file.settings, form, found), about))
@@ -150,10 +156,11 @@ def export(
                 others["every layer rounded to float16"] = truth.rounded_as_on_a_gpu(form)
             if int8_backend.unmet(opened, torch.device("cpu")) is None:
                 ours = int8_backend.Int8Backend(opened)
-                others[f"in fastsimgan, {ours.name}"] = ours(truth.images)
+                others["in fastsimgan"] = ours(truth.images)
+                in_fastsimgan = ours.name
             for how, other in others.items():
                 reports[f"{name} ({how})"] = parity = truth.compare(other, form)
-                say(f"  {how:44} {_row(parity)}")
+                say(f"  {f'{how}, {in_fastsimgan}' if how == 'in fastsimgan' else how:44} {_row(parity)}")
                 if rule := parity.broken_rule(form, truth.own_error, min_psnr):
                     raise InputError(f"{name}, {how}, does not agree with PyTorch: {rule}")
             truth.draw_worst(folder / f"worst.{name.removesuffix('.onnx')}.png", refined, reports[name])
@@ -162,6 +169,7 @@ def export(
             "parity": {name: asdict(parity) | {"psnr": _finite(parity.psnr)} for name, parity in reports.items()},
             "own_error": truth.own_error,
             "size": size,
+            "in_fastsimgan": in_fastsimgan,
             **facts,
         }
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -174,7 +182,7 @@ def export(
         }
         for major, command in commands.items():
             (folder / f"trtexec{major}.sh").write_text(command + "\n")
-        (folder / CARD).write_text(_card(file, facts, reports, truth.own_error, commands, min_psnr))
+        (folder / CARD).write_text(_card(file, record, reports, truth.own_error, commands, min_psnr))
     return reports
 
 
@@ -368,6 +376,7 @@ def _card(
     )
     forms = FORMS | dict(QUANTISED.values())
     calls = "\n".join(f"- `{name}`: {_how_to_call(forms[name], file)}" for name in reports if name in forms)
+    by = f": {facts['in_fastsimgan']}" if facts["in_fastsimgan"] else ""
     data = facts["data_sha256"]
     listed = ", ".join(f"{name} {value}" for name, value in data.items()) if isinstance(data, dict) else data
     return f"""# Refiner
@@ -389,16 +398,17 @@ real people, nor for telling real from synthetic.
 
 {calls}
 
-In Python: `fastsimgan.load_refiner("FILE.onnx")`, by onnxruntime; the int8-cpu file by kernels of its own where the
-processor has AVX-512 with VNNI. Batch, height and width are free in every file.
+In Python: `fastsimgan.load_refiner("FILE.onnx")`, by onnxruntime; an int8-cpu file of 32, 64, ... feature maps by
+kernels of its own where the processor has AVX-512 with VNNI. Batch, height and width are free in every file.
 
-Residual branches are in the numbers that a file's name tells; the first and last layer and the skip connections are
-float32 in all. **TF32 must be off for these**: onnxruntime's CUDA provider `use_tf32=0`, trtexec `--noTF32`.
+Residual branches are in the numbers that a file's name tells, the last one of an 8-bit file in floats; the first and
+last layer and the skip connections are float32 in all. **TF32 must be off for these**: onnxruntime's CUDA provider
+`use_tf32=0`, trtexec `--noTF32`.
 
 ## Agreement with PyTorch
 
 On {facts["compared_on"]}, by onnxruntime on a CPU ("every layer rounded": float16 emulated as a GPU rounds; "in
-fastsimgan": by `load_refiner` on the machine that exported), in grey levels of 255. PyTorch's own float32 is
+fastsimgan": by `load_refiner` on the machine that exported{by}), in grey levels of 255. PyTorch's own float32 is
 {own_error:.4f} from float64. Rules: float32 within four times that (at least 0.0013); float16 within one level on
 99.5 % of pixels and two on all; quantised files at least {min_psnr:g} dB.
 

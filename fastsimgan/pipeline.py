@@ -103,6 +103,7 @@ class Progress:
     seconds: float = 0.0
     busy: dict[str, float] = field(default_factory=dict)
     threads: dict[str, int] = field(default_factory=dict)
+    backend: str = ""
 
 
 @dataclass
@@ -592,7 +593,8 @@ class Worker:
     def _tell(self, images: int, blocks: int) -> None:
         with self._telling:  # one at a time, whichever thread has something to tell
             seconds = time.perf_counter() - self._begin
-            self.report(Progress(images, blocks, seconds, dict(self.stages.busy), self.stages.threads))
+            backend = self.record.get("backend", "")
+            self.report(Progress(images, blocks, seconds, dict(self.stages.busy), self.stages.threads, backend))
 
 
 class _Stopped(FastSimGANError):

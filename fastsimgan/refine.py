@@ -126,10 +126,11 @@ def refine(config: RefineConfig) -> int:
     for _, reason in workers.start(job)[0].failures():
         print(f"skipped {reason}", file=sys.stderr)
     print_stages(report)
+    by = f"by {', '.join(sorted(report.backends))}; " if report.backends else ""
     print(
         f"{printable(config.output)}: {report.images} images ({report.failed} skipped), {report.others} other files; "
         f"{report.now} in {report.seconds:.1f} s, {report.now / (report.working or report.seconds):.0f} images/s once "
-        f"loaded, mean |R(x) - x| {report.mean_change:.2f} grey levels of 255, "
+        f"loaded, {by}mean |R(x) - x| {report.mean_change:.2f} grey levels of 255, "
         f"refiner sha256 {run.identity['refiner sha256']}"
     )
     return _judge(report.images, report.failed)

@@ -63,6 +63,7 @@ class Report:
     working: float = 0.0  # of the worker that was at work longest, once its refiner was loaded
     busy: dict[str, float] = field(default_factory=dict)  # seconds that the threads of each stage were at work
     threads: dict[str, int] = field(default_factory=dict)
+    backends: set[str] = field(default_factory=set)  # that refined, by name
 
 
 Loader = Callable[[Job, int, int], ImageRefiner]  # of a job, a worker's number and how many share its machine
@@ -222,7 +223,11 @@ def make_worker(run: Run, source: Input, output: Output, job: Job, loader: Loade
         batch_size=job.batch_size,
         on_error=job.on_error,
         threads=cores(workers),
-        record={"device": str(getattr(refiner, "device", "cpu")), "versions": versions()},
+        record={
+            "device": str(getattr(refiner, "device", "cpu")),
+            "backend": str(getattr(refiner, "backend_name", "")),
+            "versions": versions(),
+        },
     )
 
 
@@ -289,6 +294,7 @@ def refine(
     totals = run.totals()
     for part in stages.values():
         report.working = max(report.working, part.seconds)
+        report.backends |= {part.backend} - {""}
         for stage, seconds in part.busy.items():
             report.busy[stage] = report.busy.get(stage, 0.0) + seconds
         for stage, threads in part.threads.items():

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_small_images_take_a_thread_each_and_large_ones_all(path: Path, monkeypa
     at_work = threading.Semaphore(1)
 
     class Spy:
-        channels, device = 1, torch.device("cpu")
+        channels, device, backend = 1, torch.device("cpu"), SimpleNamespace(name="spy")
 
         def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
             if len(images[0]) > 9:

@@ -64,7 +64,9 @@ def test_folder(refiner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(stages) == 4 and sum("<- the limit" in line for line in stages) == 1
     assert summary.startswith(f"{tmp_path}/out: 6 images (0 skipped), 6 other files; 6 in ")
     assert f"refiner sha256 {hashlib.sha256(refiner.read_bytes()).hexdigest()}" in summary
-    found = re.search(r"([\d.]+) images/s once loaded, mean \|R\(x\) - x\| ([\d.]+) grey levels of 255", summary)
+    found = re.search(
+        r"([\d.]+) images/s once loaded, by torch float32; mean \|R\(x\) - x\| ([\d.]+) grey levels of 255", summary
+    )
     assert found is not None
     assert float(found[2]) == pytest.approx(np.mean(change), abs=0.01)
 

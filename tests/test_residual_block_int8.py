@@ -156,10 +156,27 @@ def test_kernels_name_what_they_need(impl: str) -> None:
     with pytest.raises(UnavailableError, match="multiple of 32 feature maps, got 24"):
         residual_block_int8(*arguments((1, 24, 5, 5)), impl=impl)
     given = arguments((1, 32, 5, 5))
-    with pytest.raises(UnavailableError, match="float64"):
-        residual_block_int8(given[0].double(), *given[1:], impl=impl)
     with pytest.raises(UnavailableError, match="empty"):
         residual_block_int8(given[0][:0], *given[1:], impl=impl)
     for index, wrong in ((1, given[1][:8]), (2, given[2][:8]), (3, given[3].long()), (4, given[4].double())):
-        with pytest.raises(RuntimeError, match="C=32"):
+        with pytest.raises(RuntimeError, match="C=32"):  # whoever calls the op itself
+            numbers = (wrong if i == index else x for i, x in enumerate(given))
+            torch.ops.fastsimgan.residual_block_int8(*numbers, impl == "amx")
+    spread = [x.repeat_interleave(2, 0)[::2] if x.dim() == 1 else x for x in given]
+    assert torch.equal(residual_block_int8(*spread, impl=impl), residual_block_int8(*given, impl=impl))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_arguments_are_named_with_what_they_must_be(impl: str) -> None:
+    given = arguments((1, 32, 5, 5))
+    for index, wrong, message in (
+        (0, given[0].double(), r"features must be float32 \[B, C, H, W\], got torch.float64"),
+        (0, given[0][0], r"features must be .* got torch.float32 \[32, 5, 5\]"),
+        (0, given[0].clone().requires_grad_(), "features must not require a gradient"),
+        (1, given[1][:8], r"in_scale must be torch.float32 \[32\], got torch.float32 \[8\]"),
+        (2, given[2].float(), r"weight1 must be torch.int8 \[32, 32, 3, 3\], got torch.float32"),
+        (6, given[6].long(), r"bias2 must be torch.int32 \[32\], got torch.int64"),
+        (7, given[7][:1], "scale2 must be .* got"),
+    ):
+        with pytest.raises(InputError, match=message):
             residual_block_int8(*(wrong if i == index else x for i, x in enumerate(given)), impl=impl)

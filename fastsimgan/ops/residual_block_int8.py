@@ -34,10 +34,11 @@ def residual_block_int8(
     ``scale1 * (bias1 + conv1(features * in_scale))``; what each convolution is given is rounded to [0, 255].
 
     Args:
-        features: ``[B, C, H, W]`` float32, not negative, best in channels_last.
+        features: ``[B, C, H, W]`` float32, finite and not negative, best in channels_last; no gradient comes back.
         in_scale: ``[C]`` float32, what makes features whole numbers.
         weight1: ``[C, C, 3, 3]`` int8, of the first convolution; ``bias1`` ``[C]`` int32, ``scale1`` ``[C]`` float32.
-        weight2: ``[C, C, 3, 3]`` int8, of the second; ``bias2`` ``[C]`` int32, ``scale2`` ``[C]`` float32.
+        weight2: ``[C, C, 3, 3]`` int8, of the second; ``bias2`` ``[C]`` int32, ``scale2`` ``[C]`` float32. Biases leave
+            room for the sums: ``abs(bias) + 255 * 127 * 9 * C`` below 2^31.
         impl: ``"reference"`` (plain PyTorch), ``"vnni"`` (C++ for AVX-512's VNNI; C a multiple of 32), ``"amx"`` (C++
             for AMX; the same), or ``"auto"``: the fastest that can serve the call.
 
@@ -45,11 +46,12 @@ def residual_block_int8(
         ``[B, C, H, W]`` float32, the same bits from all; "vnni" and "amx" give channels_last.
 
     Raises:
-        InputError: an unknown ``impl``.
+        InputError: an unknown ``impl``, or an argument of another type or shape.
         UnavailableError: "vnni" or "amx" was asked for and cannot serve the call.
     """
     if impl not in ("auto", *_MISSING, "reference"):
         raise InputError(f"impl must be one of auto, amx, vnni, reference, got {impl!r}")
+    _check(features, in_scale, weight1, bias1, scale1, weight2, bias2, scale2)
     layers = weight1, bias1, scale1, weight2, bias2, scale2
     for name in _MISSING if impl == "auto" else (impl,):
         if name == "reference":
@@ -57,7 +59,8 @@ def residual_block_int8(
         reason = _unmet(name, features)
         if reason is None:
             features = features.contiguous(memory_format=torch.channels_last)
-            out: Tensor = _op(features, in_scale, *layers, name == "amx")
+            numbers = (values if values.dim() == 4 else values.contiguous() for values in (in_scale, *layers))
+            out: Tensor = _op(features, *numbers, name == "amx")
             return out
         if impl != "auto":
             raise UnavailableError(f"residual_block_int8 impl={impl!r}: {reason}")
@@ -90,11 +93,35 @@ def reference(
     return F.relu(features + layer(hidden, weight2, bias2, scale2))
 
 
+def _check(features: Tensor, *numbers: Tensor) -> None:
+    if features.dim() != 4 or features.dtype != torch.float32:
+        raise InputError(f"features must be float32 [B, C, H, W], got {features.dtype} {list(features.shape)}")
+    if torch.is_grad_enabled() and features.requires_grad:
+        raise InputError("features must not require a gradient: in 8 bits there is none")
+    maps = features.shape[1]
+    for name, values in zip(_NUMBERS, numbers, strict=True):
+        weight, dtype = name.startswith("weight"), _NUMBERS[name]
+        shape = (maps, maps, 3, 3) if weight else (maps,)
+        if values.dtype != dtype or values.shape != shape:
+            raise InputError(f"{name} must be {dtype} {list(shape)}, got {values.dtype} {list(values.shape)}")
+
+
+_NUMBERS = {
+    "in_scale": torch.float32,
+    "weight1": torch.int8,
+    "bias1": torch.int32,
+    "scale1": torch.float32,
+    "weight2": torch.int8,
+    "bias2": torch.int32,
+    "scale2": torch.float32,
+}
+
+
 def _missing(impl: str) -> str | None:
     if NOT_LOADED is not None or BUILD_INFO is None:
         return NOT_LOADED
     if not BUILD_INFO["amx"]:
-        return "fastsimgan._C was built without AVX-512 and AMX (another processor, system or compiler)"
+        return "fastsimgan._C was built without VNNI and AMX (another processor, system or compiler)"
     if not torch.ops.fastsimgan.int8_usable(impl == "amx"):
         return f"it needs a processor with {'AMX' if impl == 'amx' else 'VNNI of AVX-512'}, and Linux's leave to use it"
     return None
@@ -109,8 +136,8 @@ def _unmet(impl: str, features: Tensor) -> str | None:
     """Why ``impl`` cannot serve this call; None if it can."""
     if _MISSING[impl] is not None:
         return _MISSING[impl]
-    if features.device.type != "cpu" or features.dtype != torch.float32:
-        return f"it needs float32 on a CPU, got {features.dtype} on {features.device}"
+    if features.device.type != "cpu":
+        return f"it needs a CPU, got {features.device}"
     if features.shape[1] % 32:
         return f"it needs a multiple of 32 feature maps, got {features.shape[1]}"
     return None if features.numel() else f"features are empty: {list(features.shape)}"

@@ -23,7 +23,7 @@ class Backend(Protocol):
     """R on one device. Called with ``[B, C, H, W]`` of ``dtype`` on that device; returns the same."""
 
     name: str
-    """``torch``, ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``, and what it computes in."""
+    """``torch``, ``int8`` (our kernels), ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``, and what it computes in."""
     dtype: torch.dtype
     """uint8: stored images, everything is done inside. float32: prepared images in [-1, 1]."""
     largest_batch: int | None
@@ -50,7 +50,10 @@ def in_cache(call: Callable[[Tensor], Tensor], images: Tensor, width: int) -> Te
     A layer over a large batch sends all of it to memory and back, and the system hands the pages out anew each time.
     """
     fit = _IN_CACHE // (4 * width * images.shape[2] * images.shape[3]) * torch.get_num_threads()
-    return torch.cat([call(part) for part in images.split(fit)]) if 0 < fit < len(images) else call(images)
+    if not 0 < fit < len(images):
+        return call(images)
+    # of nearly equal sizes: PyTorch takes other paths, which round otherwise, for a last image alone
+    return torch.cat([call(part) for part in images.tensor_split(-(-len(images) // fit))])
 
 
 class TorchBackend:

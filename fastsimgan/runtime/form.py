@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 OUTPUT = "refined"
+Branches = Literal["float32", "float16", "u8s8", "s8s8", "fp8"]
+BRANCHES = get_args(Branches)
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Form:
 
     uint8: bool
     """Stored uint8 images in and out, or prepared float32 in [-1, 1]."""
-    branches: Literal["float32", "float16", "u8s8", "s8s8", "fp8"]
+    branches: Branches
     """``u8s8``: unsigned 8-bit activations, signed weights, branch outputs rounded to 8 bits too (onnxruntime, CPU);
     ``s8s8``: both signed and symmetric, float outputs (TensorRT); ``fp8``: float8 e4m3 (TensorRT, sm_89 and later).
     The last branch of these three is in float32 or float16: half of their error came from it."""

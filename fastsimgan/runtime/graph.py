@@ -104,7 +104,9 @@ def calibrate(module: network.Refiner, images: Tensor) -> dict[str, Array]:
 def _moments(features: Tensor) -> Array:
     """Means of the products of any two values in a 3x3 neighbourhood (as weights ``[C, 3, 3]``), a 1 behind them."""
     count, _, height, width = features.shape
-    pixels = torch.arange(0, count * height * width, max(1, count * height * width // _NEIGHBOURHOODS))
+    pixels = torch.arange(count * height * width)
+    if len(pixels) > _NEIGHBOURHOODS:  # at random: any regular step is in step with the width of some images
+        pixels = torch.randint(len(pixels), (_NEIGHBOURHOODS,), generator=torch.Generator().manual_seed(0))
     image, y, x = pixels // (height * width), pixels // width % height, pixels % width
     padded = F.pad(features, (1, 1, 1, 1)).permute(0, 2, 3, 1)
     taps = torch.stack([padded[image, y + dy, x + dx] for dy in range(3) for dx in range(3)], 2).flatten(1)
@@ -208,8 +210,11 @@ class _Graph:
         weight = self.weights[f"{name}.weight"] * x_units[:, None, None] / out_units[:, None, None, None]
         fp8 = self.form.branches == "fp8"
         top = _FP8_TOP if fp8 else 127
-        scale = (np.maximum(np.abs(weight).max((1, 2, 3)), 1e-12) / top).astype(np.float32)
-        exact = np.concatenate([weight.reshape(len(scale), -1), (self.weights[f"{name}.bias"] / out_units)[:, None]], 1)
+        bias = self.weights[f"{name}.bias"] / out_units
+        # a bias, in units of the sums, leaves them most of their 32 bits, where the kernel is nearly zero too
+        largest = np.maximum(np.abs(weight).max((1, 2, 3)), np.abs(bias) * (top / 2**28))
+        scale = (np.maximum(largest, 1e-12) / top).astype(np.float32)
+        exact = np.concatenate([weight.reshape(len(scale), -1), bias[:, None]], 1)
         seen = np.append(np.repeat(x_units, weight[0, 0].size), 1.0)
         moments = self.calibration[name] / seen[:, None] / seen
         held = compensated(exact / scale[:, None].astype(np.float64), moments, _to_float8 if fp8 else np.rint, top)
@@ -222,7 +227,7 @@ class _Graph:
         about = [self.constant(f"{name}.scale", scale), zero]
         restored = self.node("DequantizeLinear", [small, *about], f"{name}.weight.dequantised", axis=0)
         if self.form.branches == "u8s8":  # onnxruntime wants the bias in the accumulator's own units
-            whole = np.clip(np.rint(bias), -(2**31), 2**31 - 1).astype(np.int32)
+            whole = np.clip(np.rint(bias), -(2**30), 2**30).astype(np.int32)
             about = [about[0], self.constant(f"{name}.bias.zero", np.zeros(len(scale), np.int32))]
             added = self.constant(f"{name}.bias", whole)
             added = self.node("DequantizeLinear", [added, *about], f"{name}.bias.dequantised", axis=0)

@@ -75,6 +75,8 @@ class Refiner:
             planes = planes[:, None] if planes.ndim == 3 else planes.permute(0, 3, 1, 2)
         if planes.dtype not in (torch.uint8, torch.uint16, torch.float32):
             raise InputError(f"images must be uint8, uint16 or float32 in [0, 1], got {planes.dtype}")
+        if 0 in planes.shape[2:]:
+            raise InputError(f"images must have at least one pixel, got {list(images.shape)}")
         if planes.shape[1] != self.channels:
             raise InputError(f"images must have {self.channels} channel(s), as the refiner has, got {planes.shape[1]}")
         if self.backend.dtype == torch.uint8 and planes.dtype != torch.uint8:

@@ -20,6 +20,7 @@ class StreamedRefiner:
     def __init__(self, refiner: Refiner) -> None:
         self.refiner = refiner
         self.channels = refiner.channels
+        self.backend_name = refiner.backend.name
         self.device = refiner.device
         self._stream = torch.cuda.Stream(refiner.device)
 
