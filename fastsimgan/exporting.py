@@ -299,7 +299,7 @@ def _images(path: Path | None, channels: int) -> tuple[Tensor, str]:
         raise InputError(
             f"{printable(path)}: images must have {channels} channel(s), as the refiner has, got {planes.shape[1]}"
         )
-    return planes, f"{len(planes)} of {printable(path.name)}"
+    return planes, f"{min(COMPARED, len(planes))} of {printable(path.name)}"
 
 
 def _facts(refiner: Path, file: RefinerFile, images: str) -> dict[str, Any]:
