@@ -114,7 +114,7 @@ class Race:
         """
         on_cpu = self.device.type == "cpu"
         self.clock = time.process_time if on_cpu else time.perf_counter
-        self._take_turns(sides, rounds=7 if on_cpu else 50)
+        self._take_turns(sides, rounds=15 if on_cpu else 50)
         if self.disabled:
             return
         peak = measured_matrix_rate(torch.float32 if on_cpu else torch.float16, self.clock)
