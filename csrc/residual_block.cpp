@@ -11,58 +11,30 @@
 #include <tuple>
 #include <vector>
 
+#include "block_tensors.h"
 #include "processor.h"
 
 namespace fastsimgan {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-const float* read(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
-float* write(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-
 const Kernels& kernels_for(int64_t maps) {
   return processor::has_avx512() && maps % kAvx512.lanes == 0 ? kAvx512 : kAvx2;
 }
 
-// Float32 [count, C, height, width] whose memory is [count, height, width, C].
 Features features_of(const Tensor& x) {
   STD_TORCH_CHECK(processor::has_avx2(), "residual_block in C++ needs a processor with AVX2 and FMA");
-  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float, "features must be float32 [B, C, H, W]");
-  const Features f{x.size(0), x.size(2), x.size(3), x.size(1)};
-  STD_TORCH_CHECK(f.numel() > 0 && f.maps % 8 == 0 && f.maps <= kMostMaps,
-                  "features must not be empty and their number of maps a multiple of 8, at most 1024, got ", f.maps);
-  const int64_t expected[4] = {f.height * f.width * f.maps, 1, f.width * f.maps, f.maps};
-  for (int64_t i = 0; i < 4; ++i)
-    STD_TORCH_CHECK(x.size(i) == 1 || x.stride(i) == expected[i], "features must be channels_last");
+  const Features f = channels_last<Features>(x, ScalarType::Float, kAvx2.lanes);
+  STD_TORCH_CHECK(f.maps <= kMostMaps, "feature maps must be at most 1024, got ", f.maps);
   return f;
 }
 
-void check_same(const Features& f, const Tensor& other) {
-  const Features g = features_of(other);
-  STD_TORCH_CHECK(f.count == g.count && f.height == g.height && f.width == g.width && f.maps == g.maps,
-                  "gradient, features, hidden features and result must be of one shape");
-}
-
-void check_weight(const Features& f, const Tensor& weight) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(0) == f.maps &&
-                      weight.size(1) == f.maps && weight.size(2) == 3 && weight.size(3) == 3,
-                  "weights must be float32 [C, C, 3, 3] with C=", f.maps);
-}
-
-void check_bias(const Features& f, const Tensor& bias) {
-  STD_TORCH_CHECK(bias.dim() == 1 && bias.scalar_type() == ScalarType::Float && bias.size(0) == f.maps &&
-                      (f.maps == 1 || bias.stride(0) == 1),
-                  "biases must be contiguous float32 [C] with C=", f.maps);
-}
+void check_same(const Features& f, const Tensor& other) { check_equal(f, features_of(other)); }
 
 std::unique_ptr<float[]> floats(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }  // not zeroed
 
 std::unique_ptr<float[]> transformed(const Tensor& weight, int64_t maps, bool backward) {
   auto result = floats(36 * maps * maps);
-  const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
-  kernels_for(maps).transform_weights(read(weight), strides, maps, backward, result.get());
+  kernels_for(maps).transform_weights(read<float>(weight), strides_of(weight).data(), maps, backward, result.get());
   return result;
 }
 
@@ -76,7 +48,8 @@ struct Ending {
 void convolve_all(const Features& f, const float* in, const float* weights, const Ending& ending, float* out) {
   torch::stable::parallel_for(0, f.strips(), 1, [&](int64_t from, int64_t to) {
     const auto scratch = floats(2 * f.transformed());
-    kernels_for(f.maps).convolve(f, from, to, in, weights, ending.bias, ending.add, ending.positive, ending.relu, out, scratch.get());
+    kernels_for(f.maps).convolve(f, from, to, in, weights, ending.bias, ending.add, ending.positive, ending.relu, out,
+                                 scratch.get());
   });
 }
 
@@ -91,12 +64,12 @@ Tensor weight_gradient_of_all(const Features& f, const Tensor& weight, const flo
     const auto scratch = floats(2 * f.transformed());
     for (int64_t group = from; group < to; ++group)
       kernels_for(f.maps).weight_gradient(f, group * f.strips() / groups, (group + 1) * f.strips() / groups, in, grad,
-                      sums.data() + group * size, scratch.get());
+                                          sums.data() + group * size, scratch.get());
   });
   for (int64_t group = 1; group < groups; ++group)
     for (int64_t i = 0; i < size; ++i) sums[i] += sums[group * size + i];
   Tensor result = torch::stable::new_empty(weight, weight.sizes());
-  kernels_for(f.maps).transform_back(sums.data(), f.maps, write(result));
+  kernels_for(f.maps).transform_back(sums.data(), f.maps, write<float>(result));
   return result;
 }
 
@@ -107,12 +80,13 @@ Tensor masked_sum(const Features& f, const Tensor& like, const float* grad, cons
   torch::stable::parallel_for(0, groups, 1, [&](int64_t from, int64_t to) {
     for (int64_t group = from; group < to; ++group) {
       const int64_t first = group * pixels / groups, last = (group + 1) * pixels / groups;
-      kernels_for(f.maps).mask_and_sum(grad + first * f.maps, out ? out + first * f.maps : nullptr, last - first, f.maps,
-                   masked ? masked + first * f.maps : nullptr, sums.data() + group * f.maps);
+      kernels_for(f.maps).mask_and_sum(grad + first * f.maps, out ? out + first * f.maps : nullptr, last - first,
+                                       f.maps, masked ? masked + first * f.maps : nullptr,
+                                       sums.data() + group * f.maps);
     }
   });
   Tensor result = torch::stable::new_empty(like, {f.maps});
-  float* total = write(result);
+  float* total = write<float>(result);
   for (int64_t c = 0; c < f.maps; ++c) {
     total[c] = sums[c];
     for (int64_t group = 1; group < groups; ++group) total[c] += sums[group * f.maps + c];
@@ -123,14 +97,14 @@ Tensor masked_sum(const Features& f, const Tensor& like, const float* grad, cons
 std::tuple<Tensor, Tensor> residual_block_cpu(Tensor features, Tensor weight1, Tensor bias1, Tensor weight2,
                                               Tensor bias2) {
   const Features f = features_of(features);
-  for (const Tensor& weight : {weight1, weight2}) check_weight(f, weight);
-  for (const Tensor& bias : {bias1, bias2}) check_bias(f, bias);
+  for (const Tensor& weight : {weight1, weight2}) check_weight(weight, ScalarType::Float, f.maps);
+  for (const Tensor& bias : {bias1, bias2}) check_values(bias, ScalarType::Float, f.maps, "biases");
   Tensor hidden = torch::stable::empty_like(features), out = torch::stable::empty_like(features);
   check_same(f, out);  // empty_like keeps the layout
-  convolve_all(f, read(features), transformed(weight1, f.maps, false).get(), {.bias = read(bias1), .relu = true},
-               write(hidden));
-  convolve_all(f, read(hidden), transformed(weight2, f.maps, false).get(),
-               {.bias = read(bias2), .add = read(features), .relu = true}, write(out));
+  convolve_all(f, read<float>(features), transformed(weight1, f.maps, false).get(), {.bias = read<float>(bias1), .relu = true},
+               write<float>(hidden));
+  convolve_all(f, read<float>(hidden), transformed(weight2, f.maps, false).get(),
+               {.bias = read<float>(bias2), .add = read<float>(features), .relu = true}, write<float>(out));
   return {out, hidden};
 }
 
@@ -139,16 +113,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_block_backward_cpu(T
                                                                                Tensor weight1, Tensor weight2) {
   const Features f = features_of(features);
   for (const Tensor& other : {grad, hidden, out}) check_same(f, other);
-  for (const Tensor& weight : {weight1, weight2}) check_weight(f, weight);
+  for (const Tensor& weight : {weight1, weight2}) check_weight(weight, ScalarType::Float, f.maps);
   Tensor grad_features = torch::stable::empty_like(features);
   check_same(f, grad_features);
   const auto outer = floats(f.numel()), inner = floats(f.numel());  // gradients of the sums before each ReLU
-  Tensor grad_bias2 = masked_sum(f, features, read(grad), read(out), outer.get());
-  convolve_all(f, outer.get(), transformed(weight2, f.maps, true).get(), {.positive = read(hidden)}, inner.get());
+  Tensor grad_bias2 = masked_sum(f, features, read<float>(grad), read<float>(out), outer.get());
+  convolve_all(f, outer.get(), transformed(weight2, f.maps, true).get(), {.positive = read<float>(hidden)}, inner.get());
   Tensor grad_bias1 = masked_sum(f, features, inner.get(), nullptr, nullptr);
-  convolve_all(f, inner.get(), transformed(weight1, f.maps, true).get(), {.add = outer.get()}, write(grad_features));
-  return {grad_features, weight_gradient_of_all(f, weight1, read(features), inner.get()), grad_bias1,
-          weight_gradient_of_all(f, weight2, read(hidden), outer.get()), grad_bias2};
+  convolve_all(f, inner.get(), transformed(weight1, f.maps, true).get(), {.add = outer.get()}, write<float>(grad_features));
+  return {grad_features, weight_gradient_of_all(f, weight1, read<float>(features), inner.get()), grad_bias1,
+          weight_gradient_of_all(f, weight2, read<float>(hidden), outer.get()), grad_bias2};
 }
 
 }  // namespace

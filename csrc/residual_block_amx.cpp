@@ -1,5 +1,4 @@
-// The arithmetic of residual_block_amx.h. This file alone is compiled for AVX-512 and AMX, so it includes nothing whose
-// inline functions could end up in other files' hands: no torch header, no standard template.
+// The arithmetic of residual_block_amx.h, compiled for AMX's bfloat16 as residual_block_strips.h has it.
 #include "residual_block_amx.h"
 
 #include "residual_block_strips.h"
@@ -7,7 +6,7 @@
 namespace fastsimgan::amx {
 namespace {
 
-constexpr int64_t kTile = 16 * 32;    // bfloat16 values in a tile of 16 rows of 64 bytes
+constexpr int64_t kTile = 16 * 32;  // bfloat16 values in a tile of 16 rows of 64 bytes
 
 inline __m512i pack(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
@@ -45,7 +44,7 @@ void take_bfloat16(const bfloat16* image, int64_t first, int64_t height, const B
 
 // -- convolution ------------------------------------------------------------------------------------------------------
 
-// For each of the `rows * in.pitch` positions from that of row `row` on, and each output map: the sum over all taps and
+// For each of the first `rows * in.pitch` positions, and each output map: the sum over all taps and
 // input maps. `end(q, map, sums)` takes them for 32 positions from q and 32 maps from `map`, sums[position * 32 + map].
 template <typename End>
 inline void convolve(const Bordered<bfloat16>& in, int64_t rows, const bfloat16* weights, const End& end) {
@@ -72,11 +71,7 @@ inline void convolve(const Bordered<bfloat16>& in, int64_t rows, const bfloat16*
             _tile_dpbf16ps(3, 5, 7);
           }
         }
-      constexpr int64_t pitch = kMaps * sizeof(float);
-      _tile_stored(0, sums, pitch);
-      _tile_stored(1, sums + 16, pitch);
-      _tile_stored(2, sums + 16 * kMaps, pitch);
-      _tile_stored(3, sums + 16 * kMaps + 16, pitch);
+      store_tiles(sums);
       end(q, map, sums);
     }
   }

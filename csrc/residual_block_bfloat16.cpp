@@ -9,69 +9,39 @@
 #include <tuple>
 #include <vector>
 
+#include "block_tensors.h"
 #include "processor.h"
 #include "residual_block_amx.h"
 
 namespace fastsimgan::amx {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // Sums are taken over a number of groups that depends on the size alone, then over the groups in order: the same bits
 // for any number of threads.
 constexpr int64_t kGroups = 16;
 
-template <typename T>
-const T* read(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <typename T>
-T* write(Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// [count, C, height, width] of `type` whose memory is [count, height, width, C].
 Images images_of(const Tensor& x, ScalarType type) {
-  STD_TORCH_CHECK(processor::has_amx_bfloat16(), "residual_block_bfloat16 needs a processor with AMX and AVX-512 for bfloat16");
-  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == type, "features must be [B, C, H, W], float32 (hidden: bfloat16)");
-  const Images images{x.size(0), x.size(2), x.size(3), x.size(1)};
-  STD_TORCH_CHECK(x.numel() > 0 && images.maps % kMaps == 0,
-                  "features must not be empty and their number of maps a multiple of 32, got ", images.maps);
-  const int64_t expected[4] = {images.height * images.width * images.maps, 1, images.width * images.maps, images.maps};
-  for (int64_t i = 0; i < 4; ++i)
-    STD_TORCH_CHECK(x.size(i) == 1 || x.stride(i) == expected[i], "features must be channels_last");
-  return images;
+  STD_TORCH_CHECK(processor::has_amx_bfloat16(),
+                  "residual_block_bfloat16 needs a processor with AMX and AVX-512 for bfloat16");
+  return channels_last<Images>(x, type, kMaps);
 }
 
 void check_same(const Images& images, const Tensor& other, ScalarType type = ScalarType::Float) {
-  const Images others = images_of(other, type);
-  STD_TORCH_CHECK(images.count == others.count && images.height == others.height && images.width == others.width &&
-                      images.maps == others.maps,
-                  "gradient, features, hidden features and result must be of one shape");
-}
-
-void check_bias(const Images& images, const Tensor& bias) {
-  STD_TORCH_CHECK(bias.dim() == 1 && bias.scalar_type() == ScalarType::Float && bias.size(0) == images.maps &&
-                      bias.stride(0) == 1,
-                  "biases must be contiguous float32 [C] with C=", images.maps);
+  check_equal(images, images_of(other, type));
 }
 
 // In a tensor, whose memory begins at a cache line: what is loaded of it are whole lines.
 Tensor packed(const Images& images, const Tensor& weight, bool backward) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(0) == images.maps &&
-                      weight.size(1) == images.maps && weight.size(2) == 3 && weight.size(3) == 3,
-                  "weights must be float32 [C, C, 3, 3] with C=", images.maps);
+  check_weight(weight, ScalarType::Float, images.maps);
   Tensor result = torch::stable::new_empty(weight, {images.weights()}, ScalarType::BFloat16);
-  const int64_t strides[4] = {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
-  pack_weights(read<float>(weight), strides, images.maps, backward, write<bfloat16>(result));
+  pack_weights(read<float>(weight), strides_of(weight).data(), images.maps, backward, write<bfloat16>(result));
   return result;
 }
 
 std::tuple<Tensor, Tensor> residual_block_cpu(Tensor features, Tensor weight1, Tensor bias1, Tensor weight2,
                                               Tensor bias2) {
   const Images images = images_of(features, ScalarType::Float);
-  for (const Tensor& bias : {bias1, bias2}) check_bias(images, bias);
+  for (const Tensor& bias : {bias1, bias2}) check_values(bias, ScalarType::Float, images.maps, "biases");
   const Tensor first = packed(images, weight1, false), second = packed(images, weight2, false);
   Tensor out = torch::stable::empty_like(features);
   Tensor hidden = torch::stable::empty(features.sizes(), ScalarType::BFloat16, std::nullopt, std::nullopt, std::nullopt,

@@ -43,11 +43,7 @@ struct Amx {
         _tile_dpbusd(3, 5, 7);
       }
     }
-    constexpr int64_t pitch = kMaps * sizeof(int32_t);
-    _tile_stored(0, sums, pitch);
-    _tile_stored(1, sums + 16, pitch);
-    _tile_stored(2, sums + 16 * kMaps, pitch);
-    _tile_stored(3, sums + 16 * kMaps + 16, pitch);
+    store_tiles(sums);
   }
 };
 

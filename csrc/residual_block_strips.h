@@ -43,6 +43,17 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
 };
 
+// Tiles 0 to 3, of 32 positions and 32 maps, as sums[position * 32 + map].
+template <typename Sum>
+inline void store_tiles(Sum* sums) {
+  static_assert(sizeof(Sum) == 4);
+  constexpr int64_t pitch = kMaps * sizeof(Sum);
+  _tile_stored(0, sums, pitch);
+  _tile_stored(1, sums + 16, pitch);
+  _tile_stored(2, sums + 16 * kMaps, pitch);
+  _tile_stored(3, sums + 16 * kMaps + 16, pitch);
+}
+
 // -- memory -----------------------------------------------------------------------------------------------------------
 
 template <typename T>

@@ -160,7 +160,8 @@ def export(
                 in_fastsimgan = ours.name
             for how, other in others.items():
                 reports[f"{name} ({how})"] = parity = truth.compare(other, form)
-                say(f"  {f'{how}, {in_fastsimgan}' if how == 'in fastsimgan' else how:44} {_row(parity)}")
+                label = f"{how}, {in_fastsimgan}" if how == "in fastsimgan" else how
+                say(f"  {label:44} {_row(parity)}")
                 if rule := parity.broken_rule(form, truth.own_error, min_psnr):
                     raise InputError(f"{name}, {how}, does not agree with PyTorch: {rule}")
             truth.draw_worst(folder / f"worst.{name.removesuffix('.onnx')}.png", refined, reports[name])

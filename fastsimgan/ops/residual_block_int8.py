@@ -52,19 +52,18 @@ def residual_block_int8(
     if impl not in ("auto", *_MISSING, "reference"):
         raise InputError(f"impl must be one of auto, amx, vnni, reference, got {impl!r}")
     _check(features, in_scale, weight1, bias1, scale1, weight2, bias2, scale2)
+    chosen = impl
+    if impl == "auto":
+        chosen = next((name for name in _MISSING if _unmet(name, features) is None), "reference")
     layers = weight1, bias1, scale1, weight2, bias2, scale2
-    for name in _MISSING if impl == "auto" else (impl,):
-        if name == "reference":
-            break
-        reason = _unmet(name, features)
-        if reason is None:
-            features = features.contiguous(memory_format=torch.channels_last)
-            numbers = (values if values.dim() == 4 else values.contiguous() for values in (in_scale, *layers))
-            out: Tensor = _op(features, *numbers, name == "amx")
-            return out
-        if impl != "auto":
-            raise UnavailableError(f"residual_block_int8 impl={impl!r}: {reason}")
-    return reference(features, in_scale, *layers)
+    if chosen == "reference":
+        return reference(features, in_scale, *layers)
+    if (reason := _unmet(chosen, features)) is not None:
+        raise UnavailableError(f"residual_block_int8 impl={chosen!r}: {reason}")
+    features = features.contiguous(memory_format=torch.channels_last)
+    numbers = (values if values.dim() == 4 else values.contiguous() for values in (in_scale, *layers))
+    out: Tensor = _op(features, *numbers, chosen == "amx")
+    return out
 
 
 def implementations() -> dict[str, str | None]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 OUTPUT = "refined"
 Branches = Literal["float32", "float16", "u8s8", "s8s8", "fp8"]
@@ -35,6 +36,15 @@ class Form:
         if self.quantised and block == blocks - 1:
             return "float32" if self.branches == "u8s8" else "float16"
         return self.branches
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError if these are not a refiner's settings (`refiner.describe`)."""
+    for key, least in (("channels", 1), ("width", 1), ("blocks", 0), ("first_kernel", 1)):
+        if type(settings[key]) is not int or settings[key] < least:
+            raise ValueError(f"{key} must be a whole number, at least {least}, got {settings[key]!r}")
+    if settings["histogram"] not in ("keep", "equalise"):
+        raise ValueError(f"histogram must be keep or equalise, got {settings['histogram']!r}")
 
 
 def input_name(uint8: bool, histogram: str) -> str:

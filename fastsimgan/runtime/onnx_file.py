@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastsimgan.data.files import printable
 from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.runtime.form import BRANCHES, input_name
+from fastsimgan.runtime.form import BRANCHES, check_settings, input_name
 
 _FORMAT = "fastsimgan.onnx/1"
 _KEYS = ("fastsimgan.format", "fastsimgan.facts", "fastsimgan.graph_sha256")
@@ -109,11 +109,7 @@ def _check(model: onnx.ModelProto) -> dict[str, Any]:
     try:
         facts = json.loads(properties[_KEYS[1]])
         settings = facts["settings"]
-        for key, least in (("channels", 1), ("width", 1), ("blocks", 0), ("first_kernel", 1)):
-            if type(settings[key]) is not int or settings[key] < least:
-                raise ValueError(f"{key} must be a whole number, at least {least}, got {settings[key]!r}")
-        if settings["histogram"] not in ("keep", "equalise"):
-            raise ValueError(f"histogram must be keep or equalise, got {settings['histogram']!r}")
+        check_settings(settings)
         if facts["branches"] not in BRANCHES:
             raise ValueError(f"branches must be one of {', '.join(BRANCHES)}, got {facts['branches']!r}")
         wanted = ["batch", settings["channels"], "height", "width"]

@@ -21,6 +21,7 @@ from fastsimgan.device import choose_device
 from fastsimgan.errors import InputError
 from fastsimgan.models import refiner as network
 from fastsimgan.runtime.backend import Backend, Precision, TorchBackend, prepare
+from fastsimgan.runtime.form import check_settings
 
 FILE, BEST = "refiner.safetensors", "best.safetensors"
 _FORMAT = "fastsimgan.refiner/1"
@@ -224,8 +225,7 @@ def read_refiner(path: Path) -> RefinerFile:
         raise InputError(f"{file}: format must be {_FORMAT!r}, got {header.get('format')!r}")
     try:
         settings = json.loads(header["settings"])
-        if settings["histogram"] not in ("keep", "equalise"):
-            raise ValueError(f"histogram must be keep or equalise, got {settings['histogram']!r}")
+        check_settings(settings)
         if list(tensors["last.weight"].shape[:2]) != [settings["channels"], settings["width"]]:
             raise ValueError("the header's channels and width are not those of the weights")
         with torch.device("meta"):  # no memory is taken on the header's word
