@@ -16,7 +16,7 @@ wish, named = (*sys.argv[1:], "", "")[:2]
 if wish == "off":
     found = Found(reason="FASTSIMGAN_CUDA=off")
 elif not torch.version.cuda:
-    found = Found(reason=f"torch {torch.__version__} was built without CUDA")
+    found = Found(reason="that torch has no CUDA")
 else:
     found = find_nvcc(torch.version.cuda, named)
 

@@ -1,10 +1,15 @@
-"""With no CUDA device, Triton kernels run in its interpreter, which must be chosen before they are imported."""
+"""With no CUDA device, Triton kernels run in its interpreter, which must be chosen before they are imported. And how
+torch's threads wait must be settled before torch is imported, as it is in the commands."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+
+import fastsimgan  # noqa: F401
+
+# isort: split
 import torch
 
 HAS_GPU = torch.cuda.is_available()
