@@ -3,8 +3,8 @@
 For the oldest torch that pyproject.toml allows and the newest that pip finds, both built with CUDA, each in a virtual
 environment of its own under ``.venv-cuda/`` (5 to 6 GB each, and a minute where the wheels are near): the extension is
 built with nvcc, every kernel compiled ahead of time by that torch's Triton, the tests in ``tests/cuda`` run on the
-pretend device, and the libraries built against the one torch loaded into the other. All of it happens in a copy of the
-sources, so that the tree keeps its own build.
+pretend device, and the libraries built against the one torch loaded into the other. And it is built once where nvcc is
+not to be found, as on an ordinary PC. All of it happens in a copy of the sources, so that the tree keeps its own build.
 
 ``--python /path/to/python``, or CUDA_PYTHONS="/a/bin/python /b/bin/python", takes Pythons that have such a torch, and
 leaves them as they are: packages that they lack go into a folder beside. CUDA_VENVS puts everything elsewhere.
@@ -53,6 +53,15 @@ kernels = {key: has_kernel("fastsimgan::history_swap", key) for key in ("CPU", "
 print("torch", torch.__version__, "has kernels:", kernels)
 sys.exit(not all(kernels.values()))
 """
+WHY = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("fastsimgan._C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+info = module.build_info()
+print(info)
+sys.exit(info["cuda"] or "nvcc" not in info["no_cuda"])
+"""
 
 
 class Skipped(Exception):
@@ -65,12 +74,15 @@ class Check:
 
     rows: list[tuple[str, str, str, float]] = field(default_factory=list)  # torch, step, result, seconds
 
-    def step(self, side: Side, name: str, command: Sequence[str]) -> bool:
+    def step(self, side: Side, name: str, command: Sequence[str], **environment: str) -> bool:
         """Run ``command`` in the side's copy of the sources, its output going to the terminal; True if it passed."""
-        print(f"\n== torch {side.torch}: {name}: {' '.join(command)}", flush=True)
+        shown = " ".join("'...'" if "\n" in word else word for word in command)
+        print(f"\n== torch {side.torch}: {name}: {shown}", flush=True)
         begin = time.monotonic()
         try:
-            code = subprocess.run(command, cwd=side.tree, env=side.environment(), timeout=LIMIT).returncode
+            code = subprocess.run(
+                command, cwd=side.tree, env=side.environment() | environment, timeout=LIMIT
+            ).returncode
         except subprocess.TimeoutExpired:
             code = 124
         self.add(side, name, "passed" if code == 0 else f"FAILED: exit code {code}", begin)
@@ -106,6 +118,7 @@ class Side:
     triton: str  # "3.6.0", "" where there is none
     folder: Path
     packages: Path | None = None  # what a Python of the user's lacks
+    nvcc: str = ""
     built: bool = False
 
     @property
@@ -119,7 +132,10 @@ class Side:
     def environment(self) -> dict[str, str]:
         """Without what makes Triton interpret, and with nothing on the path but the working directory."""
         kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONHOME")}
-        return kept | {"PYTHONPATH": str(self.packages or "")}
+        kept["PYTHONPATH"] = str(self.packages or "")
+        if self.nvcc:  # the kernels and the pretend device look for it on PATH
+            kept["PATH"] = os.pathsep.join([str(Path(self.nvcc).parent), kept.get("PATH", os.defpath)])
+        return kept
 
 
 def pip(python: Path, *arguments: str) -> str:
@@ -242,18 +258,37 @@ def build(check: Check, side: Side) -> None:
     """The extension with its CUDA kernels, into the copy of the sources."""
     copy_sources(side.tree)
     try:
-        nvcc, cmake, ninja = find_nvcc(side.cuda), tool("cmake"), tool("ninja")
+        side.nvcc = find_nvcc(side.cuda)
     except Skipped as reason:
         check.skip(side.torch, "build", reason)
         return
-    folder = side.libraries.parent
-    configure = [cmake, "-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-S{side.tree}", f"-B{folder}"]
-    configure += [f"-DFASTSIMGAN_PYTHON={side.python}", f"-DFASTSIMGAN_OUTPUT={side.libraries}"]
-    configure += ["-DFASTSIMGAN_CUDA=on", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
-    side.built = check.step(side, "configure", configure) and check.step(side, "build", [cmake, "--build", str(folder)])
+    flags = ("-DFASTSIMGAN_CUDA=on", f"-DCMAKE_CUDA_COMPILER={side.nvcc}")
+    side.built = run_cmake(check, side, "build", side.libraries, *flags)
     if side.built:
         for library in side.libraries.glob("*.so"):
             shutil.copy2(library, side.tree / "fastsimgan")
+
+
+def build_without_nvcc(check: Check, side: Side) -> None:
+    """Torch with CUDA on a machine that has no nvcc: the CPU's ops, and an extension that knows why it has no more."""
+    libraries = side.folder / f"build-{side.torch}-no-nvcc" / "fastsimgan"
+    if run_cmake(check, side, "build, no nvcc", libraries, "-DFASTSIMGAN_CUDA=auto", CUDACXX="/no/nvcc"):
+        (extension,) = libraries.glob("_C.*")
+        check.step(side, "it says why", [str(side.python), "-c", WHY, str(extension)])
+
+
+def run_cmake(check: Check, side: Side, name: str, libraries: Path, *flags: str, **environment: str) -> bool:
+    """Configure and build into the folder around ``libraries``; True if there is a library now."""
+    try:
+        cmake, ninja = tool("cmake"), tool("ninja")
+    except Skipped as reason:
+        check.skip(side.torch, name, reason)
+        return False
+    configure = [cmake, "-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-S{side.tree}", f"-B{libraries.parent}"]
+    configure += [f"-DFASTSIMGAN_PYTHON={side.python}", f"-DFASTSIMGAN_OUTPUT={libraries}", *flags]
+    return check.step(side, f"{name}: configure", configure, **environment) and check.step(
+        side, name, [cmake, "--build", str(libraries.parent)], **environment
+    )
 
 
 def compile_kernels(check: Check, side: Side) -> None:
@@ -304,19 +339,24 @@ def find_sides(check: Check, pythons: Sequence[str], folder: Path) -> list[Side]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cuda_check", description="The CUDA path with no GPU.")
-    given = os.environ.get("CUDA_PYTHONS", "").split()
     parser.add_argument("--python", action="append", help="one that has torch with CUDA; may be given several times")
     parser.add_argument("--require", action="store_true", help="fail where anything must be skipped")
     arguments = parser.parse_args(argv)
 
+    pythons = arguments.python or os.environ.get("CUDA_PYTHONS", "").split()
+    for python in pythons:
+        if not os.access(python, os.X_OK):
+            parser.error(f"--python must be a program, got {python}")
     check = Check()
     folder = Path(os.environ.get("CUDA_VENVS") or ROOT / ".venv-cuda").resolve()
-    sides = find_sides(check, arguments.python or given, folder)
+    sides = find_sides(check, pythons, folder)
     for side in sides:
         build(check, side)
         compile_kernels(check, side)
         pretend(check, side)
     load_others(check, sides)
+    if sides:
+        build_without_nvcc(check, sides[-1])
     print(f"\n{check.table()}")
     return 1 if check.failed(require=arguments.require) else 0
 
