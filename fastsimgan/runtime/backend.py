@@ -150,9 +150,8 @@ class TorchBackend:
             if len(self._compiled) < MOST_COMPILED:
                 self.compile_for(images.shape)
             else:
-                warn(
-                    f"{self.name}: {list(images.shape)} runs uncompiled: {MOST_COMPILED} other shapes are", stacklevel=3
-                )
+                most = f"{MOST_COMPILED} other shapes are compiled"
+                warn(f"{self.name}: batches {list(images.shape)} run uncompiled: {most}", stacklevel=3)
         return partial(self._forward, replayed=True)
 
     def _forward(self, images: Tensor, replayed: bool = False) -> Tensor:

@@ -260,14 +260,15 @@ class TensorRTBackend:
         contexts: list[Any] = []  # one, made as the shape is captured; it lives as long as what is captured
 
         def call(images: Tensor) -> Tensor:
-            if not contexts:
-                contexts.append(self._new_context())
-            (context,) = contexts
+            if contexts:
+                return self._run(contexts[0], images)
+            context = self._new_context()
             out = self._run(context, images)
             # TensorRT-RTX is asked with the shape set, on the stream to be captured, after it has run there once
-            if (ask := getattr(context, "is_stream_capturable", None)) and not torch.cuda.is_current_stream_capturing():
-                if not ask(torch.cuda.current_stream(self._device).cuda_stream):
-                    raise UnavailableError(f"{self.name} cannot be captured for images of shape {list(images.shape)}")
+            ask = getattr(context, "is_stream_capturable", None)
+            if ask is not None and not ask(torch.cuda.current_stream(self._device).cuda_stream):
+                raise UnavailableError(f"{self.name} cannot be captured for images of shape {list(images.shape)}")
+            contexts.append(context)
             return out
 
         return call
