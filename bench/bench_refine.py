@@ -209,7 +209,10 @@ def three(values: list[float]) -> tuple[float, float, float]:
 
 
 def packed(count: int, device: str, precisions: list[str], compiled: list[str]) -> None:
-    """``count`` packed 35x55 images disk to disk through a gaze refiner of random weights, in each way in turn."""
+    """``count`` packed 35x55 images disk to disk through a gaze refiner of random weights, in each way in turn.
+
+    Where nothing is to be measured (`limits.SMALL`), small ones through a small refiner.
+    """
     import torch
 
     from fastsimgan.config import TrainConfig
@@ -220,9 +223,11 @@ def packed(count: int, device: str, precisions: list[str], compiled: list[str]) 
     folder = Path(tempfile.mkdtemp())
     try:
         torch.manual_seed(0)
-        save_refiner(folder / "refiner.safetensors", Refiner(1), histogram="keep", training=TrainConfig())
+        small = getattr(limits, "SMALL", False)
+        network, size = (Refiner(1, width=20, blocks=1), (8, 9)) if small else (Refiner(1), (35, 55))
+        save_refiner(folder / "refiner.safetensors", network, histogram="keep", training=TrainConfig())
         rng = np.random.default_rng(0)
-        rows = np.lib.format.open_memmap(folder / "in.npy", "w+", np.uint8, (count, 35, 55))
+        rows = np.lib.format.open_memmap(folder / "in.npy", "w+", np.uint8, (count, *size))
         for first in range(0, count, 10_000):
             rows[first : first + 10_000] = rng.integers(0, 256, rows[first : first + 10_000].shape, dtype=np.uint8)
         del rows
@@ -244,7 +249,7 @@ def packed(count: int, device: str, precisions: list[str], compiled: list[str]) 
             pixels = begun.get("pixels in a batch", PIXELS_PER_BATCH)
             lines = [
                 f"{report.images} images by {', '.join(report.backends)}, "
-                f"{fitting(begun['batch size'], pixels, 35, 55)} at a time, in {report.seconds:.1f} s, "
+                f"{fitting(begun['batch size'], pixels, *size)} at a time, in {report.seconds:.1f} s, "
                 f"{report.images / report.working:.0f} images/s once loaded"
             ]
             print(lines[0])
