@@ -300,7 +300,8 @@ def _on_meta(leaf: Any) -> Any:
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long)
 def _replay(number: int) -> int:
     try:
-        _noted[number]()
+        with torch.inference_mode():  # where what is replayed may have been captured
+            _noted[number]()
     except BaseException:
         traceback.print_exc()
         return 1
