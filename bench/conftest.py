@@ -73,7 +73,7 @@ class Race:
         if self.disabled:
             return
         bandwidth = measured_copy_bandwidth()
-        rows = {}
+        rows, lines = {}, []
         for name in timers:
             taken = limits.spread(self.seconds[name])
             rate = bytes_moved / taken.median
@@ -84,11 +84,11 @@ class Race:
                 "share_of_copy": rate / bandwidth,
                 "error": errors[name.removesuffix(", graph")],
             }
-            _table.append(
+            lines.append(
                 f"{title:34} {name:18} {taken.median * 1e6:10.1f} us ± {taken.iqr * 1e6:8.1f}  {rate / 1e9:8.2f} GB/s  "
                 f"{rate / bandwidth:6.1%} of copy  error {rows[name]['error']:.1e}"
             )
-        self._keep(title, rows, copy_GB_per_s=bandwidth / 1e9, bytes_moved=bytes_moved, buffers=_buffers(sides))
+        self._keep(title, lines, rows, copy_GB_per_s=bandwidth / 1e9, bytes_moved=bytes_moved, buffers=_buffers(sides))
 
     def run_images(
         self,
@@ -115,7 +115,7 @@ class Race:
         if self.disabled:
             return
         peak = measured_matrix_rate(peak_dtype or (torch.float32 if on_cpu else torch.float16), self.clock)
-        rows = {}
+        rows, lines = {}, []
         for name in timers:
             taken = limits.spread(self.seconds[name])
             ratios = [old / new for old, new in zip(self.seconds[baseline], self.seconds[name], strict=True)]
@@ -129,17 +129,20 @@ class Race:
                 "psnr": psnr if math.isfinite(psnr) else None,
                 "most_levels": levels,
             }
-            _table.append(
+            lines.append(
                 f"{title:24} {name:22} {images / taken.median:10.1f} images/{'CPU-s' if on_cpu else 's'}  "
                 f"{rows[name]['times_baseline']:5.2f} x {baseline}  {flop / taken.median / peak:6.1%} of matrix rate  "
                 f"PSNR {psnr:5.1f} dB, at most {levels} levels"
             )
-        self._keep(title, rows, matrix_TFLOP_per_s=peak / 1e12, flop=flop, buffers=_buffers(sides))
+        self._keep(title, lines, rows, matrix_TFLOP_per_s=peak / 1e12, flop=flop, buffers=_buffers(sides))
 
-    def _keep(self, title: str, rows: dict[str, dict[str, Any]], **facts: Any) -> None:
-        """Put a result into what pytest-benchmark stores."""
+    def _keep(self, title: str, lines: list[str], rows: dict[str, dict[str, Any]], **facts: Any) -> None:
+        """Put a result into the table at the end, into what pytest-benchmark stores and into what `bench.gpu` does."""
         name = limits.device_name(self.device)
-        self.benchmark.extra_info |= {"title": title, "device": name, "small": limits.SMALL, **facts, "sides": rows}
+        facts |= {"device": name, "small": limits.SMALL, "sides": rows}
+        _table.extend(lines)
+        self.benchmark.extra_info |= {"title": title, **facts}
+        limits.keep(title, lines, **facts)
 
     def _timers(self, sides: Mapping[str, Side], capturable: Collection[str]) -> dict[str, Callable[[], float]]:
         """What takes a sample of each side, warmed up; captured ones of ``capturable`` beside them on CUDA."""

@@ -10,6 +10,7 @@ more than a small kernel takes. Calls take turns on as many sets of buffers as t
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,9 +28,22 @@ PRETEND = os.environ.get("FASTSIMGAN_PRETEND_CUDA") == "1"
 SMALL = PRETEND or os.environ.get("FASTSIMGAN_BENCH_SMALL") == "1"
 """Whether everything is run at sizes that show that it runs, and no more. Figures are then of no use."""
 
+FIGURES = "FASTSIMGAN_BENCH_FIGURES"
+"""The environment variable that names the file to which `keep` adds."""
 ROUNDS = 20
 Clock = Callable[[], float]
 Call = Callable[[], object]
+
+
+def keep(title: str, lines: Sequence[str], **values: Any) -> None:
+    """Give a result to ``python -m bench.gpu``, if that runs this; at once, so that it is kept whatever comes after.
+
+    lines: the rows of the final table. values: the same for machines, as JSON has them.
+    """
+    if path := os.environ.get(FIGURES):
+        entry = json.dumps({"title": title, "lines": list(lines), **values})
+        with open(path, "a") as file:
+            file.write(entry + "\n")
 
 
 @dataclass(frozen=True)
@@ -227,12 +242,16 @@ def matrix_rate(
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = device_name(device)
-    print(f"{name}: copy {copy_bandwidth(device) / 1e9:.1f} GB/s")
-    if device.type == "cuda":
-        print(f"{name}: L2 {l2_bytes(device) / 1e6:.1f} MB")
-    # Many a CPU emulates bfloat16, minutes long.
+    found = {"copy_GB_per_s": copy_bandwidth(device) / 1e9}
+    # Many a CPU emulates the narrow types, minutes long.
     for dtype in (torch.float32, torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,):
-        print(f"{name}: {dtype} matrix product {matrix_rate(device, dtype) / 1e12:.3f} TFLOP/s")
+        found[f"{str(dtype)[6:]}_TFLOP_per_s"] = matrix_rate(device, dtype) / 1e12
+    if device.type == "cuda":
+        found["tf32_TFLOP_per_s"] = matrix_rate(device, torch.float32, tf32=True) / 1e12
+        found["L2_MB"] = l2_bytes(device) / 1e6
+    lines = [f"{name}: {what.replace('_', ' ')} {value:.3f}" for what, value in found.items()]
+    print("\n".join(lines))
+    keep("limits", lines, **found)
 
 
 if __name__ == "__main__":
