@@ -2,7 +2,7 @@
 
 Three processes for each of two settings: one whole run; one killed (SIGKILL) after more than half of its steps, between
 checkpoints; and that one resumed. Compared are the refiner's weights and every step's metrics. With ``deterministic``
-they must be equal to the bit, or the exit code is 1; without it nothing is promised, and how far apart they are is said.
+they must be equal to the bit, or the exit code is 1; without it nothing is promised, and how far they part is said.
 ``--device cpu`` shows that the comparison itself is right where resuming is exact.
 """
 

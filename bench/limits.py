@@ -64,7 +64,8 @@ def device_name(device: torch.device) -> str:
     """What a result says that it was measured on."""
     if device.type != "cuda":
         return f"CPU, {torch.get_num_threads()} threads"
-    return ("pretend " if PRETEND else "") + torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device)
+    return f"pretend {name.removeprefix('pretend ')}" if PRETEND else name
 
 
 def l2_bytes(device: torch.device) -> int:
