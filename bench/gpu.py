@@ -14,6 +14,7 @@ Exit codes: 0 all passed; 1 a step failed or there was no time for it; 2 no such
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -276,9 +277,6 @@ class Session:
             figures = Path(folder) / "figures.jsonl"
             kept = {**environment(), limits.FIGURES: str(figures)}
             code = _process(step.command, kept, seconds, lines, self.say)
-            if code == 124:
-                lines.append(f"stopped: its {seconds:.0f} s were over")
-                self.say(lines[-1])
             entries = figures.read_text().splitlines() if figures.exists() else []
         spoken = [line.strip() for line in lines if line.strip()]
         return {
@@ -345,14 +343,15 @@ def _process(
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        return 124
+        stopped = f"stopped: its {seconds:.0f} s were over"
     finally:  # also where this process is asked to stop
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
         reader.join(10)
+    lines.append(stopped)
+    say(stopped)
+    return 124
 
 
 def run_part(part: str, results: Path = RESULTS, again: bool = False, steps: Sequence[Step] | None = None) -> int:
