@@ -45,6 +45,7 @@ RESULTS = ROOT / "bench" / "results"
 BUILD = ROOT / "build" / "gpu" / f"py{sys.version_info[0]}{sys.version_info[1]}-torch{torch.__version__}"
 TIME_LIMIT = 8.5 * 60  # seconds, of a part
 PYTEST = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
+NEEDS_A_GPU = re.compile(r"^\s*@pytest\.mark\.gpu\b|marks=pytest\.mark\.gpu\b", re.MULTILINE)
 PACKAGES = ("fastsimgan", "torch", "triton", "numpy", "onnx", "onnxruntime", "pytest", "pytest-benchmark", "tyro")
 
 PARTS = {
@@ -120,13 +121,12 @@ def steps_of(part: str) -> list[Step]:
     small = limits.SMALL
     two = None if torch.cuda.device_count() > 1 else "there is one GPU"
 
-    def tests(*names: str, share: float, **extra: Any) -> list[Step]:
+    def tests(*names: str, share: float) -> list[Step]:
         """Those that need a GPU first: there are few of them, and on no other machine were they run."""
         files = tuple(f"tests/test_{name}.py" for name in names)
-        return [
-            Step("tests, GPU", (sys.executable, *PYTEST, "-s", "-m", "gpu", *files), share / 3, **extra),
-            Step("tests, others", (sys.executable, *PYTEST, "-m", "not gpu", *files), 2 * share / 3, **extra),
-        ]
+        marked = tuple(file for file in files if NEEDS_A_GPU.search((ROOT / file).read_text()))
+        gpu = [Step("tests, GPU", (sys.executable, *PYTEST, "-s", "-m", "gpu", *marked), share / 3)] if marked else []
+        return [*gpu, Step("tests, others", (sys.executable, *PYTEST, "-m", "not gpu", *files), 2 * share / 3)]
 
     def benchmark(name: str, share: float, *flags: str) -> Step:
         options = ("--benchmark-columns=median,iqr", *flags)

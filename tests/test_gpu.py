@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +63,7 @@ def test_every_part_names_files_that_are_there(part):
 def test_every_test_that_needs_a_gpu_is_in_a_part():
     named = {word for part in gpu.PARTS for step in gpu.steps_of(part) for word in step.command}
     for file in sorted((gpu.ROOT / "tests").glob("test_*.py")):
-        if re.search(r"^\s*@pytest\.mark\.gpu\b|marks=pytest\.mark\.gpu\b", file.read_text(), re.MULTILINE):
+        if gpu.NEEDS_A_GPU.search(file.read_text()):
             assert f"tests/{file.name}" in named, file.name
 
 
