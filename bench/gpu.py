@@ -345,6 +345,10 @@ def _process(
     except subprocess.TimeoutExpired:
         stopped = f"stopped: its {seconds:.0f} s were over"
     finally:  # also where this process is asked to stop
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # ninja ends its compilers, which are in groups of their own
+                process.wait(5)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
