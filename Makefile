@@ -21,7 +21,7 @@ help:
 	@echo "make aot          compile every kernel for sm_80, sm_90, sm_100; needs no GPU"
 	@echo "make bench        all benchmarks; bench-smoke: the short ones, each once"
 	@echo "make bench-train  an iteration of training against a plain PyTorch trainer of the same networks, CPU-seconds"
-	@echo "make gpu [PART=ops|train|infer|refine|hand]   build, GPU tests and benchmarks on a machine with a GPU"
+	@echo "make gpu [PART=ops]   build, GPU tests and benchmarks on a machine with a GPU; another PART: a list"
 	@echo "make clean        remove what was built, and .venv"
 
 install: .venv/installed

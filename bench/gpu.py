@@ -62,13 +62,15 @@ PARTS = {
 @dataclass(frozen=True)
 class Step:
     """One process. ``share``: of the time, relative to the other steps'. ``left_out``: why it is not for this machine.
-    ``missing``: what it cannot do without and is not here; it fails."""
+    ``missing``: what it cannot do without and is not here; it fails. ``builds``: it makes what the others run, and is
+    quick if that is there: it is run every time."""
 
     name: str
     command: tuple[str, ...]
     share: float
     left_out: str | None = None
     missing: str | None = None
+    builds: bool = False
 
 
 def output_of(*command: str) -> str | None:
@@ -178,8 +180,8 @@ def _build() -> list[Step]:
         configure += [f"-DCMAKE_CUDA_COMPILER={nvcc}"]
     build = (cmake or "cmake", "--build", str(BUILD / "cmake"), "--parallel")
     return [
-        Step("configure", tuple(configure), 1, missing=missing),
-        Step("build", build, 2, missing=missing),
+        Step("configure", tuple(configure), 1, missing=missing, builds=True),
+        Step("build", build, 2, missing=missing, builds=True),
     ]
 
 
@@ -256,7 +258,7 @@ class Session:
         """Run them, each within its share of what is left."""
         for number, step in enumerate(steps):
             before = self.result["steps"].get(step.name, {})
-            if before.get("exit_code") == 0 and step.name not in ("configure", "build"):  # those two are quick if done
+            if before.get("exit_code") == 0 and not step.builds:
                 self.say(f"== {step.name}: passed before, in {before['seconds']} s")
                 continue
             if (reason := step.missing or step.left_out) is not None:
@@ -275,8 +277,9 @@ class Session:
         lines: list[str] = []
         with tempfile.TemporaryDirectory() as folder:
             figures = Path(folder) / "figures.jsonl"
-            kept = {**environment(), limits.FIGURES: str(figures)}
-            code = _process(step.command, kept, seconds, lines, self.say)
+            variables = dict(os.environ) if step.builds else environment()
+            variables[limits.FIGURES] = str(figures)
+            code = _process(step.command, variables, seconds, lines, self.say)
             entries = figures.read_text().splitlines() if figures.exists() else []
         spoken = [line.strip() for line in lines if line.strip()]
         return {
