@@ -131,7 +131,7 @@ def steps_of(part: str) -> list[Step]:
         return [*gpu, Step("tests, others", (sys.executable, *PYTEST, "-m", "not gpu", *files), 2 * share / 3)]
 
     def benchmark(name: str, share: float, *flags: str) -> Step:
-        options = ("--benchmark-columns=median,iqr", *flags)
+        options = ("--benchmark-columns=median,iqr", *flags, *(("-m", "not large") if small else ()))
         return Step(" ".join((name, *flags)), (sys.executable, *PYTEST, f"bench/bench_{name}.py", *options), share)
 
     def script(name: str, share: float, *flags: str, left_out: str | None = None) -> Step:
@@ -154,7 +154,7 @@ def steps_of(part: str) -> list[Step]:
             script("train_step", 5, "--schedule"),
         ],
         "infer": [
-            *(benchmark("infer", 2, "-k", size) for size in ("gaze", "hand")),
+            *(benchmark("infer", 2, "-k", size) for size in (("gaze",) if small else ("gaze", "hand"))),
             *tests("runtime", "export", "runtime_tensorrt", share=2),
         ],
         "refine": [
