@@ -1,9 +1,9 @@
 """``python -m bench.bench_hand_step``: one iteration of Algorithm 1 on depth hands, 224x224, at the paper's full size.
 
-Networks of §3.2 (preset ``hand``). First the largest batch that fits the device at once, by doubling; then the paper's
-batch of 512 in parts of that size (``--accumulate``), with and without ``--recompute``: seconds an iteration, images/s,
-the share of the measured matrix rate and the peak of memory. For a GPU; flags shrink it so that a CPU can show that it
-runs.
+Networks of §3.2 (preset ``hand``). First the largest batch that fits the device at once, by doubling, or by halving where
+the first does not; then the paper's batch of 512 in parts of that size (``--accumulate``), with and without
+``--recompute``: seconds an iteration, images/s, the share of the measured matrix rate and the peak of memory. For a GPU;
+flags shrink it so that a CPU can show that it runs.
 """
 
 from __future__ import annotations
@@ -90,20 +90,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text, flush=True)
         limits.keep(f"hand step, batch {batch} in {accumulate} parts", [text], **facts)
 
-    fits, batch = 0, arguments.first
-    while batch <= arguments.batch:
+    def fits_at_once(batch: int) -> bool:
         try:
             show(batch, 1, False)
         except torch.cuda.OutOfMemoryError:
             print(f"batch {batch:4} does not fit at once", flush=True)
-            break
+            return False
         finally:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        fits, batch = batch, 2 * batch
-    if not fits:
-        print(f"error: not even a batch of {arguments.first} fits", file=sys.stderr)
-        return 1
+        return True
+
+    fits = first = min(arguments.first, arguments.batch)
+    while not fits_at_once(fits):
+        fits //= 2
+        if fits < 2:
+            print("error: not even a batch of 2 fits", file=sys.stderr)
+            return 1
+    halved = fits < first  # then twice as many have been tried
+    while not halved and 2 * fits <= arguments.batch and fits_at_once(2 * fits):
+        fits *= 2
     if fits < arguments.batch:
         for recompute in (False, True):
             show(arguments.batch, arguments.batch // fits, recompute)

@@ -38,12 +38,21 @@ Call = Callable[[], object]
 def keep(title: str, lines: Sequence[str], **values: Any) -> None:
     """Give a result to ``python -m bench.gpu``, if that runs this; at once, so that it is kept whatever comes after.
 
-    lines: the rows of the final table. values: the same for machines, as JSON has them.
+    lines: the rows of the final table. values: the same for machines, as JSON has them; what is not finite becomes null.
     """
     if path := os.environ.get(FIGURES):
-        entry = json.dumps({"title": title, "lines": list(lines), **values})
+        entry = json.dumps(_finite({"title": title, "lines": list(lines), **values}), allow_nan=False)
         with open(path, "a") as file:
             file.write(entry + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with None for every NaN and infinity, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

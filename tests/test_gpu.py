@@ -206,6 +206,7 @@ def test_a_figure_goes_to_the_session_only_where_there_is_one(tmp_path, monkeypa
     monkeypatch.delenv(limits.FIGURES, raising=False)
     limits.keep("a", ["row"], us=1.0)
     monkeypatch.setenv(limits.FIGURES, str(tmp_path / "figures"))
-    limits.keep("b", ["row"], us=2.0)
-    assert json.loads((tmp_path / "figures").read_text()) == {"title": "b", "lines": ["row"], "us": 2.0}
+    limits.keep("b", ["row"], us=2.0, sides={"ours": [float("nan"), 1.0]})
+    found = json.loads((tmp_path / "figures").read_text())
+    assert found == {"title": "b", "lines": ["row"], "us": 2.0, "sides": {"ours": [None, 1.0]}}
     assert os.listdir(tmp_path) == ["figures"]
