@@ -1,9 +1,9 @@
 """``python -m bench.bench_hand_step``: one iteration of Algorithm 1 on depth hands, 224x224, at the paper's full size.
 
-Networks of §3.2 (preset ``hand``). First the largest batch that fits the device at once, by doubling, or by halving where
-the first does not; then the paper's batch of 512 in parts of that size (``--accumulate``), with and without
-``--recompute``: seconds an iteration, images/s, the share of the measured matrix rate and the peak of memory. For a GPU;
-flags shrink it so that a CPU can show that it runs.
+Networks of §3.2 (preset ``hand``). First the largest batch that fits the device at once, by doubling, or by halving
+where the first does not; then the paper's batch of 512 in parts of that size (``--accumulate``), with and without
+``--recompute``: seconds an iteration, images/s, the share of the measured matrix rate and the peak of memory. For a
+GPU; flags shrink it so that a CPU can show that it runs.
 """
 
 from __future__ import annotations

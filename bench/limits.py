@@ -38,7 +38,7 @@ Call = Callable[[], object]
 def keep(title: str, lines: Sequence[str], **values: Any) -> None:
     """Give a result to ``python -m bench.gpu``, if that runs this; at once, so that it is kept whatever comes after.
 
-    lines: the rows of the final table. values: the same for machines, as JSON has them; what is not finite becomes null.
+    lines: the rows of the final table. values: the same for machines, as JSON has them; what is not finite is null.
     """
     if path := os.environ.get(FIGURES):
         entry = json.dumps(_finite({"title": title, "lines": list(lines), **values}), allow_nan=False)
