@@ -105,7 +105,7 @@ def refine(folder: Path) -> int:
     found: dict[str, Any] = {}
     for workers in (1, 2):
         out = folder / f"{workers}.npy"
-        job = Job(folder / "refiner.safetensors", folder / "in.npy", out, batch_size=512, device="cuda")
+        job = Job(folder / "refiner.safetensors", folder / "in.npy", out, device="cuda")
         report = run(job, workers=workers)
         with out.open("rb") as file:
             found[f"sha256_{workers}"] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -158,7 +158,7 @@ def steps_of(part: str) -> list[Step]:
             *tests("runtime", "export", "runtime_tensorrt", share=2),
         ],
         "refine": [
-            script("refine", 2, "--packed", "3000" if small else "1200000", "--device", "cuda"),
+            script("refine", 2, "--packed", "200" if small else "1200000", "--device", "cuda"),
             *tests("pipeline", "refine", "blocks", share=2),
             script("two_gpus", 1, "refine", left_out=two),
         ],
