@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 BUILD = ROOT / "build" / "gpu" / f"py{sys.version_info[0]}{sys.version_info[1]}-torch{torch.__version__}"
 TIME_LIMIT = 8.5 * 60  # seconds, of a part
-PYTEST = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
+PYTEST = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:logging")  # Dynamo logs by the thousand
 NEEDS_A_GPU = re.compile(r"^\s*@pytest\.mark\.gpu\b|marks=pytest\.mark\.gpu\b", re.MULTILINE)
 PACKAGES = ("fastsimgan", "torch", "triton", "numpy", "onnx", "onnxruntime", "pytest", "pytest-benchmark", "tyro")
 

@@ -55,6 +55,19 @@ def test_a_graph_holds_every_call_and_a_sample_is_replays(calls, pretend_device)
     assert len({result.data_ptr() for result in results}) == 3  # no call finds another one's result in the cache
 
 
+def test_what_is_captured_in_inference_mode_is_replayed_outside():
+    images = torch.ones(1000, device=CUDA)
+
+    @torch.inference_mode()
+    def refine() -> torch.Tensor:
+        return (images + 1).relu_().mul_(3)
+
+    timer = limits.Timer(refine, CUDA, graph=True)
+    images.fill_(2)
+    timer.sample()
+    assert float(timer._turns._results[0][0]) == 9
+
+
 def test_names_and_sizes_say_that_the_device_is_pretended():
     assert limits.device_name(CUDA).startswith("pretend ") and limits.SMALL
     assert limits.l2_bytes(CUDA) > 0

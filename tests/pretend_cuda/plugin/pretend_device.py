@@ -300,7 +300,8 @@ def _on_meta(leaf: Any) -> Any:
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long)
 def _replay(number: int) -> int:
     try:
-        _noted[number]()
+        with torch.inference_mode():  # what was captured in it may be replayed outside: a graph knows of no mode
+            _noted[number]()
     except BaseException:
         traceback.print_exc()
         return 1
