@@ -40,7 +40,8 @@ ARCHITECTURES = (80, 90, 100)
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # The matrix unit's instruction in PTX, the newest first: Hopper's and Blackwell's take operands from shared memory.
 PRODUCTS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-_SASS = {90: "HGMMA", 80: "HMMA"}  # the same in machine code, where it was looked up
+_SASS = {80: "HMMA", 90: "HGMMA"}  # the same in machine code, where it was looked up
+_MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block can have
 
 
 class Row(NamedTuple):
@@ -120,9 +121,11 @@ class Launch:
         registers = re.search(r"Used (\d+) registers", log.getvalue())
         spills = re.findall(r"(\d+) bytes spill", log.getvalue())
         assert registers and spills, f"no resource report from ptxas: {log.getvalue()!r}"
+        shared, most = compiled.metadata.shared, _MOST_SHARED[capability]
+        assert shared <= most, f"it needs {shared} bytes of shared memory, and a block has {most} at most"
         spilled = sum(int(number) for number in spills)
         return Row(
-            self.label, f"sm_{capability}", int(registers[1]), compiled.metadata.shared, spilled, products
+            self.label, f"sm_{capability}", int(registers[1]), shared, spilled, products
         )
 
 
@@ -137,7 +140,11 @@ def recording(module_name: str, label: str, launches: list[Launch]) -> Iterator[
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def record(*args: Any, **kwargs: Any) -> None:
-                launches.append(Launch.record(self.kernel, f"{module_name}.{self.name} {label}", grid, args, kwargs))
+                name = f"{module_name}.{self.name}"
+                before = sum(launch.label.startswith(f"{name} ") for launch in launches)
+                launches.append(
+                    Launch.record(self.kernel, f"{name} {label}{f' #{before + 1}' if before else ''}", grid, args, kwargs)
+                )
 
             return record
 
@@ -190,6 +197,12 @@ def all_launches() -> list[Launch]:
         *discriminator_loss("hands float32", (512, 2, 56, 56), (512, 2, 56, 56), float32),
         *discriminator_loss("odd float16", (3, 2, 1, 1), (1, 2, 9, 14), float16),
         *discriminator_loss("many patches bfloat16", (2**17, 2, 56, 56), (512, 2, 56, 56), bfloat16),
+        *residual_block("gaze bfloat16", (512, 64, 35, 55), float32, bfloat16),
+        *residual_block("gaze bfloat16 throughout", (512, 64, 35, 55), bfloat16, bfloat16),
+        *residual_block("hands float16", (128, 32, 224, 224), float32, float16),
+        *residual_block("wide float16 throughout", (512, 128, 48, 48), float16, float16),
+        *residual_block("odd bfloat16", (1, 48, 35, 55), float32, bfloat16),
+        *residual_block("narrow float16 2^32", (2**13, 16, 224, 224), float32, float16),
     ]
 
 
