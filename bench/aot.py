@@ -124,9 +124,7 @@ class Launch:
         shared, most = compiled.metadata.shared, _MOST_SHARED[capability]
         assert shared <= most, f"it needs {shared} bytes of shared memory, and a block has {most} at most"
         spilled = sum(int(number) for number in spills)
-        return Row(
-            self.label, f"sm_{capability}", int(registers[1]), shared, spilled, products
-        )
+        return Row(self.label, f"sm_{capability}", int(registers[1]), shared, spilled, products)
 
 
 @contextlib.contextmanager
@@ -140,11 +138,10 @@ def recording(module_name: str, label: str, launches: list[Launch]) -> Iterator[
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def record(*args: Any, **kwargs: Any) -> None:
-                name = f"{module_name}.{self.name}"
-                before = sum(launch.label.startswith(f"{name} ") for launch in launches)
-                launches.append(
-                    Launch.record(self.kernel, f"{name} {label}{f' #{before + 1}' if before else ''}", grid, args, kwargs)
-                )
+                name = f"{module_name}.{self.name} {label}"
+                if before := sum(launch.label.startswith(name) for launch in launches):
+                    name += f" #{before + 1}"
+                launches.append(Launch.record(self.kernel, name, grid, args, kwargs))
 
             return record
 
@@ -206,7 +203,7 @@ def all_launches() -> list[Launch]:
     ]
 
 
-# -- compilers in processes of their own ---------------------------------------------------------------------------------
+# -- compilers in processes of their own -------------------------------------------------------------------------------
 
 
 def serve() -> None:
@@ -241,7 +238,7 @@ def compile_all(jobs: Sequence[tuple[int, int]], launches: Sequence[Launch], com
                 if index is None:
                     return
                 if compiler is None:
-                    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  a compiler's whole life long
+                    log = tempfile.TemporaryFile("w+")
                     compiler = _start(log)
                 assert compiler.stdin and compiler.stdout and log
                 begin = log.seek(0, os.SEEK_END)
@@ -339,9 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if skipped:
         print(f".cu files skipped: {skipped}")
     spilling = [row for row in rows if row.spills]
-    print(
-        f"{len(rows)} compiled with triton {triton.__version__}, {len(spilling)} spill, {len(failures)} fail"
-    )
+    print(f"{len(rows)} compiled with triton {triton.__version__}, {len(spilling)} spill, {len(failures)} fail")
     return 1 if spilling or failures or not rows else 0
 
 

@@ -123,8 +123,8 @@ def finish_kernel(
         last_block = (begin + elements - 1) // BLOCK
         starts_inside = begin % BLOCK != 0  # then the image is the second one of its first block
 
-        # A tile, summed once behind the loop: Triton rewrites a sum that is added up in a loop, and 3.6 fails at it where
-        # the result has a second use.
+        # A tile, summed once behind the loop: Triton rewrites sums that are added up in a loop, and 3.6 fails at it
+        # where the result has a second use.
         distances = tl.zeros((IMAGES, SLOTS), tl.float32)
         for first_slot in range(0, slots, SLOTS):
             slot = first_slot + tl.arange(0, SLOTS)[None, :]

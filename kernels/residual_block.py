@@ -51,7 +51,7 @@ def convolution_kernel(
     bias: [MAPS]. gate: where it is not positive the skip is left out, or without a skip the whole sum.
     column_sums: [programs along the pixels, MAPS] float32, the sums of a tile's columns, before target's rounding.
     MIRRORED: the transposed convolution, that is the data gradient. RELU: negative sums become 0.
-    WIDEN: multiply the rounded operands as float32, for Triton's interpreter, which would take bfloat16's bits as integers.
+    WIDEN: multiply the rounded operands as float32, for the interpreter, which takes bfloat16's bits for integers.
     """
     map_tiles: tl.constexpr = (MAPS + BLOCK_MAPS - 1) // BLOCK_MAPS
     program = tl.program_id(0)

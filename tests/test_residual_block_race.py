@@ -49,6 +49,12 @@ def test_the_fastest_wins_and_all_agree(dtype, features, backward):
 
 
 @needs_triton
+def test_a_tie_changes_nothing():
+    found = race(SHAPE, torch.float16, False, CPU, compiled=False, stopwatch=Clock(triton=1.0, reference=1.0))
+    assert found.winner == "reference"
+
+
+@needs_triton
 def test_one_slow_round_decides_nothing():
     slow = Clock(triton=[1.0, 1.0, 50.0, 1.0, 40.0], reference=2.0)
     assert race(SHAPE, torch.float16, False, CPU, compiled=False, stopwatch=slow).winner == "triton"

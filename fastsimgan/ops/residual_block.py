@@ -2,16 +2,16 @@
 
 It is nearly all of R's work. On a GPU in 16 bits it is bound by memory as much as by products: "triton" has rounding,
 biases, ReLUs, masks and the skip connection ride on two products forward and two backward, so that a block moves 16
-bytes a value forward with float32 features, and 10 with 16-bit ones, where eager PyTorch moves 40 to 60. Whether that
-is faster than cuDNN or `torch.compile` on a device is found by a race there (`ops.residual_block_race`), not assumed.
-In bfloat16 on a CPU with AMX, products are so cheap that passes over memory count: "amx" takes both convolutions, and all of their
-gradients, of an image while it is in the core's cache, with float32 sums and a float32 skip connection. A CPU in
-float32 spends its whole time in the convolutions' products; "cpp" spends a quarter as many, by the minimal filtering
-algorithm F(4×4, 3×3) (Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016), and has biases,
-ReLUs and the skip connection, forward and backward, ride on the passes over memory that it makes anyway. Its error is
-about twice that of the plain sum: the polynomials are interpolated at ±1/√2 and ±√2. A weight's gradient that is
-within rounding of 0 (2.5e-7 of its kernel's largest transformed value) is 0: where features are sparse it is 0 in
-truth, and Adam would make a full step of the rounding.
+bytes a value forward with float32 features, and 10 with 16-bit ones. Whether that is faster than cuDNN or
+`torch.compile` on a device is found by a race there (`ops.residual_block_race`), not assumed. In bfloat16 on a CPU with
+AMX, products are so cheap that passes over memory count: "amx" takes both convolutions, and all of their gradients, of
+an image while it is in the core's cache, with float32 sums and a float32 skip connection. A CPU in float32 spends its
+whole time in the convolutions' products; "cpp" spends a quarter as many, by the minimal filtering algorithm F(4×4, 3×3)
+(Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016), and has biases, ReLUs and the skip
+connection, forward and backward, ride on the passes over memory that it makes anyway. Its error is about twice that of
+the plain sum: the polynomials are interpolated at ±1/√2 and ±√2. A weight's gradient that is within rounding of 0
+(2.5e-7 of its kernel's largest transformed value) is 0: where features are sparse it is 0 in truth, and Adam would make
+a full step of the rounding.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from fastsimgan.errors import InputError
 from fastsimgan.ops import residual_block as op
 
 ROUNDS = 5
+_RESULTS = ("the result", *(f"the gradient of {name}" for name in ("features", "weight1", "bias1", "weight2", "bias2")))
 _CLOSE, _FAR = 4, 32  # tolerances, in units of the products' precision
 
 Stopwatch = Callable[[str, Callable[[], object]], Callable[[], float]]
@@ -127,10 +128,10 @@ def _race(
                     times.setdefault(side, []).append(watches[side]())
                 except Exception as error:
                     lost[side] = _one_line(error)
-    except Exception as error:  # the reference itself, at this size: there is nothing to agree with, nor to lose against
+    except Exception as error:  # the reference's own: there is nothing to agree with
         lost = dict.fromkeys(calls, f"the reference failed: {_one_line(error)}")
     milliseconds = {side: statistics.median(taken) for side, taken in times.items() if side not in lost}
-    winner = min(milliseconds, key=milliseconds.__getitem__, default="reference")
+    winner = min(milliseconds, key=lambda side: (milliseconds[side], side != "reference"), default="reference")
     return RaceResult(title, winner, milliseconds, lost)
 
 
@@ -154,7 +155,9 @@ def _sides(
         layout = last if len(size) == 4 else torch.contiguous_format
         return torch.empty(size, dtype=dtype, device=device, memory_format=layout)
 
-    given = [new(*shape, dtype=features), new(maps, maps, 3, 3), new(maps), new(maps, maps, 3, 3), new(maps)]
+    image = new(*shape, dtype=features)
+    layers = new(maps, maps, 3, 3), new(maps), new(maps, maps, 3, 3), new(maps)
+    given = [image, *layers]
     for tensor in given:
         tensor.requires_grad_(backward)
     grad = new(*shape, dtype=features)
@@ -171,7 +174,7 @@ def _sides(
         grad.normal_(generator=random).div_(16)  # float16 holds the weights' gradients, sums over all pixels
 
     def ours() -> Tensor:
-        return op.residual_block(*given, "triton")
+        return op.residual_block(image, *layers, "triton")
 
     def whole() -> Tensor:
         # Of one code object Dynamo keeps 8 variants, and each race is one; `fullgraph` has it say so at its limit.
@@ -188,7 +191,7 @@ def _sides(
 
         return call
 
-    blocks = {"triton": ours, "compiled": whole, "reference": lambda: _reference(*given)}
+    blocks = {"triton": ours, "compiled": whole, "reference": lambda: _reference(image, *layers)}
     return {name: side(block) for name, block in blocks.items() if compiled or name != "compiled"}, fill
 
 
@@ -198,11 +201,12 @@ def _reference(features: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor
 
 def _disagreement(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype, signs: str) -> str | None:
     """Why ``found`` is not what the reference gives; None if it is, up to rounding."""
-    names = ("the result", *(f"the gradient of {name}" for name in ("features", "weight1", "bias1", "weight2", "bias2")))
-    for index, (name, ours, theirs) in enumerate(zip(names, found, expected, strict=False)):
+    for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        name = _RESULTS[index]
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             return f"{name} is {ours.dtype} {list(ours.shape)}, the reference's {theirs.dtype} {list(theirs.shape)}"
-        tolerance = (_FAR if index and signs == "mixed" else _CLOSE) * max(torch.finfo(dtype).eps, 2**-11)  # float32 may be TF32 on either side
+        precision = max(torch.finfo(dtype).eps, 2**-11)  # float32 may be TF32 on either side
+        tolerance = (_FAR if index and signs == "mixed" else _CLOSE) * precision
         distance = float(torch.linalg.vector_norm((ours - theirs).float()))
         size = float(torch.linalg.vector_norm(theirs.float()))
         if not distance <= tolerance * size:
