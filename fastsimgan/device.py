@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -48,6 +49,15 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError(f"device {name!r} was asked for, and torch {torch.__version__} sees no CUDA device here")
     return device
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Where ``device`` is CUDA's current one; nothing on a CPU.
+
+    Work that names no device goes to the current one: streams, captures of CUDA graphs, Triton's launches. On another
+    than the tensors' it is wrong without an error.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def keep_freed_memory() -> None:
