@@ -192,6 +192,7 @@ class GraphedIterations:
         drawn = {name: position - before[name] for name, position in pools.positions().items()}
         pools.drawn_by_a_graph({name: -images for name, images in drawn.items()})
         if failure is not None:
+            _end_recording(self._trainer.device, self._memory)
             self._give_up(_first_line(failure))
             return None
         self._graphs[self._trainer.k_g] = _Graph(graph, metrics, drawn, where)
@@ -203,6 +204,16 @@ class GraphedIterations:
             network.zero_grad(set_to_none=True)  # what a capture left there was never computed
         self._graphs.clear()
         self._ordinary = float("inf")
+
+
+def _end_recording(device: torch.device, memory: tuple[int, int]) -> None:
+    """Have the allocator leave a capture that failed, as torch does itself from some version between 2.11 and 2.14."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        torch._C._cuda_endAllocateToPool(index, memory)
+    except (AttributeError, RuntimeError):  # it has left it
+        return
+    torch._C._cuda_releasePool(index, memory)
 
 
 @contextmanager
