@@ -19,7 +19,7 @@ from fastsimgan.config import TrainConfig
 from fastsimgan.cuda_graphs import capture
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.models import refiner as network
-from fastsimgan.runtime import backend, load_refiner, save_refiner, tensorrt_backend
+from fastsimgan.runtime import backend, load_refiner, save_refiner
 from fastsimgan.runtime.backend import Replay, TorchBackend
 from fastsimgan.runtime.refiner import Refiner
 from fastsimgan.workers import Job, refine
@@ -32,6 +32,14 @@ two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs tw
 def asked():
     """Counts what is asked of the pretend device."""
     return pytest.importorskip("pretend_device", reason="it asks the pretend device").counted
+
+
+@pytest.fixture
+def tensorrt_backend():
+    pytest.importorskip("onnx")  # it reads what files say of themselves
+    from fastsimgan.runtime import tensorrt_backend
+
+    return tensorrt_backend
 
 
 def make(folder: Path, histogram: str = "keep", **shape: int) -> Path:
@@ -334,7 +342,7 @@ RTX = {
 }
 
 
-def test_every_captured_shape_has_a_context_of_its_own():
+def test_every_captured_shape_has_a_context_of_its_own(tensorrt_backend):
     engine = Engine()
     device = torch.device("cuda", 0)
     runner = tensorrt_backend.TensorRTBackend(engine, library(), device)
@@ -349,7 +357,7 @@ def test_every_captured_shape_has_a_context_of_its_own():
 
 
 @pytest.mark.parametrize("capturable", [True, False])
-def test_tensorrt_rtx_is_asked_whether_it_can_be_captured(capturable):
+def test_tensorrt_rtx_is_asked_whether_it_can_be_captured(capturable, tensorrt_backend):
     engine = Engine(RTXContext)
     engine.capturable = capturable
     device = torch.device("cuda", 0)
@@ -374,7 +382,7 @@ def test_tensorrt_rtx_is_asked_whether_it_can_be_captured(capturable):
 
 
 @two_devices
-def test_an_engine_is_read_and_run_on_its_device(tmp_path, monkeypatch):
+def test_an_engine_is_read_and_run_on_its_device(tmp_path, monkeypatch, tensorrt_backend):
     engine = Engine()
     read = []
 
