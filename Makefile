@@ -22,7 +22,7 @@ help:
 	@echo "make cuda-check   the CUDA path with no GPU, on the oldest and the newest torch: 12 GB under .venv-cuda, once"
 	@echo "make bench        all benchmarks; bench-smoke: the short ones, each once"
 	@echo "make bench-train  an iteration of training against a plain PyTorch trainer of the same networks, CPU-seconds"
-	@echo "make gpu [PART=ops|train|infer|refine|hand]   build, GPU tests and benchmarks on a machine with a GPU"
+	@echo "make gpu [PART=ops]   build, GPU tests and benchmarks on a machine with a GPU; another PART: a list"
 	@echo "make clean        remove what was built, and .venv"
 
 install: .venv/installed

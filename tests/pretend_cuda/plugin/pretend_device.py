@@ -34,7 +34,7 @@ _ALSO = ("aten::convolution", "aten::convolution_backward", "aten::copy_")
 """They reach their kernels past the dispatcher."""
 _NOT_CALLED = tuple(
     "mm mv dot linalg fft cholesky solve qr svd lu_ conv cudnn sort topk median mode kthvalue unique nonzero "
-    "masked_select multinomial attention histc bincount fastsimgan".split()
+    "masked_select multinomial attention histc bincount cumsum fastsimgan".split()
 )
 """Parts of the names of operators whose own kernels call libraries (cuBLAS, cuDNN) or look at what was computed."""
 
@@ -300,7 +300,8 @@ def _on_meta(leaf: Any) -> Any:
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long)
 def _replay(number: int) -> int:
     try:
-        _noted[number]()
+        with torch.inference_mode():  # what was captured in it may be replayed outside: a graph knows of no mode
+            _noted[number]()
     except BaseException:
         traceback.print_exc()
         return 1
