@@ -101,5 +101,5 @@ def compile_probe(nvcc: str, architecture: int) -> str | None:
     if done.returncode == 0:
         return None
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    errors = [line for line in lines if re.search("error|cannot find", line)] or lines or [f"exit code {done.returncode}"]
-    return errors[0][:200]
+    errors = [line for line in lines if re.search("error|cannot find", line)]
+    return (errors or lines or [f"exit code {done.returncode}"])[0][:200]
