@@ -92,6 +92,8 @@ def report(config: EnvConfig) -> None:
 
 def _chosen(op: str, reasons: dict[str, str | None], device: str) -> str:
     """What impl="auto" takes: a kernel made for the device where it can run, otherwise the reference."""
+    if op == "residual_block" and device == "cuda":
+        return "what wins a race at start-up" if reasons["triton"] is None else "reference"
     preferred = {"cpu": ("cpp", "amx", "vnni"), "cuda": ("cuda" if op == "history_swap" else "triton",)}[device]
     return next((name for name in preferred if name in reasons and reasons[name] is None), "reference")
 
