@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -55,6 +56,15 @@ def choose_device(name: str) -> torch.device:
             raise UnavailableError(f"device {name!r} was asked for, and there are {torch.cuda.device_count()} here")
         return torch.device("cuda", index)
     return device
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Where ``device`` is CUDA's current one; nothing on a CPU.
+
+    Work that names no device goes to the current one: streams, captures of CUDA graphs, Triton's launches. On another
+    than the tensors' it is wrong without an error.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def keep_freed_memory() -> None:

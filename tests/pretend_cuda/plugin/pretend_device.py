@@ -300,7 +300,7 @@ def _on_meta(leaf: Any) -> Any:
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long)
 def _replay(number: int) -> int:
     try:
-        with torch.inference_mode():  # where what is replayed may have been captured
+        with torch.inference_mode():  # what was captured in it may be replayed outside: a graph knows of no mode
             _noted[number]()
     except BaseException:
         traceback.print_exc()
