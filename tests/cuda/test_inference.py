@@ -519,6 +519,26 @@ def test_a_run_with_much_work_is_compiled_by_all_who_join_it(tmp_path, monkeypat
     assert off(np.load(tmp_path / "out.npy"), np.load(tmp_path / "eager.npy")) <= 1
 
 
+def test_the_residual_blocks_implementation_is_the_runs(tmp_path, monkeypatch, small):
+    """Whoever joins takes the one that the run began with, and the op gets float32 features and 16-bit weights."""
+    path = make(tmp_path)
+    np.save(tmp_path / "in.npy", noise(40, 8, 9))
+    job = Job(path, tmp_path / "in.npy", tmp_path / "out.npy", device="cuda", precision="float16", **small)
+    assert workers.start(replace(job, block="reference"))[0].identity["residual block"] == "reference"
+    seen = set()
+    block = network.residual_block
+
+    def look(features, weight1, bias1, weight2, bias2, impl):
+        seen.add((impl, features.dtype, weight1.dtype, torch.get_autocast_dtype("cuda")))
+        return block(features, weight1, bias1, weight2, bias2, impl)
+
+    monkeypatch.setattr(network, "residual_block", look)
+    refine(job)
+    assert seen == {("reference", torch.float32, torch.float16, torch.float16)}
+    with pytest.raises(InputError, match="its residual block is reference, here it is None"):
+        workers.start(replace(job, block="auto"))
+
+
 def test_files_are_not_compiled_for(tmp_path):
     np.save(tmp_path / "in.npy", noise(3, 8, 9))
     job = Job(make(tmp_path), tmp_path / "in.npy", tmp_path / "out", device="cuda", to="folder", compiled=True)
