@@ -18,12 +18,13 @@ import numpy as np
 from fastsimgan.blocks import Run, read_lines, rename, writing
 from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.files import printable
-from fastsimgan.data.hdf5 import HDF5Images, is_hdf5
+from fastsimgan.data.hdf5 import HDF5Images
 from fastsimgan.data.images import Header, StoredImage, decode_image, encode_image
-from fastsimgan.data.label_table import LabelTable, parse, rows_by_name
+from fastsimgan.data.labels import Labels
 from fastsimgan.data.listing import STATE
 from fastsimgan.data.packed import WRITERS
-from fastsimgan.data.shards import read_members, sample_key
+from fastsimgan.data.shards import read_members, sample_key, shard_stem
+from fastsimgan.data.source import open_arrays
 from fastsimgan.errors import InputError
 from fastsimgan.inputs import ArraysInput, FolderInput, Part, RawUnit, ShardsInput
 from fastsimgan.unpacking import UnpackedInput
@@ -100,7 +101,7 @@ class FolderBlock:
             if full in self._names:
                 raise InputError(
                     f"{printable(self.shard)}: members must differ in name, got "
-                    f"{printable(full.removeprefix(f'{self.shard.stem}/'))} twice"
+                    f"{printable(full.removeprefix(f'{shard_stem(self.shard)}/'))} twice"
                 )
             self._names.add(full)
         return full
@@ -111,7 +112,7 @@ def name_in_tree(shard: Path, part: Part) -> str:
     name = PurePosixPath(part.name)
     if name.is_absolute() or ".." in name.parts or STATE in name.parts[:1] or "\0" in part.name:
         raise InputError(f"{printable(shard)}: names must stay inside the output, got {printable(part.name)}")
-    return f"{shard.stem}/{name}"  # two shards may hold members of one name
+    return f"{shard_stem(shard)}/{name}"  # two shards may hold members of one name
 
 
 def carry(run: Run, part: Part, target: Path, link: bool) -> str:
@@ -372,7 +373,7 @@ class PackedOutput:
     A block leaves two pieces: its images' pixels, and a tar of its other files. At the end they become
 
     - ``images`` ``[N, H, W]`` or ``[N, H, W, 3]`` and ``name`` ``[N]``, in the input's order;
-    - an array for each key that all images have in their JSON sidecars or in a ``metadata.jsonl``, see `LabelTable`;
+    - an array for each key that all images have in their JSON sidecars or in a table, see `Labels`;
     - ``files/NAME``: every file that is not refined, byte for byte.
     """
 
@@ -448,7 +449,7 @@ class PackedOutput:
         with WRITERS[self.kind](path, self.run.output) as new:
             new.images(shape, dtype, self._pixels(shape, dtype))
             new.array("name", np.array(names))
-            labels = _Labels(names, inside=isinstance(self.source, ShardsInput))
+            labels = Labels(names, inside=isinstance(self.source, ShardsInput))
             for block in range(self.source.blocks):
                 for info, data in read_members(self.piece(block, "tar")):
                     labels.take(info.name, data)
@@ -547,51 +548,6 @@ class PackedBlock(ShardBlock):
                 f"got {printable(name)}"
             ) from None
         return name
-
-
-class _Labels:
-    """What the images' JSON sidecars, or else the ``metadata.jsonl`` of their folders, say of every image.
-
-    ``inside``: the images were members of shards, and the first part of their names is their shard's. What lies beside
-    the shards knows them without it.
-    """
-
-    def __init__(self, names: list[str], inside: bool) -> None:
-        self._names = names
-        self._inside = inside
-        self._table = LabelTable()
-        self._sidecars = 0
-        self._rows: dict[str, bytes] = {}
-
-    def take(self, name: str, data: bytes) -> None:
-        """Look at one carried file; those of images come in the images' order."""
-        folder, slash, base = name.rpartition("/")
-        if base == "metadata.jsonl":
-            self._rows |= {folder + slash + key: row for key, row in rows_by_name(data).items()}
-        elif self._sidecars < len(self._names):
-            image = self._names[self._sidecars]
-            if name == f"{image[: image.rindex('.')]}.json":
-                self._table.add(parse(data))
-                self._sidecars += 1
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays; none of sidecars, or none of ``metadata.jsonl``, where one image has none."""
-        found = {}
-        keys = self._names
-        if self._inside and not all(name in self._rows for name in keys):
-            members = [name.partition("/")[2] for name in keys]
-            keys = members if len(set(members)) == len(members) else keys
-        if all(name in self._rows for name in keys):
-            table = LabelTable()
-            for name in keys:
-                table.add(parse(self._rows[name]))
-            found = table.arrays()
-        return found | (self._table.arrays() if self._sidecars == len(self._names) else {})
-
-
-def open_arrays(path: Path) -> ArrayImages | HDF5Images:
-    """A packed file, of whichever kind it is. Raises InputError if it breaks a rule."""
-    return HDF5Images(path) if is_hdf5(path) else ArrayImages(path)
 
 
 def _same_labels(one: ArrayImages | HDF5Images, other: ArrayImages | HDF5Images) -> bool:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fastsimgan.acceleration import GraphedIterations, compile_networks
 from fastsimgan.algorithm import Metrics, SimGAN
 from fastsimgan.config import TrainConfig
+from fastsimgan.data.values import as_images
 from fastsimgan.device import choose_device, keep_freed_memory
 from fastsimgan.errors import InputError, Stopped
 from fastsimgan.guard import GuardRails
@@ -63,6 +64,7 @@ def fit(
     """
     config = config or TrainConfig()
     config.validate()
+    synthetic, real = as_images(synthetic, "synthetic images"), as_images(real, "real images")
 
     # Device, data, networks.
     ranks, device_name = join_ranks(config.device)

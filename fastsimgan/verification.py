@@ -15,8 +15,8 @@ from fastsimgan.blocks import FORMAT, partial_of, read_header, read_json, read_l
 from fastsimgan.data.arrays import FILES
 from fastsimgan.data.files import hash_file, printable
 from fastsimgan.data.listing import STATE
+from fastsimgan.data.source import open_arrays
 from fastsimgan.errors import InputError
-from fastsimgan.outputs import open_arrays
 
 
 def verify(output: Path) -> dict[str, Any]:

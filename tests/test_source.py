@@ -216,7 +216,7 @@ def test_an_image_is_read_as_stored_and_written_as_the_same_kind(name: str, tmp_
     write_image(tmp_path / "again" / name, image)
     again = read_image(tmp_path / "again" / name)
     assert again.header == image.header
-    assert again.extras.get("compression") == image.extras.get("compression")
+    assert again.carried.compression == image.carried.compression
     if image.header.format == "JPEG":
         assert np.abs(again.pixels.astype(int) - image.pixels).mean() < 5
     else:
@@ -265,7 +265,7 @@ def test_fast_codecs_change_no_pixel(
     pillow_alone(monkeypatch)
     slow = read_image(path)
     assert np.array_equal(slow.pixels, fast.pixels)
-    assert (slow.header, slow.extras, slow.pixels.dtype) == (fast.header, fast.extras, fast.pixels.dtype)
+    assert (slow.header, slow.carried, slow.pixels.dtype) == (fast.header, fast.carried, fast.pixels.dtype)
     if kind == "PNG":
         assert np.array_equal(decode_image(again, path).pixels, slow.pixels)
     else:
@@ -285,7 +285,7 @@ def test_fast_codecs_judge_damage_as_pillow_does(
             image = decode_image(data, path)
         except InputError as error:
             return str(error)
-        return image.header, image.extras, image.pixels.tobytes()
+        return image.header, image.carried, image.pixels.tobytes()
 
     for number in range(300):
         data = bytearray(encode(GREY8 if number % 2 else RGB8, kind))

@@ -35,7 +35,7 @@ class ArrayImages:
     Raises InputError at once if the file breaks a rule that its headers show, and on reading if its data does.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
         self.archive = _is_archive(path)
         self._images: np.ndarray | None = None

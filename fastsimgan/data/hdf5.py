@@ -39,7 +39,7 @@ class HDF5Images:
     lie in other files (external or virtual datasets). Raises UnavailableError without h5py.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
         self._file: Any = None
         with self._reading():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsimgan.checkpoint import write_atomically
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.values import from_float
+from fastsimgan.data.values import as_images, from_float
 from fastsimgan.device import choose_device
 from fastsimgan.errors import InputError
 from fastsimgan.models import refiner as network
@@ -70,9 +70,8 @@ class Refiner:
             if planes.ndim != 4:
                 raise InputError(f"images must be a tensor [N, C, H, W], got {list(images.shape)}")
         else:
+            images = as_images(images)
             planes = torch.from_numpy(np.ascontiguousarray(images))
-            if planes.ndim not in (3, 4):
-                raise InputError(f"images must be an array [N, H, W] or [N, H, W, C], got {list(images.shape)}")
             planes = planes[:, None] if planes.ndim == 3 else planes.permute(0, 3, 1, 2)
         if planes.dtype not in (torch.uint8, torch.uint16, torch.float32):
             raise InputError(f"images must be uint8, uint16 or float32 in [0, 1], got {planes.dtype}")
