@@ -195,6 +195,8 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
     def read(name: str, path: Path) -> dict[str, Any]:
         source = open_images(path, Reading(images=config.images, key=config.key, links="inside"))
         print(f"{name}: {source.describe()}")
+        if short := {"pitch_yaw", "label"} & set(getattr(source, "other_names", ())):
+            raise InputError(f"{path}: array {short.pop()} must have one row an image, {len(source)}")  # type: ignore[arg-type]
         images = source.load()
         print(f"{name}: values {value_range(images)}")
         return {"images": images, **source.labels()}

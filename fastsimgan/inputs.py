@@ -358,6 +358,7 @@ class ArraysInput:
             "input kind": self.kind,
             "input size and time": [status.st_size, status.st_mtime_ns],
             "images in a block": self.per_block,
+            "array": arrays.key,
         }
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastsimgan.blocks import Run, read_lines, rename, writing
-from fastsimgan.data.arrays import ArrayImages
+from fastsimgan.data.arrays import IMAGES, ArrayImages
 from fastsimgan.data.files import printable
 from fastsimgan.data.hdf5 import HDF5Images
 from fastsimgan.data.images import Header, StoredImage, decode_image, encode_image
@@ -258,7 +258,7 @@ class ArraysOutput:
         self.kind = kind
         arrays = source.arrays
         self.shape: tuple[int, ...] = arrays._shape
-        self.row = int(np.prod(self.shape[1:])) * arrays.dtype.itemsize
+        self.row = int(np.prod(self.shape[1:])) * arrays.stored_dtype.itemsize
         self.header = b""
         if kind == "npy":
             buffer = io.BytesIO()
@@ -301,9 +301,14 @@ class ArraysOutput:
 
     def _convert(self, path: Path) -> None:
         arrays = self.source.arrays
+        if IMAGES in (*arrays.label_names, *arrays.other_names):
+            raise InputError(
+                f"{printable(arrays.path)}: --key {printable(arrays.key)} must stay in a file of the same kind, as another "
+                "array is called images"
+            )
         with WRITERS[self.kind](path, self.run.output) as new:
             new.images(self.shape, arrays.stored_dtype, self._pieces())
-            for name, array in arrays.labels().items():
+            for name, array in (arrays.labels() | arrays.others()).items():
                 new.array(name, array)
             for name, data in arrays.files():
                 new.file(name, data)
@@ -318,7 +323,7 @@ class ArraysOutput:
 
     @property
     def _item(self) -> int:
-        return self.source.arrays.dtype.itemsize
+        return self.source.arrays.stored_dtype.itemsize
 
     def _pieces(self) -> Iterator[np.ndarray]:
         for block in range(self.source.blocks):
@@ -556,7 +561,7 @@ def _same_labels(one: ArrayImages | HDF5Images, other: ArrayImages | HDF5Images)
     def values(arrays: ArrayImages | HDF5Images) -> dict[str, Any]:
         return {
             name: array.tolist() if array.dtype.kind in "US" else (array.dtype, array.shape, array.tobytes())
-            for name, array in arrays.labels().items()
+            for name, array in (arrays.labels() | arrays.others()).items()
         }
 
     return values(one) == values(other) and one.file_sha256() == other.file_sha256()

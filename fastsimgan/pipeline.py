@@ -328,7 +328,7 @@ class Worker:
                 piece = np.ascontiguousarray(images[start : start + size])
                 digest.update(piece.reshape(-1).view(np.uint8).data)
                 piece = np.array(piece, dtype=arrays.dtype)  # torch wants memory that it may write to
-                check_range(piece, arrays.path, first + start)
+                piece = check_range(piece, arrays.path, first + start)
                 units = None
                 if isinstance(self.source, UnpackedInput):
                     piece = piece.reshape(len(piece), *self.source.shape)
