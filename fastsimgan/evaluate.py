@@ -21,7 +21,7 @@ DESCRIPTION = """Train the same task network on the synthetic and on the refined
 images, and print a table: mean ± standard deviation over the seeds, and the prediction averaged over them.
 
 The sets carry `pitch_yaw` (radians: the paper's gaze network) or `label` (classes): as arrays beside `images` in an
-.npz or HDF5 file; or, in folders and shards, in JSON sidecars, in a metadata.jsonl or .csv, or as one folder a class."""
+.npz or HDF5 file; or, in folders and shards, in JSON sidecars, a metadata.jsonl or .csv, or as one folder a class."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
         source = open_images(path, Reading(images=config.images, key=config.key, links="inside"))
         print(f"{name}: {source.describe()}")
         if short := {"pitch_yaw", "label"} & set(getattr(source, "other_names", ())):
-            raise InputError(f"{path}: array {short.pop()} must have one row an image, {len(source)}")  # type: ignore[arg-type]
+            raise InputError(f"{path}: array {short.pop()} must have one row an image")
         images = source.load()
         print(f"{name}: values {value_range(images)}")
         return {"images": images, **source.labels()}

@@ -49,9 +49,8 @@ class ExportConfig:
 def export_command(config: ExportConfig) -> None:
     """The command itself, on parsed settings."""
     from fastsimgan.data.files import printable, refuse_existing
-    from fastsimgan.errors import InputError
-
     from fastsimgan.data.source import refuse_inside
+    from fastsimgan.errors import InputError
 
     refuse_existing(config.out)
     refuse_inside(config.out, "--out", config.images)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -19,7 +19,7 @@ from fastsimgan.data.census import Census
 from fastsimgan.data.files import hash_file, printable
 from fastsimgan.data.folder import no_image
 from fastsimgan.data.hdf5 import HDF5Images
-from fastsimgan.data.images import lost_of, read_bytes, read_header, read_image
+from fastsimgan.data.images import ARRAY_FORMATS, FORMATS, lost_of, read_bytes, read_header, read_image
 from fastsimgan.data.listing import STATE, Links, Unit, is_image, list_units
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.shards import find_shards, is_shard, look_into, read_samples, shard_stem
@@ -67,10 +67,11 @@ class FolderInput:
 
     kind = "folder"
 
-    def __init__(self, path: Path, images: str | None = None, links: Links = "files") -> None:
+    def __init__(self, path: Path, images: str | None = None, links: Links = "files", key: str | None = None) -> None:
         self.path = path
         self.images = images
         self.links = links
+        self.key = key
         self.identity: dict[str, Any] = {"input": _absolute(path), "input kind": self.kind}
         self._offsets: list[int] = []
         self._listing = Path()
@@ -89,9 +90,14 @@ class FolderInput:
         images seem to be labels or pictures among them would come out unrefined (`Census`).
         """
         census = Census()
-        facts = self._list(state / "listing.jsonl", census)
+        facts = self._list(state / "listing.jsonl", census, FORMATS)
+        if not facts["images"] and census.arrays:
+            census = Census()
+            facts = self._list(state / "listing.jsonl", census, ARRAY_FORMATS)
+        if not facts["images"]:
+            raise InputError(no_image(self.path, self.images, facts["others"], census))
         if self.images is None:
-            census.check(printable(self.path), lambda name: read_image(self.path / name), Reading.flag)
+            census.check(printable(self.path), lambda name: read_image(self.path / name, key=self.key), Reading.flag)
             refuse_unread(self.path, census)
         facts["unread"] = census.unread_text()
         (state / "listing.json").write_text(json.dumps(facts))
@@ -104,7 +110,7 @@ class FolderInput:
         except (OSError, ValueError) as error:
             raise InputError(f"{printable(state)}: the listing of the input cannot be read: {error}") from error
         if any(_mtime(self.path / folder) != mtime for folder, mtime in facts["folders"]):
-            again = self._list(None, Census())
+            again = self._list(None, Census(), facts["formats"])
             if again["sha256"] != facts["sha256"]:
                 raise InputError(
                     f"{printable(self.path)}: files must be those of the run's start ({facts['images']} images, "
@@ -144,7 +150,7 @@ class FolderInput:
         units = (unit for block in range(self.blocks) for unit in self.units(block) if unit.image is not None)
         for unit in islice(units, LOOKED_AT):
             try:
-                header = read_header(unit.where)
+                header = read_header(unit.where, key=self.key)
                 kinds[f"{header} {header.format}"] += 1
                 lost.update(lost_of(unit.where))
             except InputError:
@@ -161,14 +167,14 @@ class FolderInput:
             + _lost_text(lost, looked)
         )
 
-    def _list(self, target: Path | None, census: Census) -> dict[str, Any]:
+    def _list(self, target: Path | None, census: Census, formats: Iterable[str]) -> dict[str, Any]:
         digest = hashlib.sha256()
         folders: list[tuple[str, int]] = []
         offsets, size, images, others = [0], 0, 0, 0
         file = None if target is None else target.open("wb")
         try:
             visited = lambda folder, mtime: folders.append((folder, mtime))  # noqa: E731
-            units = list_units(self.path, self.images, visited, links=self.links)
+            units = list_units(self.path, self.images, visited, links=self.links, formats=set(formats))
             while chunk := list(islice(units, FILES_PER_BLOCK)):
                 data = b"".join(_line(unit) for unit in chunk)
                 digest.update(data)
@@ -186,9 +192,8 @@ class FolderInput:
         finally:
             if file is not None:
                 file.close()
-        if not images:
-            raise InputError(no_image(self.path, self.images, others, census))
         return {
+            "formats": sorted(formats),
             "images": images,
             "others": others,
             "sha256": digest.hexdigest(),
@@ -204,6 +209,7 @@ class FolderInput:
         self.identity |= {
             "images": self.images,
             "links": self.links,
+            "array": self.key,
             "units in a block": FILES_PER_BLOCK,
             "listing sha256": facts["sha256"],
         }
@@ -394,7 +400,7 @@ def open_input(
     if holds_shards(path):
         return ShardsInput(path, images)
     if path.is_dir():
-        return FolderInput(path, images, links)
+        return FolderInput(path, images, links, key)
     if not path.exists():
         raise InputError(f"{printable(path)}: must exist (a folder of images, .tar shards, an .npz, .npy or HDF5 file)")
     if images is not None:

@@ -19,7 +19,7 @@ from fastsimgan.blocks import Run, read_lines, rename, writing
 from fastsimgan.data.arrays import IMAGES, ArrayImages
 from fastsimgan.data.files import printable
 from fastsimgan.data.hdf5 import HDF5Images
-from fastsimgan.data.images import Header, StoredImage, decode_image, encode_image
+from fastsimgan.data.images import ARRAY_FORMATS, FORMATS, Header, StoredImage, decode_image, encode_image
 from fastsimgan.data.labels import Labels
 from fastsimgan.data.listing import STATE
 from fastsimgan.data.packed import WRITERS
@@ -189,6 +189,10 @@ class ShardBlock:
             self._add(unit.position, [])
             return [{"name": part.name, "beside": True, "sha256": digest}]
         if unit.image is not None and unit.parts[unit.image].info is None:
+            if PurePosixPath(unit.parts[unit.image].name).suffix.lower() in ARRAY_FORMATS:
+                raise InputError(
+                    f"{printable(unit.where)}: images must be {' '.join(FORMATS)} for shards; --to folder keeps others"
+                )
             key = sample_key(unit.parts[unit.image].name)
             with self._lock:
                 if key in self._keys:
@@ -303,8 +307,8 @@ class ArraysOutput:
         arrays = self.source.arrays
         if IMAGES in (*arrays.label_names, *arrays.other_names):
             raise InputError(
-                f"{printable(arrays.path)}: --key {printable(arrays.key)} must stay in a file of the same kind, as another "
-                "array is called images"
+                f"{printable(arrays.path)}: --key {printable(arrays.key)} must stay in a file of the same kind, as "
+                "another array is called images"
             )
         with WRITERS[self.kind](path, self.run.output) as new:
             new.images(self.shape, arrays.stored_dtype, self._pieces())
@@ -395,7 +399,17 @@ class PackedOutput:
         return PackedBlock(self, block, self.source.shard(block))
 
     def check(self, header: Header, where: Path) -> None:
-        """Raise InputError if an image is not of the run's size and kind."""
+        """Raise InputError if an image is not of the run's size and kind, or has alpha, which would be lost."""
+        if header.alpha:
+            raise InputError(
+                f"{printable(where)}: images must have no alpha for {self.kind}, where it has no place, got {header}; "
+                "--to folder and --to shards keep it"
+            )
+        if header.format == "HDF5":
+            raise InputError(
+                f"{printable(where)}: a file of arrays must stay one, as it may hold labels beside the picture, for "
+                f"which {self.kind} has no place; --to folder keeps them"
+            )
         with self._lock:
             if self._first is None:
                 self._first = self._find_first(len(header.shape))
@@ -412,7 +426,8 @@ class PackedOutput:
             for unit in self.source.units(block):
                 if unit.image is not None:
                     with suppress(InputError):
-                        header = decode_image(unit.parts[unit.image].read(), unit.where).header
+                        data = unit.parts[unit.image].read()
+                        header = decode_image(data, unit.where, key=getattr(self.source, "key", None)).header
                         if len(header.shape) == dimensions:
                             return header, unit.where
         raise AssertionError("an image of these dimensions was decoded")

@@ -442,7 +442,7 @@ class Worker:
         try:
             data = unit.parts[unit.image].read()
             digest = sha256(data)
-            image = decode_image(data, unit.where)
+            image = decode_image(data, unit.where, key=getattr(self.source, "key", None))
             channels = image.pixels.shape[2] if image.pixels.ndim == 3 else 1
             if channels != self.refiner.channels:
                 raise InputError(

@@ -78,7 +78,9 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     )
     ours = open_images(synthetic, reading)
     print(f"synthetic: {ours.describe()}")
-    theirs = _open_real(real, dataclasses.replace(reading, upright=True, images=config.real_images or config.images), config)
+    theirs = _open_real(
+        real, dataclasses.replace(reading, upright=True, images=config.real_images or config.images), config
+    )
     print(f"real: {theirs.describe()}")
     colour = config.colour
     images = in_the_colour(ours.load(), colour)

@@ -48,8 +48,8 @@ class UnpackedInput(ArraysInput):
             arrays.only_arrays(to)
         if arrays.other_names:
             raise InputError(
-                f"{printable(self.path)}: array {printable(arrays.other_names[0])} must have length {len(arrays)}, as images "
-                "has, to become files of each image; --to npz or hdf5 keeps it"
+                f"{printable(self.path)}: array {printable(arrays.other_names[0])} must have length {len(arrays)}, as "
+                "images has, to become files of each image; --to npz or hdf5 keeps it"
             )
         self.shape = (height, width) if channels == 1 else (height, width, channels)
         labels = arrays.labels()

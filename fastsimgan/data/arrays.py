@@ -284,11 +284,15 @@ def choose_key(path: Path, held: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     """
     if key is not None:
         if key not in held:
-            raise InputError(f"{printable(path)}: must hold an array named {printable(key)} (--key), got {_names(held)}")
+            raise InputError(
+                f"{printable(path)}: must hold an array named {printable(key)} (--key), got {_names(held)}"
+            )
         return key
     if IMAGES in held:
         return IMAGES
     found = [name for name, (shape, dtype) in held.items() if _may_be_images(shape, dtype)]
+    if len(found) > 1 and len(usual := [name for name in found if name.lower() in _USUAL]) == 1:
+        return usual[0]
     if len(found) != 1:
         raise InputError(
             f"{printable(path)}: must hold an array named images, got {_names(held)}"
@@ -304,6 +308,7 @@ def _may_be_images(shape: tuple[int, ...], dtype: np.dtype) -> bool:
     return min(height, width) >= _SMALLEST and (len(shape) == 3 or shape[3] <= MAX_CHANNELS)
 
 
+_USUAL = ("image", "colors", "colours", "color", "colour", "rgb", "arr_0")
 _KINDS = {("u", 1), ("u", 2), ("f", 2), ("f", 4), ("f", 8)}
 
 

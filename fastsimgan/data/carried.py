@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_OWN = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # how the pixels are stored
@@ -29,7 +29,7 @@ _TIFF_OWN = {
     *range(332, 340), 342, 347, *range(512, 522), *range(529, 533),
 }  # fmt: skip
 _TIFF_STALE = {280: "MinSampleValue", 281: "MaxSampleValue", 340: "SMinSampleValue", 341: "SMaxSampleValue"}
-ORIENTATION = 274
+ORIENTATION, _TIFF_PROFILE = 274, 34675
 _DEEPEST, _MOST_TAGS = 4, 4096
 
 Tag = tuple[int, int, int, object]
@@ -52,13 +52,22 @@ class Carried:
     """EXIF's, 1 to 8: how a viewer turns the picture. 1: not at all."""
     compression: str = ""
     """Of a TIFF, as Pillow calls it."""
+    whole: bytes = b""
+    """All of a file of arrays; its picture will be replaced."""
+    key: str | None = None
+    """Which array in it is the picture."""
 
     def without_colours(self) -> Carried:
         """The same for a picture whose colours are stored in another way: what describes the old way stays behind."""
-        chunks = [chunk for chunk in _split_png(self.before) if chunk[4:8] not in _PNG_OF_STORAGE | {b"iCCP"}]
-        profile = any(chunk[4:8] == b"iCCP" for chunk in _split_png(self.before))
-        lost = (*self.lost, *(["colour profile"] if profile else []))
-        return Carried(b"".join(chunks), self.after, self.tags, lost, self.orientation, self.compression)
+        if self.tags:
+            kept_tags = tuple(tag for tag in self.tags if tag[0] != _TIFF_PROFILE)
+            lost = () if kept_tags == self.tags else ("colour profile",)
+            return replace(self, tags=kept_tags, lost=(*self.lost, *lost))
+        jpeg = self.before[:1] == b"\xff"
+        pieces = _split_jpeg(self.before) if jpeg else _split_png(self.before)
+        profiles = [piece for piece in pieces if (piece[4:15] == b"ICC_PROFILE" if jpeg else piece[4:8] == b"iCCP")]
+        kept = [piece for piece in pieces if piece not in profiles and (jpeg or piece[4:8] not in _PNG_OF_STORAGE)]
+        return replace(self, before=b"".join(kept), lost=(*self.lost, *(["colour profile"] if profiles else [])))
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,10 @@ def scan_png(data: bytes) -> Scan | None:
     if not data.startswith(PNG_SIGNATURE) or data[12:16] != b"IHDR" or len(data) < 57:
         return None
     position, kind, seen = len(PNG_SIGNATURE), b"", False
-    before, after, lost, orientation, plain = [], [], [], 1, True
+    before: list[bytes] = []
+    after: list[bytes] = []
+    lost: list[str] = []
+    orientation, plain = 1, True
     while position + 12 <= len(data) and kind != b"IEND":
         size, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + size
@@ -133,6 +145,15 @@ def _split_png(chunks: bytes) -> list[bytes]:
 
 
 # --- JPEG
+
+
+def _split_jpeg(segments: bytes) -> list[bytes]:
+    found, position = [], 0
+    while position < len(segments):
+        end = position + 2 + struct.unpack_from(">H", segments, position + 2)[0]
+        found.append(segments[position:end])
+        position = end
+    return found
 
 
 def scan_jpeg(data: bytes) -> Scan | None:

@@ -16,13 +16,14 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from fastsimgan.data.files import printable
-from fastsimgan.data.images import StoredImage
+from fastsimgan.data.images import ARRAY_FORMATS, StoredImage
 from fastsimgan.data.listing import is_junk, looks_unread
 from fastsimgan.errors import InputError
 
 LOOKED_AT = 48  # pictures that are decoded, spread over the groups
 MOST_GROUPS = 512  # patterns of names; further ones count as one group a folder
 FEW = 32  # levels (or colours) of a label; photographs and renders have more
+FLAT = 0.85  # share of pixels that equal their left neighbour, from which on a picture consists of areas
 _PIXELS_A_LEVEL = 32  # a picture smaller than this many times its levels tells nothing
 _PALETTE = 16  # colours used of a palette, up to which it is a label whatever else there is
 
@@ -72,6 +73,8 @@ class Census:
     def __init__(self) -> None:
         self._groups: dict[str, _Group] = {}
         self.unread: Counter[str] = Counter()
+        self.arrays = 0
+        """Files of arrays that belong to no image."""
         self._unread_name = ""
 
     def image(self, name: str) -> None:
@@ -85,6 +88,7 @@ class Census:
 
     def alone(self, name: str) -> None:
         """Count a file that is no image, and no image's sidecar."""
+        self.arrays += PurePosixPath(name).suffix.lower() in ARRAY_FORMATS
         if looks_unread(name) and not is_junk(name) and not _label_word(name):
             self.unread[PurePosixPath(name).suffix.lower()] += 1
             self._unread_name = self._unread_name or name
@@ -168,8 +172,8 @@ class Census:
 
 def _label_word(name: str) -> str:
     """The first word in a name by which people call labels, or ""."""
-    stem, dot, _ = name.rpartition(".")  # the suffix says how a file is stored, not what it is
-    for stem in (stem if dot else name).split("/"):
+    whole, dot, _ = name.rpartition(".")  # the suffix says how a file is stored, not what it is
+    for stem in (whole if dot else name).split("/"):
         pieces = [token.lower() for token in _TOKENS.findall(stem)]
         for word in (*pieces, re.sub(r"[^a-z]", "", stem.lower())):
             if _WORD.fullmatch(word):
@@ -196,6 +200,8 @@ def _see(image: StoredImage) -> _Seen:
     else:
         flat = pixels.reshape(-1)
     levels = len(np.unique(flat))
+    if flat.size > 1 and np.mean(flat[1:] == flat[:-1]) >= FLAT:
+        kind += " in flat areas"
     return _Seen(kind, levels if flat.size >= _PIXELS_A_LEVEL * min(levels, FEW) else 0, header.stored)
 
 
@@ -209,8 +215,9 @@ def _is_photo(one: _Seen) -> bool:
 
 def _few_share(each: list[_Seen]) -> float:
     """The share of a group that has few levels; 0 where they are so rare that they may be dark or empty pictures."""
-    few = sum(map(_is_few, each))
-    return few / len(each) if each and (few == len(each) or (few >= 2 and few >= 0.2 * len(each))) else 0.0
+    told = [one for one in each if one.levels > 1]  # an empty picture may be of either kind
+    few = sum(map(_is_few, told))
+    return few / len(told) if told and (few == len(told) or (few >= 2 and few >= 0.2 * len(told))) else 0.0
 
 
 def _some(groups: dict[str, _Group], short: bool = False) -> str:
@@ -227,7 +234,11 @@ def _glob(images: dict[str, _Group], labels: dict[str, _Group]) -> str:
     taken = [group.first[0] for group in labels.values()]
     if len(images) == 1:
         (pattern,) = images
-        for candidate in (re.sub(r"#.*(?=\.)", "*", pattern), pattern.replace("#", "*"), pattern.replace("#", "*[0-9]")):
+        for candidate in (
+            re.sub(r"#.*(?=\.)", "*", pattern),
+            pattern.replace("#", "*"),
+            pattern.replace("#", "*[0-9]"),
+        ):
             if all(fnmatch.fnmatchcase(name, candidate) for name in names) and not any(
                 fnmatch.fnmatchcase(name, candidate) for name in taken
             ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from functools import cached_property
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from fastsimgan.data.census import Census
 from fastsimgan.data.files import printable
-from fastsimgan.data.images import FORMATS, Header, read_header, read_image
+from fastsimgan.data.images import ARRAY_FORMATS, FORMATS, Header, read_header, read_image
 from fastsimgan.data.labels import Labels, is_label_file
 from fastsimgan.data.listing import list_units, stems
 from fastsimgan.data.reading import Reading, in_colour
@@ -37,25 +38,32 @@ class FolderImages:
     def __init__(self, path: Path, reading: Reading | None = None) -> None:
         self.path = path
         self.reading = reading or Reading()
+        self._list(FORMATS)
+        if not self.images and self.census.arrays:
+            self._list(ARRAY_FORMATS)
+        if not self.images:
+            raise InputError(no_image(path, self.reading.images, len(self.others), self.census))
+        if self.reading.images is None:
+            self.census.check(
+                printable(path), lambda name: read_image(path / name, key=self.reading.key), self.reading.flag
+            )
+        self._by_stem = {image.with_suffix(""): image for image in self.images}
+        self.left_out: list[str] = []
+        """``NAME: REASON`` of what `load` has left out."""
+        self.converted = 0
+        """Images that `load` has made grey or RGB."""
+
+    def _list(self, formats: Container[str]) -> None:
         self.images: list[Path] = []
         self.others: list[Path] = []
         self.census = Census()
-        for unit in list_units(path, self.reading.images, links=self.reading.links):
+        for unit in list_units(self.path, self.reading.images, links=self.reading.links, formats=formats):
             if unit.image is None:
                 self.census.alone(unit.others[0])
             else:
                 self.census.image(unit.image)
                 self.images.append(Path(unit.image))
             self.others += map(Path, unit.others)
-        if not self.images:
-            raise InputError(no_image(path, self.reading.images, len(self.others), self.census))
-        if self.reading.images is None:
-            self.census.check(printable(path), lambda name: read_image(path / name), self.reading.flag)
-        self._by_stem = {image.with_suffix(""): image for image in self.images}
-        self.left_out: list[str] = []
-        """``NAME: REASON`` of what `load` has left out."""
-        self.converted = 0
-        """Images that `load` has made grey or RGB."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,7 +78,7 @@ class FolderImages:
 
         def look(image: Path) -> Header | InputError:
             try:
-                return read_header(self.path / image, self.reading.upright)
+                return read_header(self.path / image, self.reading.upright, self.reading.key)
             except InputError as error:
                 return error
 
@@ -149,7 +157,7 @@ class FolderImages:
 
         def decode(index: int) -> str | None:
             try:
-                image = read_image(self.path / self.images[good[index]], upright=self.reading.upright)
+                image = read_image(self.path / self.images[good[index]], self.reading.upright, self.reading.key)
                 images[index] = self.reading.coloured(image.pixels, colour)
             except InputError as error:
                 if self.reading.on_error == "fail":
@@ -157,13 +165,13 @@ class FolderImages:
                 return str(error)
             return None
 
-        bad |= {
-            good[i]: reason for i, reason in enumerate(in_threads(decode, range(len(good)))) if reason is not None
-        }
+        bad |= {good[i]: reason for i, reason in enumerate(in_threads(decode, range(len(good)))) if reason is not None}
         self.left_out = [bad[i] for i in sorted(bad)]
         kept = [i for i in range(len(good)) if good[i] not in bad]
         if not kept:
-            raise InputError(f"{printable(self.path)}: must hold at least one image that can be read; {self.left_out[0]}")
+            raise InputError(
+                f"{printable(self.path)}: must hold at least one image that can be read; {self.left_out[0]}"
+            )
         if len(kept) < len(good):
             for to, of in enumerate(kept):
                 images[to] = images[of]
@@ -190,9 +198,8 @@ def no_image(path: Path, images: str | None, others: int, census: Census) -> str
     """Why a folder in which nothing is an image is refused."""
     of = " ".join(FORMATS) + (f", matching {images}" if images else "")
     unread = census.unread_text()
-    return (
-        f"{printable(path)}: must hold at least one image ({of}), got {others} other files"
-        + (f"; {unread}: magick mogrify -format png turns them into PNG" if unread else "")
+    return f"{printable(path)}: must hold at least one image ({of}), got {others} other files" + (
+        f"; {unread}: magick mogrify -format png turns them into PNG" if unread else ""
     )
 
 
@@ -200,5 +207,3 @@ def shortened(reasons: list[str]) -> str:
     """The first reasons, and how many more there are."""
     more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
     return "; ".join(reasons[:SHOWN]) + more
-
-

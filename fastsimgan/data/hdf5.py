@@ -6,6 +6,7 @@ Datasets of bytes in a group ``files`` are files that travel along.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +41,9 @@ class HDF5Images:
     lie in other files (external or virtual datasets). Raises UnavailableError without h5py.
     """
 
-    def __init__(self, path: Path, key: str | None = None) -> None:
+    def __init__(self, path: Path, key: str | None = None, data: bytes | None = None) -> None:
         self.path = path
+        self._data = data  # the file's bytes, where they are in memory
         self._file: Any = None
         self._members: list[str] = []  # names of a group's datasets; empty where one dataset holds all images
         with self._reading():
@@ -58,7 +60,7 @@ class HDF5Images:
                 if kind != kinds[0]:
                     raise InputError(
                         f"{printable(path)}: images must be of one size and kind, {printable(self.key)}/"
-                        f"{printable(self._members[0])} is {kinds[0]} and {printable(self.key)}/{printable(name)} is {kind}"
+                        f"{printable(self._members[0])} is {kinds[0]} and {printable(name)} is {kind}"
                     )
             assert kinds[0] is not None
             shape, self.stored_dtype = kinds[0]
@@ -77,7 +79,7 @@ class HDF5Images:
             if file.get(key, getlink=True).__class__.__name__ != "HardLink":
                 raise InputError(f"{printable(self.path)}: {printable(key)} must lie in the file itself, got a link")
             return key.strip("/")
-        held = {}
+        held: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         for name in file:
             item = file.get(name) if file.get(name, getlink=True).__class__.__name__ == "HardLink" else None
             if item is None:
@@ -88,7 +90,7 @@ class HDF5Images:
                 held[name] = (item.shape or (), item.dtype) if hasattr(item, "shape") else ((), np.dtype("u1"))
             elif name != FILES.removesuffix("/") and (kind := self._kind(item, members[0])) is not None:
                 held[name] = (len(members), *kind[0]), kind[1]
-        if held.get("images", ((1,),))[0] == ():
+        if "images" in held and held["images"][0] == ():
             del held["images"]
         return choose_key(self.path, held, None)
 
@@ -250,7 +252,9 @@ class HDF5Images:
                         old.copy(name, new, name)
                 source = old[self.key]
                 if alone:
-                    kept = {key: getattr(source, key) for key in ("chunks", "compression", "compression_opts", "shuffle")}
+                    kept = {
+                        key: getattr(source, key) for key in ("chunks", "compression", "compression_opts", "shuffle")
+                    }
                     target = new.create_dataset(self.key, self.stored_shape, self.stored_dtype, **kept)
                     for name, value in source.attrs.items():
                         target.attrs[name] = value
@@ -266,6 +270,17 @@ class HDF5Images:
                     else:
                         target[first : first + len(piece)] = piece
                     first += len(piece)
+
+    def with_picture(self, pixels: np.ndarray) -> bytes:
+        """The bytes of this file, which is in memory, with another picture in the place of its only one."""
+        import h5py
+
+        assert self._data is not None and len(self) == 1
+        buffer = io.BytesIO(self._data)
+        with h5py.File(buffer, "r+") as new:
+            target = new[f"{self.key}/{self._members[0]}"] if self._members else new[self.key]
+            target[...] = pixels.reshape(target.shape)
+        return buffer.getvalue()
 
     def _datasets(self, files: bool = False) -> list[tuple[str, Any]]:
         """Path and dataset of all but the images: those that are in ``files`` and are bytes, or all others."""
@@ -291,7 +306,7 @@ class HDF5Images:
         except ImportError as error:
             raise UnavailableError(f"{printable(self.path)}: HDF5 needs h5py: pip install h5py ({error})") from None
         if self._file is None:
-            self._file = h5py.File(self.path, "r")
+            self._file = h5py.File(self.path if self._data is None else io.BytesIO(self._data), "r")
         return self._file
 
     def __getstate__(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
 
+from fastsimgan.data.arrays import check_images, check_range, read_as
 from fastsimgan.data.carried import (
     PNG_SIGNATURE,
     Carried,
@@ -35,6 +36,7 @@ from fastsimgan.data.carried import (
     scan_tiff,
 )
 from fastsimgan.data.files import printable
+from fastsimgan.data.hdf5 import HDF5Images
 from fastsimgan.errors import InputError
 
 
@@ -52,6 +54,8 @@ cv2 = _optional("cv2")
 
 #: The file suffixes that are read as images, in lower case, and Pillow's name of the format that each must hold.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+#: Files of arrays that hold one picture each. They are read as images in a folder that has no other ones.
+ARRAY_FORMATS = {".h5": "HDF5", ".hdf5": "HDF5", ".npy": "NPY"}
 
 JPEG_QUALITY = 95
 PNG_LEVEL = 1  # of zlib: half as slow as the usual 6, and files a tenth larger
@@ -105,15 +109,18 @@ class StoredImage:
     hidden: np.ndarray | None = None
 
 
-def read_header(path: Path, upright: bool = False) -> Header:
+def read_header(path: Path, upright: bool = False, key: str | None = None) -> Header:
     """Read the header alone; the pixels may still turn out to be damaged.
 
     Args:
         path: the file.
         upright: turn the picture as its EXIF orientation has it.
+        key: which array in a file of several is the picture.
 
     Raises InputError if the file cannot be opened or is not one of the kinds this module reads.
     """
+    if path.suffix.lower() in ARRAY_FORMATS:
+        return _decode_arrays(read_bytes(path), path, key).header
     with _refusing(path), Image.open(path, formats=_READ) as image:
         header = _check(image, path, upright)
         if header.format != "TIFF":
@@ -123,12 +130,14 @@ def read_header(path: Path, upright: bool = False) -> Header:
 
 def lost_of(path: Path) -> list[str]:
     """What an image file carries that will not be in the refined one, in words. Raises InputError as `read_bytes`."""
+    if path.suffix.lower() in ARRAY_FORMATS:
+        return []
     data = read_bytes(path)
     scan = _scan(data, path.suffix)
     carried = scan_tiff(data) if path.suffix.lower() in (".tif", ".tiff") else scan.carried if scan else Carried()
     with _refusing(path), Image.open(io.BytesIO(data), formats=_READ) as image:
         stored = _check(image, path, True).stored
-    return list((carried.without_colours() if stored and path.suffix.lower() == ".png" else carried).lost)
+    return list((carried.without_colours() if stored else carried).lost)
 
 
 def codecs() -> str:
@@ -141,9 +150,9 @@ def codecs() -> str:
     return ", ".join(found)
 
 
-def read_image(path: Path, upright: bool = False) -> StoredImage:
+def read_image(path: Path, upright: bool = False, key: str | None = None) -> StoredImage:
     """Decode one file. Raises InputError as `read_header` does, and if the pixels are truncated or damaged."""
-    return decode_image(read_bytes(path), path, upright)
+    return decode_image(read_bytes(path), path, upright, key)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -164,11 +173,13 @@ def read_bytes(path: Path) -> bytes:
         return data
 
 
-def decode_image(data: bytes, path: Path, upright: bool = False) -> StoredImage:
+def decode_image(data: bytes, path: Path, upright: bool = False, key: str | None = None) -> StoredImage:
     """Decode a file's bytes; ``path`` gives the suffix and the name for errors, and is not opened.
 
     Raises InputError as `read_header` does, and if the pixels are truncated or damaged.
     """
+    if path.suffix.lower() in ARRAY_FORMATS:
+        return _decode_arrays(data, path, key)
     scan = _scan(data, path.suffix)
     if (image := _decode_plain(data, path.suffix, scan)) is None:
         image = _decode(data, path, upright, scan)
@@ -215,8 +226,38 @@ def _decode(data: bytes, path: Path, upright: bool, scan: Scan | None) -> Stored
             carried = scan.carried
             header = replace(header, orientation=carried.orientation)
         if header.stored and carried != Carried():
-            carried = carried.without_colours() if header.format == "PNG" else carried
+            carried = carried.without_colours()
         return _stored(pixels, header, carried, alpha)
+
+
+def _decode_arrays(data: bytes, path: Path, key: str | None) -> StoredImage:
+    """The one picture in a file of arrays."""
+    kind = ARRAY_FORMATS[path.suffix.lower()]
+    if kind == "HDF5":
+        held = HDF5Images(path, key, data)
+        stored, pixels, key = held.stored_dtype, held.load(), held.key
+    else:
+        with _refusing(path):
+            array = np.load(io.BytesIO(data), allow_pickle=False)
+        stored = array.dtype
+        shape = check_images(path, "the array", array.shape, stored)
+        pixels = check_range(array.reshape(shape).astype(read_as(stored)), path, 0)
+    if len(pixels) != 1:
+        raise InputError(f"{printable(path)}: must hold one picture, as other files lie beside it, got {len(pixels)}")
+    pixels = pixels[0, ..., 0] if pixels.shape[3:] == (1,) else pixels[0]
+    if pixels.ndim == 3 and pixels.shape[2] != 3:
+        raise InputError(f"{printable(path)}: must have 1 or 3 channels, got {pixels.shape[2]}")
+    header = Header(pixels.shape, pixels.dtype.name, kind)
+    return StoredImage(np.ascontiguousarray(pixels), header, Carried(whole=data, key=key))
+
+
+def _encode_arrays(image: StoredImage) -> bytes:
+    if image.header.format == "HDF5":
+        return HDF5Images(Path("picture.h5"), image.carried.key, image.carried.whole).with_picture(image.pixels)
+    old = np.load(io.BytesIO(image.carried.whole), allow_pickle=False)
+    buffer = io.BytesIO()
+    np.save(buffer, image.pixels.astype(old.dtype).reshape(old.shape), allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _scan_of_damaged() -> Scan:
@@ -331,6 +372,8 @@ def encode_image(image: StoredImage) -> bytes:
     Alpha, the hidden pixels and what the file carried are written as they were read. The same image always gives the
     same bytes.
     """
+    if image.carried.whole:
+        return _encode_arrays(image)
     pixels, format = image.pixels, image.header.format
     if image.alpha is not None:
         assert image.hidden is not None
@@ -344,9 +387,10 @@ def encode_image(image: StoredImage) -> bytes:
 def _encode(pixels: np.ndarray, format: str, compression: str) -> bytes:
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if cv2 is not None and format != "TIFF" and channels != 2:
-        order = {1: ..., 3: (..., slice(None, None, -1)), 4: (..., [2, 1, 0, 3])}[channels]  # OpenCV's colours are BGR
+        if channels > 1:  # OpenCV's colours are BGR
+            pixels = pixels[..., [2, 1, 0, 3]] if channels == 4 else pixels[..., ::-1]
         suffix, parameters = _cv2_parameters(format)
-        return bytes(cv2.imencode(suffix, np.ascontiguousarray(pixels[order]), parameters)[1])
+        return bytes(cv2.imencode(suffix, pixels, parameters)[1])
     if pixels.dtype == np.uint16 and channels > 1:
         return _encode_png16(pixels) if format == "PNG" else _encode_tiff16(pixels, compression)
     options: dict[str, Any] = {}
@@ -381,6 +425,8 @@ def _check(image: Image.Image, path: Path, upright: bool) -> Header:
     bits = 8
     if image.format == "TIFF":
         bits = _check_tiff(image.tag_v2, image.mode, upright)  # type: ignore[attr-defined]
+    if image.format == "TIFF" and bits > 8 and bits != 16 and (bits, image.mode) != (32, "F"):
+        raise InputError(f"must have 8 or 16 bits a channel, or float32, got {bits}")
     transparent = "transparency" in image.info
     if image.mode not in _MODES or (transparent and image.mode != "P"):
         mode = f"{image.mode} with one transparent colour" if transparent else image.mode
@@ -448,7 +494,9 @@ def _refusing(path: Path) -> Iterator[None]:
     except InputError as error:
         raise InputError(f"{printable(path)}: {error}") from None
     except UnidentifiedImageError:
-        raise InputError(f"{printable(path)}: cannot be recognised as PNG, JPEG or TIFF{_something_else(path)}") from None
+        raise InputError(
+            f"{printable(path)}: cannot be recognised as PNG, JPEG or TIFF{_something_else(path)}"
+        ) from None
     except Image.DecompressionBombError as error:
         raise InputError(f"{printable(path)}: must have fewer pixels: {error}") from None
     except Exception as error:
@@ -459,7 +507,7 @@ def _refusing(path: Path) -> Iterator[None]:
 
 _OTHERS = {
     b"RIFF": "WebP", b"GIF8": "GIF", b"BM": "BMP", b"\0\0\0": "HEIC or AVIF", b"<": "an HTML, XML or SVG page",
-    b"version https://git-lfs": "a Git LFS pointer: git lfs pull fetches the picture", b"\x89HDF": "HDF5", b"PK": "a zip",
+    b"version https://git-lfs": "a Git LFS pointer: git lfs pull fetches it", b"\x89HDF": "HDF5", b"PK": "a zip",
     b"\0\5\x16\7": "a resource fork of macOS", b"8BPS": "Photoshop",
 }  # fmt: skip
 
@@ -471,7 +519,9 @@ def _something_else(path: Path) -> str:
             start = file.read(32)
     except OSError:  # a member of a shard
         return ""
-    found = "an empty file" if not start else next((kind for mark, kind in _OTHERS.items() if start.startswith(mark)), "")
+    found = (
+        "an empty file" if not start else next((kind for mark, kind in _OTHERS.items() if start.startswith(mark)), "")
+    )
     return f" ({found})" if found else ""
 
 

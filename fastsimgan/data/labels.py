@@ -1,8 +1,8 @@
 """What the files beside a set of images say of each of them, as one array for each key.
 
 Labels of single images are looked for in JSON sidecars (``0001.json`` beside ``0001.png``), in tables that name the
-images (``metadata.jsonl``, any other ``.jsonl`` or ``.csv`` with a column ``file_name``, ``image`` or the like), and, for
-want of a ``label`` there, in the names of the folders: one a class.
+images (``metadata.jsonl``, any other ``.jsonl`` or ``.csv`` with a column ``file_name``, ``image`` or the like), and,
+for want of a ``label`` there, in the names of the folders: one a class.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Labels:
     def _classes(self) -> dict[str, str]:
         """Each image's folder, by the image's name, where there are several and all images are in them; else nothing.
 
-        Folders that are numbered (``scene1``, ``scene2``) are parts of a set, not classes; ``0`` to ``9`` may be digits.
+        Numbered folders (``scene1``, ``scene2``) are parts of a set, not classes; ``0`` to ``9`` may be digits.
         """
         names = [name.partition("/")[2] for name in self._names] if self._inside else self._names
         parts = [name.split("/") for name in names]

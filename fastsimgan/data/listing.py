@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -21,14 +21,15 @@ from fastsimgan.errors import InputError
 
 Links = Literal["files", "inside", "all"]
 
+ALL = "*"  # of globs, the one that only says that there are no labels among the images
 STATE = ".fastsimgan"  # our own records in an output folder: no part of its content
 
 #: Suffixes of pictures that are not read. A sidecar may have one (``0001.exr`` beside ``0001.png``).
 UNREAD = frozenset(
-    ".apng .arw .avif .bmp .bpg .cr2 .cr3 .cur .dcm .dds .dib .dng .dpx .emf .eps .exr .fits .fit .gif .hdr .heic .heif "
-    ".hif .ico .j2c .j2k .jbig .jfi .jfif .jif .jp2 .jpc .jpe .jpf .jpm .jpx .jxl .jxr .mng .nef .nrw .orf .pam .pbm .pcx "
-    ".pef .pfm .pgm .pict .pnm .ppm .psd .qoi .raf .ras .rgb .rgba .rw2 .sgi .srw .svg .tga .wdp .webp .wmf .xbm .xpm"
-    "".split()
+    ".apng .arw .avif .bmp .bpg .cr2 .cr3 .cur .dcm .dds .dib .dng .dpx .emf .eps .exr .fits .fit .gif .hdr .heic "
+    ".heif .hif .ico .j2c .j2k .jbig .jfi .jfif .jif .jp2 .jpc .jpe .jpf .jpm .jpx .jxl .jxr .mng .nef .nrw .orf .pam "
+    ".pbm .pcx .pef .pfm .pgm .pict .pnm .ppm .psd .qoi .raf .ras .rgb .rgba .rw2 .sgi .srw .svg .tga .wdp .webp "
+    ".wmf .xbm .xpm".split()
 )
 #: What systems and programs leave behind in folders; names in lower case. So is all that begins with a dot.
 _JUNK = frozenset(
@@ -52,16 +53,18 @@ def list_units(
     visited: Callable[[str, int], None] = lambda folder, mtime: None,
     skip: Callable[[str], bool] = lambda name: False,
     links: Links = "files",
+    formats: Container[str] = FORMATS,
 ) -> Iterator[Unit]:
     """Every file under ``root`` as units.
 
     Args:
         root: a folder.
         images: a glob that tells which files are images (``rgb/*.png``; ``*`` matches ``/`` too); all others travel as
-            labels. None: every file with an image's suffix, but one that an image's stem begins is its sidecar
+            labels. None or `ALL`: every file with an image's suffix, but one that an image's stem begins is its sidecar
             (``a.mask.png`` beside ``a.png``). Junk is never an image.
         visited: called with each directory's relative name and its mtime in ns, before it is listed.
         skip: tells which files and folders, by relative name, to leave out unlooked at.
+        formats: the suffixes of images.
         links: which are followed: to "files" inside ``root``, to files and folders "inside" it, or "all" of them.
 
     Raises InputError at a link that is broken, not to be followed or leads back to a folder that it lies in, at what is
@@ -84,7 +87,7 @@ def list_units(
                         files.append(name)
         except OSError as error:
             raise InputError(f"{printable(error.filename or root)}: cannot be listed: {error.strerror}") from error
-        yield from _units(root, files, images)
+        yield from _units(root, files, images, formats)
         folders += sorted(inner, key=_order, reverse=True)  # the last is taken first
 
 
@@ -96,10 +99,10 @@ def stems(name: str) -> list[str]:
     return [prefix + ".".join(pieces[:end]) for end in range(len(pieces) - 1, 0, -1)]
 
 
-def is_image(name: str, images: str | None) -> bool:
+def is_image(name: str, images: str | None, formats: Container[str] = FORMATS) -> bool:
     """Whether ``name`` has an image's suffix, is no junk and, if a glob is given, matches it."""
     return (
-        PurePosixPath(name).suffix.lower() in FORMATS
+        PurePosixPath(name).suffix.lower() in formats
         and not is_junk(name)
         and (images is None or fnmatch.fnmatchcase(name, images))
     )
@@ -146,12 +149,12 @@ def _is_folder(entry: os.DirEntry[str], root: Path, name: str, links: Links) -> 
     return False
 
 
-def _units(root: Path, files: list[str], images: str | None) -> Iterator[Unit]:
+def _units(root: Path, files: list[str], images: str | None, formats: Container[str]) -> Iterator[Unit]:
     """The units of one directory."""
     files.sort(key=_order)
     by_stem: dict[str, str] = {}
     for name in files:
-        if is_image(name, images):
+        if is_image(name, images, formats):
             stem = name[: name.rindex(".")]
             twin = by_stem.setdefault(stem, name)
             if twin is not name:
@@ -163,9 +166,9 @@ def _units(root: Path, files: list[str], images: str | None) -> Iterator[Unit]:
     owned: dict[str, list[str]] = {}
     for name in files:
         owners = [by_stem[stem] for stem in stems(name) if stem in by_stem]
-        if images is not None and is_image(name, images):
+        if images not in (None, ALL) and is_image(name, images, formats):
             owner = name  # a glob has the last word
-        elif images is not None:
+        elif images not in (None, ALL):
             owner = next(iter(owners), "")
         else:
             owner = owners[-1] if owners else ""  # the shortest stem: a.mask.json is a.png's too

@@ -23,7 +23,7 @@ from fastsimgan.data.census import LOOKED_AT, Census
 from fastsimgan.data.files import natural_key, printable
 from fastsimgan.data.images import FORMATS, MAX_FILE_BYTES, Header, StoredImage, decode_image
 from fastsimgan.data.labels import Labels, is_label_file
-from fastsimgan.data.listing import is_image, is_junk
+from fastsimgan.data.listing import ALL, is_image, is_junk
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.room import room_for
 from fastsimgan.data.threads import in_threads
@@ -146,7 +146,9 @@ def find_shards(path: Path) -> list[Path]:
     else:
         named = _braces(str(path))
         found = [Path(name) for each in named for name in glob.glob(each) if is_shard(name)]
-        if len(named) > 1 and (missing := [name for name in named if not glob.has_magic(name) and not Path(name).exists()]):
+        if len(named) > 1 and (
+            missing := [name for name in named if not glob.has_magic(name) and not Path(name).exists()]
+        ):
             raise InputError(
                 f"{printable(path)}: every shard of a pattern must exist, got none at {printable(missing[0])} "
                 f"({len(missing)} of {len(named)} are missing)"
@@ -289,7 +291,7 @@ def _sample(path: Path, members: list[Member], images: str | None) -> Sample:
 
 
 def _is_image(name: str, images: str | None) -> bool:
-    if images is not None:
+    if images not in (None, ALL):
         return is_image(name, images)
     extension = PurePosixPath(name).name.partition(".")[2].lower()
     return extension in {suffix[1:] for suffix in FORMATS} and not is_junk(name)

@@ -101,8 +101,8 @@ def as_images(images: Any, name: str = "images") -> np.ndarray:
     """Whatever a caller has as a set of images: an array of any byte order, a list of arrays, or a tensor.
 
     Args:
-        images: ``[N, H, W]`` or ``[N, H, W, C]``, or a tensor ``[N, C, H, W]`` or ``[N, H, W]``; uint8, uint16 or floats
-            in [0, 1]. float16 and float64 become float32.
+        images: ``[N, H, W]`` or ``[N, H, W, C]``, or a tensor ``[N, C, H, W]`` or ``[N, H, W]``; uint8, uint16 or
+            floats in [0, 1]. float16 and float64 become float32.
         name: for messages.
 
     Raises InputError if it is none of these; ranges are not looked at.
@@ -156,12 +156,12 @@ def mismatch(synthetic: ValueRange, real: ValueRange) -> str | None:
     """What is wrong with two sides' ranges, if it is: a scale that one side does not share."""
     for name, side in (("synthetic", synthetic), ("real", real)):
         if side.white > 1 and side.largest <= 1 < side.white:
-            return f"{name} values are at most {side.largest:g} of {side.white}: black to the networks (times {side.white}?)"
+            return f"{name} values are at most {side.largest:g} of {side.white}: black to the networks"
     ours, theirs = (max(side.high, side.white / 1000) / side.white for side in (synthetic, real))
     if not 1 / APART < ours / theirs < APART:
         return (
-            f"synthetic values reach {ours:.2g} of white and real ones {theirs:.2g}: is one side stored in another scale "
-            "(12 bits in 16, 0 to 1 in 8)?"
+            f"synthetic values reach {ours:.2g} of white and real ones {theirs:.2g}: is one side stored in another "
+            "scale (12 bits in 16, 0 to 1 in 8)?"
         )
     return None
 

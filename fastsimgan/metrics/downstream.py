@@ -64,7 +64,9 @@ class Labelled:
         elif "label" in arrays:
             task, labels = "class", arrays["label"]
             if labels.ndim != 1 or labels.dtype.kind not in "iubUS":
-                raise InputError(f"{name}: label must be integers or strings [N], got {labels.dtype} {list(labels.shape)}")
+                raise InputError(
+                    f"{name}: label must be integers or strings [N], got {labels.dtype} {list(labels.shape)}"
+                )
         else:
             raise InputError(f"{name}: must hold pitch_yaw or label, got {', '.join(sorted(arrays))}")
         if len(labels) != len(images):
