@@ -285,7 +285,7 @@ class ArraysOutput:
         final = run.partial / run.output.name
         with writing(run.output):
             if not self.raw.exists():  # it is put together, and perhaps published, already
-                return open_arrays(final if final.exists() else run.output).label_sha256()
+                return open_arrays(final if final.exists() else run.output, self._key).label_sha256()
             temporary = run.temporary()
             temporary.parent.mkdir(exist_ok=True)
             if self.kind == self.source.kind:
@@ -294,7 +294,7 @@ class ArraysOutput:
                 self._convert(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-        written = open_arrays(temporary)
+        written = open_arrays(temporary, self._key)
         labels = written.label_sha256()
         same = labels == arrays.label_sha256() if self.kind == self.source.kind else _same_labels(written, arrays)
         if not same:
@@ -324,6 +324,11 @@ class ArraysOutput:
             file.seek(len(self.header) + first * self.row)
             flat = np.fromfile(file, self.source.arrays.stored_dtype, (end - first) * self.row // self._item)
         return flat.reshape(end - first, *self.shape[1:])
+
+    @property
+    def _key(self) -> str | None:
+        """What the array of images is called in the output."""
+        return self.source.arrays.key if self.kind == self.source.kind else None
 
     @property
     def _item(self) -> int:

@@ -35,7 +35,9 @@ def verify(output: Path) -> dict[str, Any]:
     totals = read_json(state / "done.json")
     found: dict[str, Any] = {"blocks": 0, "images": 0, "failed": 0, "others": 0}
     files = 0
-    arrays = open_arrays(output) if is_file else None
+    identity = record["identity"]
+    same = identity["input kind"] == identity["output kind"]  # a new kind of file calls its images so
+    arrays = open_arrays(output, identity.get("array") if same else None) if is_file else None
     first = 0
     carried: dict[str, str] = {}  # into a packed file, by name
     for block in range(record["blocks"]):

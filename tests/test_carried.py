@@ -69,7 +69,9 @@ def again(data: bytes, name: str, tmp_path: Path) -> bytes:
     return (tmp_path / name).read_bytes()
 
 
-@pytest.mark.parametrize("pixels", [GREY, RGB, GREY.astype(np.uint16) * 200, np.dstack([RGB, GREY]), np.dstack([GREY] * 2)])
+@pytest.mark.parametrize(
+    "pixels", [GREY, RGB, GREY.astype(np.uint16) * 200, np.dstack([RGB, GREY]), np.dstack([GREY] * 2)]
+)
 @pytest.mark.parametrize("fast", [True, False])
 def test_png_chunks(pixels: np.ndarray, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not fast:
@@ -78,7 +80,11 @@ def test_png_chunks(pixels: np.ndarray, fast: bool, tmp_path: Path, monkeypatch:
     info.add_text("pose", "1 2 3")
     info.add_text("zipped", "x" * 500, zip=True)
     info.add_itxt("XML:com.adobe.xmp", XMP.decode(), "en", "")
-    for kind, body in ((b"gAMA", struct.pack(">I", 45455)), (b"tIME", bytes((7, 233, 1, 2, 3, 4, 5))), (b"prVt", b"mine")):
+    for kind, body in (
+        (b"gAMA", struct.pack(">I", 45455)),
+        (b"tIME", bytes((7, 233, 1, 2, 3, 4, 5))),
+        (b"prVt", b"mine"),
+    ):
         info.add(kind, body)
     info.add(b"teXt", b"after", True)
     data = encode(pixels, "PNG", pnginfo=info, dpi=(300, 300), icc_profile=ICC, exif=exif())
@@ -163,7 +169,7 @@ def big_endian(data: bytes) -> bytes:
 
 
 def test_exif_tables_in_a_tiff(tmp_path: Path) -> None:
-    data = encode(GREY, "TIFF", exif=exif())
+    data = encode(GREY, "TIFF", exif=exif().tobytes())
     again(data, "a.tif", tmp_path)
     with Image.open(tmp_path / "a.tif") as image:
         assert image.getexif().get_ifd(0x8825)[2] == (47.0, 3.0, 11.5)
@@ -303,7 +309,11 @@ class Invert:
 def test_damaged_structure_is_never_a_crash(kind: str) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("pose", "1 2 3")
-    options = {"PNG": {"pnginfo": info, "exif": exif()}, "JPEG": {"exif": exif(), "comment": b"x"}, "TIFF": {"exif": exif()}}
+    options = {
+        "PNG": {"pnginfo": info, "exif": exif()},
+        "JPEG": {"exif": exif(), "comment": b"x"},
+        "TIFF": {"exif": exif().tobytes()},
+    }
     data = encode(RGB, kind, **options[kind])
     rng = np.random.default_rng(1)
     for _ in range(3000):

@@ -104,7 +104,9 @@ LABELLED = {
     "many ids that share names": pairs("x/{}.png", "y/{}.png", many_levels),
 }
 HONEST = {
-    "one folder a class": {f"{kind}/{i:04d}.png": png(photo(i + ord(kind[0]))) for kind in ("cat", "dog") for i in range(6)},
+    "one folder a class": {
+        f"{kind}/{i:04d}.png": png(photo(i + ord(kind[0]))) for kind in ("cat", "dog") for i in range(6)
+    },
     "two cameras": {f"camera{k}/{i:04d}.png": png(photo(10 * k + i)) for k in range(2) for i in range(6)},
     "depth alone": {f"depth/{i:04d}.png": png(photo(i).astype(np.uint16) * 99) for i in range(4)},
     "flat pictures alone": {f"{i}.png": png(mask(i)) for i in range(4)},
@@ -211,7 +213,18 @@ def test_every_command_takes_the_glob(refiner: Path, tmp_path: Path, capsys: pyt
     labelled = fill(tmp_path / "in", LABELLED["a folder called mask"])
     plain = fill(tmp_path / "plain", {f"{i}.png": png(photo(i)) for i in range(6)})
     glob = ["--images", "rgb/*.png"]
-    quick = ["--preset", "quick", "--steps", "1", "--batch-size", "4", "--pretrain-discriminator", "0", "--history", "4"]
+    quick = [
+        "--preset",
+        "quick",
+        "--steps",
+        "1",
+        "--batch-size",
+        "4",
+        "--pretrain-discriminator",
+        "0",
+        "--history",
+        "4",
+    ]
     out = str(tmp_path / "out")
     train_it = ["--synthetic", str(labelled), "--real", str(plain), "--out", out, "--dry-run", "--device", "cpu"]
     assert train.main([*train_it, *glob, *quick]) == 0
@@ -275,7 +288,10 @@ def test_unread_pictures_in_a_later_shard_are_refused_too(refiner: Path, tmp_pat
 @pytest.mark.parametrize(
     ("names", "why"),
     [
-        (["render.0001.png", "render.0002.png"], "takes a name up to its first dot, so render.0001.png is the .0001.png of"),
+        (
+            ["render.0001.png", "render.0002.png"],
+            "takes a name up to its first dot, so render.0001.png is the .0001.png of",
+        ),
         (["000000001.webp"], "1 file looks like an image and is not read: 1 .webp"),
         (["0001.txt"], "the first member is 0001.txt"),
         ([], ""),

@@ -166,8 +166,15 @@ class HDF5Images:
             return images
 
     def others(self) -> dict[str, np.ndarray]:
-        """Empty: what is no label of each image is not known as arrays."""
-        return {}
+        """Every other dataset of plain values that is not of length N, by its path in the file."""
+        found = {}
+        with self._reading():
+            for name, item in self._datasets():
+                if item.shape is not None and item.shape[:1] != (len(self),):
+                    array = _plain(item)
+                    if array is not None:
+                        found[name] = array
+        return found
 
     def labels(self) -> dict[str, np.ndarray]:
         """Every other dataset of N numbers, booleans or strings (or lists of them), by its path in the file."""
@@ -187,7 +194,8 @@ class HDF5Images:
         """
         with self._reading():
             file = self._open()
-            held = {self.key, *self.labels(), *(name for name, _ in self._datasets(files=True))}
+            beside = () if to == "files" else self.others()
+            held = {self.key, *self.labels(), *beside, *(name for name, _ in self._datasets(files=True))}
 
             def refuse(what: str) -> None:
                 raise InputError(
