@@ -24,7 +24,7 @@ from fastsimgan.data.label_table import LabelTable
 from fastsimgan.data.source import open_images
 from fastsimgan.errors import InputError
 from fastsimgan.verification import verify
-from fastsimgan.workers import Job, refine
+from fastsimgan.workers import Job, refine, start
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
 COUNT = 47
@@ -354,8 +354,6 @@ def test_twins_in_a_shard_are_refused(model: Path, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "attribute": (lambda file: file.attrs.__setitem__("version", 3), "the attribute version of the file"),
     "its attribute": (lambda file: file["images"].attrs.__setitem__("u", 3), "the attribute u of images"),
-    "length": (lambda file: file.create_dataset("m/mean", data=np.zeros((5, 7))), r"m/mean of float64\[5, 7\]"),
-    "scalar": (lambda file: file.create_dataset("n", data=3), r"n of int64\[\]"),
     "link": (lambda file: file.__setitem__("alias", h5py.SoftLink("/images")), "the link alias"),
     "record": (lambda file: file.create_dataset("r", data=np.zeros(3, [("a", "f4")])), "r of .*"),
 }
@@ -369,6 +367,16 @@ def test_what_an_npz_cannot_hold_is_refused_before_any_work(case: str, model: Pa
     with pytest.raises(InputError, match=rf"in\.h5: must hold only .* to become an \.npz, got {REFUSED[case][1]}"):
         refine(Job(model, tmp_path / "in.h5", tmp_path / "out.npz", to="npz"), loader=load_invert)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5", "refiner.safetensors"]
+
+
+def test_datasets_of_other_lengths_go_along_into_an_npz(model: Path, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file["images"] = np.stack([pixels(i) for i in range(3)])
+        file["m/mean"], file["n"] = np.full((5, 7), 2.5), 3
+    found = packed(model, tmp_path / "in.h5", tmp_path / "out.npz")
+    assert np.array_equal(found.others()["m/mean"], np.full((5, 7), 2.5)) and found.others()["n"] == 3
+    with pytest.raises(InputError, match=r"must hold only .* to become files, got m/mean of float64\[5, 7\]"):
+        start(Job(model, tmp_path / "in.h5", tmp_path / "out", to="folder"))
 
 
 @pytest.mark.parametrize("array", [np.array(["2020", "2021"], "M8[Y]"), np.array(["a\0b", "c"])])
