@@ -114,9 +114,19 @@ def test_jpeg_segments(pixels: np.ndarray, fast: bool, tmp_path: Path, monkeypat
         assert image.getexif()[274] == 6 and image.size == (11, 9)
 
 
-TAGS = {33550: (12, (0.5, 0.5, 0.0)), 33922: (12, (0.0, 0, 0, 440720.0, 3751320.0, 0)),
-        34735: (3, (1, 1, 0, 1, 3072, 0)), 34737: (2, "WGS 84|"), 42113: (2, "-9999"), 50838: (4, (12, 28)), 50839: (7, b"IJIJ" + bytes(8)),
-        65000: (7, b"own"),        270: (2, "ImageJ=1.53\nspacing=0.25"), 700: (1, XMP), 305: (2, "renderer")}  # fmt: skip
+TAGS = {
+    33550: (12, (0.5, 0.5, 0.0)),  # GeoTIFF
+    33922: (12, (0.0, 0, 0, 440720.0, 3751320.0, 0)),
+    34735: (3, (1, 1, 0, 1, 3072, 0)),
+    34737: (2, "WGS 84|"),
+    42113: (2, "-9999"),
+    50838: (4, (12, 28)),  # ImageJ
+    50839: (7, b"IJIJ" + bytes(8)),
+    65000: (7, b"own"),
+    270: (2, "ImageJ=1.53\nspacing=0.25"),
+    700: (1, XMP),
+    305: (2, "renderer"),
+}
 
 
 @pytest.mark.parametrize("pixels", [GREY, RGB, GREY.astype(np.uint16) * 200, GREY.astype(np.float32) / 255,

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
+from properties import given, st
 
 from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.carried import scan_png

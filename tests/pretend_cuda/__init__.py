@@ -1,0 +1,1 @@
+"""A CUDA device for machines without one: see README.md."""

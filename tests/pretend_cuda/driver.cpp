@@ -1,0 +1,58 @@
+// A libcuda.so.1 for torch's libraries to load: every function that they name, of which one is ever called.
+#define NOTHING(name) \
+  extern "C" __attribute__((visibility("default"))) int name() { return 0; }
+
+NOTHING(cuCtxFromGreenCtx)
+NOTHING(cuCtxGetCurrent)
+NOTHING(cuCtxPopCurrent)
+NOTHING(cuCtxPushCurrent)
+NOTHING(cuCtxSetCurrent)
+NOTHING(cuDeviceGet)
+NOTHING(cuDeviceGetAttribute)
+NOTHING(cuDeviceGetCount)
+NOTHING(cuDeviceGetDevResource)
+NOTHING(cuDeviceGetUuid)
+// torch looks for captures on devices with a context alone
+extern "C" __attribute__((visibility("default"))) int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) {
+  *flags = 0;
+  *active = 1;
+  return 0;
+}
+NOTHING(cuDevicePrimaryCtxRetain)
+NOTHING(cuFuncGetAttribute)
+NOTHING(cuFuncSetAttribute)
+NOTHING(cuFuncSetCacheConfig)
+NOTHING(cuGetErrorName)
+NOTHING(cuGetErrorString)
+NOTHING(cuInit)
+NOTHING(cuLaunchCooperativeKernel)
+NOTHING(cuLaunchKernel)
+NOTHING(cuLinkAddData_v2)
+NOTHING(cuLinkComplete)
+NOTHING(cuLinkCreate_v2)
+NOTHING(cuMemAddressFree)
+NOTHING(cuMemAddressReserve)
+NOTHING(cuMemCreate)
+NOTHING(cuMemExportToShareableHandle)
+NOTHING(cuMemGetAddressRange_v2)
+NOTHING(cuMemGetAllocationGranularity)
+NOTHING(cuMemGetAllocationPropertiesFromHandle)
+NOTHING(cuMemImportFromShareableHandle)
+NOTHING(cuMemMap)
+NOTHING(cuMemRelease)
+NOTHING(cuMemSetAccess)
+NOTHING(cuMemUnmap)
+NOTHING(cuMemsetD32Async)
+NOTHING(cuModuleGetFunction)
+NOTHING(cuModuleLoad)
+NOTHING(cuModuleLoadData)
+NOTHING(cuModuleLoadDataEx)
+NOTHING(cuModuleUnload)
+NOTHING(cuMulticastAddDevice)
+NOTHING(cuMulticastBindMem)
+NOTHING(cuMulticastCreate)
+NOTHING(cuMulticastUnbind)
+NOTHING(cuOccupancyMaxActiveBlocksPerMultiprocessor)
+NOTHING(cuPointerGetAttribute)
+NOTHING(cuStreamWriteValue32)
+NOTHING(cuTensorMapEncodeTiled)
