@@ -239,7 +239,8 @@ def test_every_command_takes_the_glob(refiner: Path, tmp_path: Path, capsys: pyt
 # --- junk, and pictures that are not read
 
 JUNK = ["._0.png", ".hidden/0.png", "@eaDir/0.png/SYNOFILE_THUMB_M.png", "__MACOSX/._0.png", "Thumbs.db", ".DS_Store",
-        "a/.ipynb_checkpoints/0.png", "$RECYCLE.BIN/0.jpg", ".Trash-0/0.tif", "desktop.ini", "#recycle/0.png"]  # fmt: skip
+        "a/.ipynb_checkpoints/0.png", "$RECYCLE.BIN/0.jpg", ".Trash-0/0.tif", "desktop.ini",
+        "#recycle/0.png"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["folder", "shard"])

@@ -316,7 +316,7 @@ def _decode_plain(data: bytes, suffix: str, scan: Scan | None = None) -> StoredI
     """
     expected = FORMATS[suffix.lower()]
     scan = scan or _scan(data, suffix)
-    if scan is None or not scan.plain or scan.height * scan.width > (Image.MAX_IMAGE_PIXELS or np.inf):
+    if scan is None or not scan.plain or scan.height * scan.width > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):
         return None
     if expected == "PNG":
         if cv2 is None or scan.bits not in (8, 16) or scan.colour not in (0, 2, 4, 6):
@@ -420,8 +420,6 @@ def _check(image: Image.Image, path: Path, upright: bool) -> Header:
         raise InputError(f"must hold one picture, got {image.n_frames} (animated or multi-page)")  # type: ignore[attr-defined]
     if image.format != expected and (image.format, expected) != ("MPO", "JPEG"):
         raise InputError(f"suffix {path.suffix} must hold {expected}, got {image.format}")
-    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or np.inf):
-        raise InputError(f"must have at most {Image.MAX_IMAGE_PIXELS} pixels, got {image.width}x{image.height}")
     bits = 8
     if image.format == "TIFF":
         bits = _check_tiff(image.tag_v2, image.mode, upright)  # type: ignore[attr-defined]
