@@ -43,7 +43,12 @@ class RefineConfig:
     """Whatever the input is, write a folder of files, WebDataset shards or, where all images have one size, one .npz
     or HDF5 file."""
     images: str | None = None
-    """Glob of the files that are images ('rgb/*.png'); all others travel as labels."""
+    """Glob of the files that are images ('rgb/*.png'); all others travel as labels. '*': all that have an image's
+    suffix."""
+    key: str | None = None
+    """Name of the array, dataset or group that holds the images, where it is not `images` and there are others."""
+    follow_links: bool = False
+    """Follow links in a folder wherever they lead; without it, only those to files in the same folder."""
     link: bool = False
     """Hard-link the labels instead of copying them."""
     batch_size: int | None = None
@@ -105,6 +110,8 @@ def refine(config: RefineConfig) -> int:
         to=config.to,
         link=config.link,
         trust_engine=config.trust_engine,
+        key=config.key,
+        follow_links=config.follow_links,
     )
     run, source, _ = workers.start(job)
     print(source.describe())
