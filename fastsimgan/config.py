@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
+from fastsimgan import cli
 from fastsimgan.errors import InputError
 
 
@@ -35,7 +34,7 @@ class TrainConfig:
     """Iterations of Algorithm 1 (T)."""
     batch_size: int = 32
     """Images in each half of D's batch and in R's batch (b, even)."""
-    lam: Annotated[float, tyro.conf.arg(name="lambda")] = 0.2
+    lam: Annotated[float, cli.flag("lambda")] = 0.2
     """Weight of self-regularisation, the paper's sum form (Eq. 4); it does not depend on the batch size."""
     psi: Literal["identity", "channel_mean", "gradients"] = "identity"
     """Feature in which refined and synthetic images are held together (Eq. 4)."""
@@ -92,6 +91,10 @@ class TrainConfig:
     """torch.compile of both networks. auto: on CUDA; not on a CPU, where it gains nothing worth its seconds."""
     cuda_graph: bool = True
     """On CUDA, with the images on the device: an iteration as one CUDA graph. Elsewhere it does nothing."""
+    deterministic: bool = False
+    """On CUDA: cuDNN and torch.compile choose their kernels by rule, not by timing, so that a run that is stopped and
+    resumed ends with the same bits as one that is not; slower. Without it --resume goes on with the same state, and the
+    two part by rounding. On a CPU resuming is always exact, and this does nothing."""
     data: Literal["auto", "device", "host"] = "auto"
     """Where the images live: on the device as they are stored, or on the host (an .npy stays memory-mapped) and read
     ahead by a thread. auto: on the device if they take at most half of its free memory."""

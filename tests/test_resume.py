@@ -75,8 +75,8 @@ def test_resume_after_a_signal_goes_on_from_the_very_step(number, at, pair, tmp_
     monkeypatch.setattr("fastsimgan.signals.PATIENCE", 600.0)  # the machine may be busy
     record, handler = RunFolder.record, signal.getsignal(number)
 
-    def send(self, phase, metrics):
-        record(self, phase, metrics)
+    def send(self, phase, step, metrics):
+        record(self, phase, step, metrics)
         if self.trainer.step == at:
             os.kill(os.getpid(), number)
 
@@ -106,6 +106,7 @@ def test_a_stop_right_after_a_checkpoint_does_not_write_it_again(pair, tmp_path,
 
 
 def test_resume_after_sigterm_to_the_command(tmp_path):
+    pytest.importorskip("tyro", reason="tyro is not installed")
     for name, array in zip("ab", (images(12, 0), images(9, 1)), strict=True):
         np.save(tmp_path / f"{name}.npy", array)
     small = [
