@@ -120,17 +120,16 @@ def _fit(
                 else:
                     metrics = trainer.advance(pools.draw_synthetic, pools.draw_real)
 
-                # Report: this step; on CUDA the one before, while this one is computed, unless this one's state is
-                # wanted as it now is. After a number that is not finite training goes on from a checkpoint.
+                # Report: this step; on CUDA the one before, while this one is computed, unless R is to be looked at as
+                # this one left it. After a number that is not finite training goes on from a checkpoint.
                 reports.add(phase, step, metrics, before, looks)
-                due = step % config.checkpoint_every == 0 or trainer.phase != phase
-                if not reports.settle(everything=looks or due):
+                if not reports.settle(everything=looks):
                     continue
             seconds[phase] = time.monotonic() - began
 
             # Save.
             stopped_by = ranks.largest(stop.signal)
-            due = due or run.drifted
+            due = step % config.checkpoint_every == 0 or trainer.phase != phase or run.drifted
             if due or stopped_by:
                 if not reports.settle():
                     continue

@@ -179,7 +179,7 @@ def test_k_g_grows_on_a_small_set_without_moving_what_graphs_read(tmp_path, monk
     """Its decision needs the newest accuracy: that one is waited for."""
     monkeypatch.setattr(algorithm, "_WINDOW", 3)
     monkeypatch.setattr(algorithm, "_BAND", (-1.0, -0.5))
-    config = dataclasses.replace(SMALL, k_g=1, k_g_max=4, steps=14)
+    config = dataclasses.replace(SMALL, k_g=1, k_g_max=4, steps=14, checkpoint_every=20)
     for device in ("cpu", "cuda"):
         fit(images(12, 0), images(9, 1), dataclasses.replace(config, device=device, out=tmp_path / device))
     equal_runs(tmp_path / "cpu", tmp_path / "cuda")
@@ -283,6 +283,23 @@ def test_the_second_device_trains(tmp_path):
     graphs = GraphedIterations(trainer, pools, pytest.fail)
     with current(trainer.device):
         np.testing.assert_allclose([losses(graphs()) for _ in range(6)], eager_losses(SMALL, 6), **CLOSE)
+
+
+@pytest.mark.parametrize(("method", "slow"), [("remember", 0.0), ("checkpoint", float("inf"))])
+def test_a_state_that_is_kept_is_that_of_reported_steps(method, slow, tmp_path, monkeypatch):
+    """A checkpoint, and what SIGTERM would write in a slow step: metrics.jsonl holds all steps up to it."""
+    monkeypatch.setattr("fastsimgan.training._SLOW", slow)
+    call, seen = getattr(RunFolder, method), []
+
+    def called(self, *arguments):
+        lines = rows(self.folder) if (self.folder / "metrics.jsonl").exists() else []
+        seen.append((self.trainer.step, sum(row["phase"] == "train" for row in lines)))
+        return call(self, *arguments)
+
+    monkeypatch.setattr(RunFolder, method, called)
+    config = dataclasses.replace(SMALL, steps=5, checkpoint_every=2, pretrain_discriminator=0, out=tmp_path / "r")
+    fit(images(12, 0), images(9, 1), config, say=lambda _: None)
+    assert seen == [(step, step) for step in (range(5) if method == "remember" else (0, 2, 4, 5))]
 
 
 @pytest.mark.parametrize("graph", [True, False])
