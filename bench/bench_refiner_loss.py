@@ -6,11 +6,16 @@ and gradients by hand in one forward pass.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import limits
 from fastsimgan.ops.refiner_loss import refiner_loss
 
 LAM = 0.5
@@ -35,27 +40,34 @@ def eager(logits: Tensor, refined: Tensor, synthetic: Tensor) -> tuple[Tensor, T
 @pytest.mark.parametrize("size", ["gaze", *(pytest.param(s, marks=pytest.mark.large) for s in ("hand", "large"))])
 def test_refiner_loss(race, size, dtype):
     shape, patches, cpu_batch = SIZES[size]
-    batch = shape[0] if race.device.type == "cuda" else cpu_batch
+    batch = 8 if limits.SMALL else shape[0] if race.device.type == "cuda" else cpu_batch
     shape = (batch, *shape[1:])
+    bytes_moved = dtype.itemsize * (3 * math.prod(shape) + 2 * 2 * batch * math.prod(patches))
     torch.manual_seed(0)
-    logits = torch.randn(batch, 2, *patches, device=race.device).to(dtype).requires_grad_()
-    refined = (torch.rand(shape, device=race.device) * 2 - 1).to(dtype).requires_grad_()
-    synthetic = (torch.rand(shape, device=race.device) * 2 - 1).to(dtype)
+    sets = []  # of inputs
+    for _ in range(limits.copies(bytes_moved, race.device)):
+        logits = torch.randn(batch, 2, *patches, device=race.device).to(dtype).requires_grad_()
+        refined, synthetic = ((torch.rand(shape, device=race.device) * 2 - 1).to(dtype) for _ in range(2))
+        sets.append((logits, refined.requires_grad_(), synthetic))
+    logits, refined, synthetic = sets[0]
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
 
-    def step(loss) -> tuple[Tensor, ...]:
-        value = loss(logits, refined, synthetic)[0]
-        return value.detach(), *torch.autograd.grad(value, (logits, refined))
+    def steps(loss) -> list[Callable[[], tuple[Tensor, ...]]]:
+        def step(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            value = loss(*tensors)[0]
+            return value.detach(), *torch.autograd.grad(value, tensors[:2])
+
+        return [partial(step, tensors) for tensors in sets]
 
     sides = {
-        "ours": lambda: step(lambda *tensors: refiner_loss(*tensors, lam=LAM)),
-        "torch.compile": lambda: step(compiled),
-        "eager": lambda: step(eager),
+        "ours": steps(partial(refiner_loss, lam=LAM)),
+        "torch.compile": steps(compiled),
+        "eager": steps(eager),
     }
     check = min(batch, 64)  # float64 truth of all would not fit beside the large size
     errors = {}
     for name, side in sides.items():
-        value, logits_gradient, refined_gradient = side()
+        value, logits_gradient, refined_gradient = side[0]()
         truth_z = (logits[:, 1] - logits[:, 0]).detach().double()
         distance = torch.stack([(a.double() - b.double()).abs().sum() for a, b in zip(refined, synthetic, strict=True)])
         truth = F.softplus(truth_z).sum() / batch + LAM * distance.mean()
@@ -66,5 +78,4 @@ def test_refiner_loss(race, size, dtype):
             ((refined_gradient[:check].double() - slope).abs().max() / (LAM / batch)).item(),
         )
     assert errors["ours"] <= errors["eager"] + 1e-6 + torch.finfo(dtype).eps
-    bytes_moved = refined.element_size() * (3 * refined.numel() + 2 * logits.numel())
     race.run(f"refiner_loss {size} {str(dtype)[6:]} b={batch}", sides, errors, bytes_moved)

@@ -1,9 +1,11 @@
 """``python -m bench.bench_train_step``: an iteration of ours against a plain trainer's, CPU-seconds, in turn.
 
 Gaze networks of the paper (64 feature maps), K_g = 2. Sides: ours; the plain trainer of `bench.baselines`; and that one
-compiled, in bfloat16 where the device has it (a CPU that emulates it is not raced in it). Before timing, ours and the
-plain one are trained from the same weights on the same images without a history, float32, and their losses compared.
-``--schedule`` times the paper's whole schedule instead (``--preset paper``, random images): for a GPU.
+compiled, in bfloat16 where the device has it (a CPU that emulates it is not raced in it). On a GPU TF32 is off on
+these, as `fit` has it, and on in a further side, the plain trainer as PyTorch computes unless told not to.
+Before timing, ours and the plain one are trained from the same weights on the same images without a history, float32,
+and their losses compared. ``--schedule`` times the paper's whole schedule instead (``--preset paper``, random images):
+for a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,12 +88,20 @@ def losses_side_by_side(
     return np.array(rows)
 
 
-def race(batch: int, rounds: int, device: torch.device) -> tuple[dict[str, list[float]], int, str]:
-    """Seconds of each side's iterations, in turn: CPU-seconds on a CPU, wall-clock synchronised on a GPU.
+@dataclass(frozen=True)
+class Found:
+    """What `race` measured: seconds of iterations by side, the arithmetic of one, and of ours precision and memory."""
 
-    Beside them an iteration's floating-point operations and the precision of ours.
-    """
-    config = TrainConfig(batch_size=batch, k_g=2, width=64, history=max(2048, batch))
+    seconds: dict[str, list[float]]
+    flops: int
+    precision: str
+    peak_bytes: int | None
+
+
+def race(batch: int, rounds: int, device: torch.device, width: int = 64) -> Found:
+    """Time each side's iterations, in turn: CPU-seconds on a CPU; on a GPU between events around as many as take 0.1 s,
+    so that ours, which waits for nothing, is not made to."""
+    config = TrainConfig(batch_size=batch, k_g=2, width=width, history=max(2048, batch))
     sides = images(4096, 0), images(2048, 1)
     precision, _ = choose_precision("auto", device)
     pools = open_pools(*sides, config, device, lambda _: None)
@@ -98,37 +111,60 @@ def race(batch: int, rounds: int, device: torch.device) -> tuple[dict[str, list[
     second = plain(config, ours, sides, autocast=torch.bfloat16 if precision == "bfloat16" else None)
     second.refiner.compile()
     second.discriminator.compile()
-    compile_networks(ours, "auto", print)
     on_gpu = device.type == "cuda"
+    compile_networks(ours, "auto", print)
     graphs = GraphedIterations(ours, pools) if on_gpu else None
     calls: dict[str, Callable[[], object]] = {
         "ours": graphs or (lambda: ours.iteration(pools.draw_synthetic, pools.draw_real)),
         "plain": first.iteration,
         f"plain, compiled, {precision}": second.iteration,
     }
-    spent: dict[str, list[float]] = {name: [] for name in calls}
     warm_up = 6 if on_gpu else 1  # compiling, and on a GPU the capture of the graph
-    for number in range(warm_up + rounds):
-        for name, call in calls.items():
-            begin = time.perf_counter() if on_gpu else time.process_time()
+    peak = limits.peak_memory(lambda: [calls["ours"]() for _ in range(warm_up)], device) if on_gpu else None
+    if on_gpu:
+        third = plain(config, ours, sides)
+
+        def with_tf32() -> object:
+            with limits.same_switches(tf32=True):
+                return third.iteration()
+
+        calls["plain, TF32"] = with_tf32
+    for name, call in calls.items():
+        for _ in range(0 if on_gpu and name == "ours" else warm_up):
             call()
-            if on_gpu:
-                torch.cuda.synchronize()
-            end = time.perf_counter() if on_gpu else time.process_time()
-            if number >= warm_up:
-                spent[name].append(end - begin)
-    return spent, flops, precision
+    if on_gpu:
+        samples = {name: limits.Timer(call, device, least=0.1).sample for name, call in calls.items()}
+    else:
+        samples = {name: partial(_cpu_seconds, call) for name, call in calls.items()}
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, sample in samples.items():
+            spent[name].append(sample())
+    return Found(spent, flops, precision, peak)
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    begin = time.process_time()
+    call()
+    return time.process_time() - begin
 
 
 def whole_schedule() -> None:
     """Train by the paper's schedule on random images of the gaze experiment's size, and say how long it took."""
+    counts = (200, 100) if limits.SMALL else (200_000, 50_000)
+    settings: dict[str, Any] = {"picture_every": 100_000, "checkpoint_every": 100_000}
+    if limits.SMALL:
+        settings |= {"steps": 8, "batch_size": 4, "width": 20, "blocks": 1, "history": 16, "pretrain_refiner": 2}
+        settings |= {"pretrain_discriminator": 2}
     with tempfile.TemporaryDirectory() as folder:
-        config = preset("paper", out=Path(folder) / "run", picture_every=100_000, checkpoint_every=100_000)
+        config = preset("paper", out=Path(folder) / "run", **settings)
         begin = time.perf_counter()
-        fit(images(200_000, 0), images(50_000, 1), config)
+        fit(images(counts[0], 0), images(counts[1], 1), config)
         seconds = time.perf_counter() - begin
     work = f"{config.pretrain_refiner} + {config.pretrain_discriminator} + {config.steps} iterations"
-    print(f"{work}, batch {config.batch_size}, K_g {config.k_g}: {seconds:.0f} s, with compiling and a checkpoint")
+    line = f"{work}, batch {config.batch_size}, K_g {config.k_g}: {seconds:.0f} s, with compiling and a checkpoint"
+    print(line)
+    limits.keep("the paper's schedule", [line], seconds=seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,20 +179,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = choose_device("auto")
     keep_freed_memory()  # for all sides alike: it is a setting of the process
     rows = losses_side_by_side(20, batch=8, size=(17, 27))
-    gap = np.abs(rows[0] / rows[1] - 1).max()
-    print(f"losses after 20 iterations (17x27, batch 8, float32): ours {rows[0, -1]}, plain {rows[1, -1]}")
+    gap = float(np.abs(rows[0] / rows[1] - 1).max())
+    print(f"losses after 20 iterations (17x27, batch 8, float32, CPU): ours {rows[0, -1]}, plain {rows[1, -1]}")
     print(f"largest gap in any of them: {gap:.1e}")
     unit = "s" if device.type == "cuda" else "CPU-s"
-    for batch in arguments.batch or ([512] if device.type == "cuda" else [32, 128]):
-        spent, flops, precision = race(batch, arguments.rounds, device)
-        ours = statistics.median(spent["ours"])
-        for name, seconds in spent.items():
-            median = statistics.median(seconds)
-            spread = f"({min(seconds):.3f} to {max(seconds):.3f})"
-            print(f"batch {batch:4} {name:28} {median:8.3f} {unit} {spread}, {median / ours:.2f}x ours")
+    width = 20 if limits.SMALL else 64
+    default = ([8] if limits.SMALL else [512]) if device.type == "cuda" else [32, 128]
+    for batch in arguments.batch or default:
+        with limits.same_switches(tf32=False):
+            found = race(batch, arguments.rounds, device, width)
+        ours = statistics.median(found.seconds["ours"])
+        lines, sides = [], {}
+        for name, seconds in found.seconds.items():
+            taken = limits.spread(seconds) if len(seconds) > 1 else limits.Spread(seconds[0], float("nan"))
+            between = f"({min(seconds):.4f} to {max(seconds):.4f}, IQR {taken.iqr:.4f})"
+            lines.append(
+                f"batch {batch:4} {name:28} {taken.median:8.4f} {unit} {between}, {taken.median / ours:.2f}x ours"
+            )
+            sides[name] = {"median_s": taken.median, "iqr_s": taken.iqr}
+        facts: dict[str, Any] = {"batch": batch, "flop": found.flops, "largest_gap_of_losses": gap, "sides": sides}
         if device.type == "cuda":
-            rate = flops / ours / limits.matrix_rate(device, DTYPES[precision])
-            print(f"batch {batch:4} ours: {rate:.1%} of the measured {precision} matrix rate, all of the iteration")
+            rate = found.flops / ours / limits.matrix_rate(device, DTYPES[found.precision])
+            memory = (found.peak_bytes or 0) / 1e9
+            lines.append(
+                f"batch {batch:4} ours: {rate:.1%} of the measured {found.precision} matrix rate, all of the iteration"
+                f"; {memory:.2f} GB at most"
+            )
+            facts |= {"share_of_matrix_rate": rate, "precision": found.precision, "peak_bytes": found.peak_bytes}
+        print("\n".join(lines))
+        limits.keep(f"train step, batch {batch}", lines, **facts)
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -21,6 +21,9 @@ from bench import limits
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _table: list[str] = []
 
+Side = Callable[[], object] | Sequence[Callable[[], object]]
+"""A public call; or several of it on buffers of their own, which take turns (see `limits.copies`)."""
+
 
 @cache
 def measured_copy_bandwidth() -> float:
@@ -32,23 +35,11 @@ def measured_matrix_rate(dtype: torch.dtype, clock: Callable[[], float]) -> floa
     return limits.matrix_rate(DEVICE, dtype, clock)
 
 
-def synchronise() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """``call`` as a CUDA graph: what is left is the device's own time, with no Python and no launch gaps."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+@pytest.fixture(autouse=True)
+def tf32_off() -> Iterator[None]:
+    """No side of any comparison computes float32 in TF32 because another one had its switch set."""
+    with limits.same_switches(tf32=False):
+        yield
 
 
 @dataclass
@@ -64,99 +55,129 @@ class Race:
     def run(
         self,
         title: str,
-        sides: dict[str, Callable[[], object]],
+        sides: Mapping[str, Side],
         errors: dict[str, float],
         bytes_moved: int,
         not_capturable: Collection[str] = (),
     ) -> None:
-        """Time ``sides`` (name → the public call, forward and backward), ours first; synchronised within the time.
+        """Time ``sides`` (name → the public call, forward and backward), ours first; see `limits.Timer` for how.
+
+        On CUDA each side is timed twice: as Python calls it, and as a CUDA graph (", graph"), which is the device's own
+        time. Where a side is one call alone, its buffers stay in the cache if they fit there: see `limits.copies`.
 
         errors: each side's largest relative error against float64. bytes_moved: what the task cannot do without,
         every input read once and every output written once. not_capturable: sides that no CUDA graph can hold.
         """
-        calls = dict(sides)
-        if self.device.type == "cuda" and not self.disabled:
-            calls |= {f"{name}, graph": captured(call) for name, call in sides.items() if name not in not_capturable}
-        self._take_turns(calls, rounds=50 if self.device.type == "cuda" else 20)
+        timers = self._timers(sides, set(sides) - set(not_capturable))
+        self._take_turns(timers, rounds=50 if self.device.type == "cuda" else 20)
         if self.disabled:
             return
         bandwidth = measured_copy_bandwidth()
-        rows = {}
-        for name in calls:
-            low, median, high = statistics.quantiles(self.seconds[name], n=4)
-            rate = bytes_moved / median
+        rows, lines = {}, []
+        for name in timers:
+            taken = limits.spread(self.seconds[name])
+            rate = bytes_moved / taken.median
             rows[name] = {
-                "median_us": median * 1e6,
-                "iqr_us": (high - low) * 1e6,
+                "median_us": taken.median * 1e6,
+                "iqr_us": taken.iqr * 1e6,
                 "GB_per_s": rate / 1e9,
                 "share_of_copy": rate / bandwidth,
                 "error": errors[name.removesuffix(", graph")],
             }
-            _table.append(
-                f"{title:34} {name:18} {median * 1e6:10.1f} us ± {(high - low) * 1e6:8.1f}  {rate / 1e9:8.2f} GB/s  "
+            lines.append(
+                f"{title:34} {name:18} {taken.median * 1e6:10.1f} us ± {taken.iqr * 1e6:8.1f}  {rate / 1e9:8.2f} GB/s  "
                 f"{rate / bandwidth:6.1%} of copy  error {rows[name]['error']:.1e}"
             )
-        self.benchmark.extra_info |= {"title": title, "copy_GB_per_s": bandwidth / 1e9, "sides": rows}
+        self._keep(title, lines, rows, copy_GB_per_s=bandwidth / 1e9, bytes_moved=bytes_moved, buffers=_buffers(sides))
 
     def run_images(
         self,
         title: str,
-        sides: dict[str, Callable[[], object]],
+        sides: Mapping[str, Side],
         agreement: dict[str, tuple[float, int]],
         images: int,
         flop: float,
         baseline: str,
+        peak_dtype: torch.dtype | None = None,
+        not_capturable: Collection[str] | None = None,
     ) -> None:
         """Time ``sides`` (name → the public call on ``images`` images, of ``flop`` operations), ours first.
 
-        On a CPU in CPU-seconds, which a busy machine does not stretch, and shares are of its float32 matrix product; on
-        CUDA of the float16 one. agreement: PSNR in dB and most grey levels. baseline: the side that ratios are to.
+        On a CPU in CPU-seconds, which a busy machine does not stretch. agreement: PSNR in dB and most grey levels.
+        baseline: the side that ratios are to. peak_dtype: of the matrix product that shares are of; None: float32 on a
+        CPU, float16 on CUDA. not_capturable: on CUDA, the sides that are not timed as a graph too; None: no side is.
         """
         on_cpu = self.device.type == "cpu"
         self.clock = time.process_time if on_cpu else time.perf_counter
-        self._take_turns(sides, rounds=15 if on_cpu else 50)
+        capturable = set() if not_capturable is None else set(sides) - set(not_capturable)
+        timers = self._timers(sides, capturable)
+        self._take_turns(timers, rounds=15 if on_cpu else 50)
         if self.disabled:
             return
-        peak = measured_matrix_rate(torch.float32 if on_cpu else torch.float16, self.clock)
-        rows = {}
-        for name in sides:
-            low, median, high = statistics.quantiles(self.seconds[name], n=4)
+        peak = measured_matrix_rate(peak_dtype or (torch.float32 if on_cpu else torch.float16), self.clock)
+        rows, lines = {}, []
+        for name in timers:
+            taken = limits.spread(self.seconds[name])
             ratios = [old / new for old, new in zip(self.seconds[baseline], self.seconds[name], strict=True)]
+            psnr, levels = agreement[name.removesuffix(", graph")]
             rows[name] = {
-                "median_us": median * 1e6,
-                "iqr_us": (high - low) * 1e6,
-                "images_per_s": images / median,
+                "median_us": taken.median * 1e6,
+                "iqr_us": taken.iqr * 1e6,
+                "images_per_s": images / taken.median,
                 "times_baseline": statistics.median(ratios),
-                "share_of_matrix_rate": flop / median / peak,
-                "psnr": agreement[name][0] if math.isfinite(agreement[name][0]) else None,
-                "most_levels": agreement[name][1],
+                "share_of_matrix_rate": flop / taken.median / peak,
+                "psnr": psnr if math.isfinite(psnr) else None,
+                "most_levels": levels,
             }
-            _table.append(
-                f"{title:24} {name:22} {images / median:10.1f} images/{'CPU-s' if on_cpu else 's'}  "
-                f"{rows[name]['times_baseline']:5.2f} x {baseline}  {flop / median / peak:6.1%} of matrix rate  "
-                f"PSNR {agreement[name][0]:5.1f} dB, at most {agreement[name][1]} levels"
+            lines.append(
+                f"{title:24} {name:22} {images / taken.median:10.1f} images/{'CPU-s' if on_cpu else 's'}  "
+                f"{rows[name]['times_baseline']:5.2f} x {baseline}  {flop / taken.median / peak:6.1%} of matrix rate  "
+                f"PSNR {psnr:5.1f} dB, at most {levels} levels"
             )
-        self.benchmark.extra_info |= {"title": title, "matrix_TFLOP_per_s": peak / 1e12, "sides": rows}
+        self._keep(title, lines, rows, matrix_TFLOP_per_s=peak / 1e12, flop=flop, buffers=_buffers(sides))
 
-    def _take_turns(self, calls: dict[str, Callable[[], object]], rounds: int) -> None:
-        ours, *others = calls
-        for _ in range(1 if self.disabled else 3):
-            for call in calls.values():
-                call()
-        synchronise()
+    def _keep(self, title: str, lines: list[str], rows: dict[str, dict[str, Any]], **facts: Any) -> None:
+        """Put a result into the table at the end, into what pytest-benchmark stores and into what `bench.gpu` does."""
+        name = limits.device_name(self.device)
+        facts |= {"device": name, "small": limits.SMALL, "sides": rows}
+        _table.extend(lines)
+        self.benchmark.extra_info |= {"title": title, **facts}
+        limits.keep(title, lines, **facts)
 
-        def time_others() -> None:
-            for name in others:
-                self._time(name, calls[name])
+    def _timers(self, sides: Mapping[str, Side], capturable: Collection[str]) -> dict[str, Callable[[], float]]:
+        """What takes a sample of each side, warmed up; captured ones of ``capturable`` beside them on CUDA."""
+        if self.disabled:  # one call of each, and of its first buffers alone
 
-        rounds = 1 if self.disabled else rounds
-        self.benchmark.pedantic(lambda: self._time(ours, calls[ours]), setup=time_others, rounds=rounds, iterations=1)
+            def once(side: Side) -> Callable[[], float]:
+                call = side if callable(side) else side[0]
+                return lambda: (call(), 0.0)[1]
 
-    def _time(self, name: str, call: Callable[[], object]) -> None:
-        begin = self.clock()
-        call()
-        synchronise()
-        self.seconds.setdefault(name, []).append(self.clock() - begin)
+            return {name: once(side) for name, side in sides.items()}
+        timers = {name: limits.Timer(side, self.device, clock=self.clock).sample for name, side in sides.items()}
+        if self.device.type == "cuda":
+            timers |= {
+                f"{name}, graph": limits.Timer(side, self.device, graph=True).sample
+                for name, side in sides.items()
+                if name in capturable
+            }
+        return timers
+
+    def _take_turns(self, timers: dict[str, Callable[[], float]], rounds: int) -> None:
+        ours, *others = timers
+
+        def take(names: Sequence[str]) -> None:
+            for name in names:
+                self.seconds.setdefault(name, []).append(timers[name]())
+
+        rounds = 1 if self.disabled else 3 if limits.SMALL else rounds
+        # pytest-benchmark's own clock is around a whole sample of ours: what is reported are the samples
+        self.benchmark.pedantic(lambda: take([ours]), setup=lambda: take(others), rounds=rounds, iterations=1)
+
+
+def _buffers(sides: Mapping[str, Side]) -> int:
+    """Sets of buffers that a side goes round."""
+    side = next(iter(sides.values()))
+    return 1 if callable(side) else len(side)
 
 
 @pytest.fixture
@@ -167,7 +188,7 @@ def race(benchmark, request: pytest.FixtureRequest) -> Race:
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = torch.__version__
     machine_info["cuda"] = torch.version.cuda
-    machine_info["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    machine_info["device"] = limits.device_name(DEVICE)
     machine_info["threads"] = torch.get_num_threads()
 
 

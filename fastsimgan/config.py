@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
+from fastsimgan import cli
 from fastsimgan.errors import InputError
 
 
@@ -35,7 +34,7 @@ class TrainConfig:
     """Iterations of Algorithm 1 (T)."""
     batch_size: int = 32
     """Images in each half of D's batch and in R's batch (b, even)."""
-    lam: Annotated[float, tyro.conf.arg(name="lambda")] = 0.2
+    lam: Annotated[float, cli.flag("lambda")] = 0.2
     """Weight of self-regularisation, the paper's sum form (Eq. 4); it does not depend on the batch size."""
     psi: Literal["identity", "channel_mean", "gradients"] = "identity"
     """Feature in which refined and synthetic images are held together (Eq. 4)."""

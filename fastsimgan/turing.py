@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import tyro
 from PIL import Image
 
 from fastsimgan import cli
@@ -54,14 +53,14 @@ class Make:
 class Score:
     """Count answers."""
 
-    answers: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    answers: Annotated[tuple[Path, ...], cli.positional()]
     """The JSON files that people downloaded, all of one page."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, make or score; return the exit code."""
-    either = Annotated[Make, tyro.conf.subcommand("make")] | Annotated[Score, tyro.conf.subcommand("score")]
-    return cli.run(_run, either, prog="python -m fastsimgan.turing", description=DESCRIPTION, argv=argv)  # type: ignore[arg-type]
+    either = {"make": Make, "score": Score}
+    return cli.run(_run, either, prog="python -m fastsimgan.turing", description=DESCRIPTION, argv=argv)
 
 
 def _run(config: Make | Score) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
+from properties import HealthCheck, given, settings, st
 
 from fastsimgan.data.__main__ import main
 from fastsimgan.data.matlab import read_matlab

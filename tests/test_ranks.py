@@ -48,6 +48,7 @@ def folder(tmp_path_factory) -> Path:
 
 def start(folder: Path, out: str, *flags: str) -> subprocess.Popen[str]:
     """Two gloo processes under torchrun."""
+    pytest.importorskip("tyro", reason="tyro is not installed")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "fastsimgan.train", "--out", out, *FLAGS, *flags),

@@ -144,6 +144,7 @@ def test_a_missing_refiner_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_misspelt_flag_is_answered_with_the_right_one() -> None:
+    pytest.importorskip("tyro", reason="tyro is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "fastsimgan.refine", "--refinr", "x"], capture_output=True, text=True, check=False
     )
@@ -152,6 +153,7 @@ def test_a_misspelt_flag_is_answered_with_the_right_one() -> None:
 
 
 def test_help_imports_no_torch() -> None:
+    pytest.importorskip("tyro", reason="tyro is not installed")
     code = (
         "import sys\nfrom fastsimgan.refine import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    assert 'torch' not in sys.modules\n"

@@ -106,6 +106,7 @@ def test_a_stop_right_after_a_checkpoint_does_not_write_it_again(pair, tmp_path,
 
 
 def test_resume_after_sigterm_to_the_command(tmp_path):
+    pytest.importorskip("tyro", reason="tyro is not installed")
     for name, array in zip("ab", (images(12, 0), images(9, 1)), strict=True):
         np.save(tmp_path / f"{name}.npy", array)
     small = [

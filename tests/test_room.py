@@ -6,7 +6,6 @@ import os
 import tarfile
 import tempfile
 
-import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,6 +22,7 @@ def images():
 
 def write(kind, path, images):
     if kind == "hdf5":
+        h5py = pytest.importorskip("h5py", reason="h5py is not installed")
         with h5py.File(path / "a.h5", "w") as file:
             file.create_dataset("images", data=images, chunks=(4, 6, 5))
         return path / "a.h5"

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
+from properties import given, st
 
 from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.files import copy_file, natural_key, printable, staged

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from fastsimgan import cli
 from fastsimgan.errors import InputError
 
@@ -24,8 +22,8 @@ SHOWN = 20  # rejected files; --report has all
 
 @dataclass(frozen=True)
 class ImportConfig:
-    action: Annotated[Literal["import"], tyro.conf.Positional]
-    kind: Annotated[Literal["unityeyes", "mpiigaze", "nyu-hands"], tyro.conf.Positional]
+    action: Annotated[Literal["import"], cli.positional()]
+    kind: Annotated[Literal["unityeyes", "mpiigaze", "nyu-hands"], cli.positional()]
     input: Path
     """The dataset's folder."""
     output: Path

@@ -24,13 +24,14 @@ def graph_of(call, **options):
 
 def test_operators_compute_forward_and_backward_as_on_the_cpu():
     torch.manual_seed(0)
-    on_cpu = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1))
+    on_cpu = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 2, 1))
     on_cuda = copy.deepcopy(on_cpu).cuda()
     images = torch.randn(2, 3, 8, 8)
     on_cpu(images).square().mean().backward()
     on_cuda(images.cuda()).square().mean().backward()
     for mine, theirs in zip(on_cuda.parameters(), on_cpu.parameters(), strict=True):
         assert torch.equal(mine.grad.cpu(), theirs.grad)
+    assert torch.equal(on_cuda[1].running_var.cpu(), on_cpu[1].running_var)
 
 
 def test_a_graph_records_and_runs_nothing_then_computes_with_what_its_memory_holds(pretend_device):

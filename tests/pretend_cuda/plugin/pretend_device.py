@@ -34,7 +34,7 @@ _ALSO = ("aten::convolution", "aten::convolution_backward", "aten::copy_")
 """They reach their kernels past the dispatcher."""
 _NOT_CALLED = tuple(
     "mm mv dot linalg fft cholesky solve qr svd lu_ conv cudnn sort topk median mode kthvalue unique nonzero "
-    "masked_select multinomial attention histc bincount fastsimgan".split()
+    "masked_select multinomial attention histc bincount cumsum fastsimgan".split()
 )
 """Parts of the names of operators whose own kernels call libraries (cuBLAS, cuDNN) or look at what was computed."""
 
@@ -202,7 +202,28 @@ def _call(operator: torch._ops.OpOverload, arguments: tuple[Any, ...], options: 
         if isinstance(value, (int, float, complex)) and isinstance(argument.type, torch.TensorType):
             # A Python number in a tensor's place: the overload for numbers, which promotes types as for a number.
             return operator.overloadpacket(*arguments, **options)
-    return operator(*arguments, **options)
+    return _INSTEAD.get(operator, operator)(*arguments, **options)
+
+
+def _batch_norm(
+    images: Any, weight: Any, bias: Any, mean: Any, variance: Any, training: Any, factor: Any, epsilon: Any
+) -> Any:
+    found = torch.ops.aten.native_batch_norm(images, weight, bias, mean, variance, training, factor, epsilon)
+    return *found, torch.empty(0, dtype=torch.uint8, device=images.device)
+
+
+def _batch_norm_backward(
+    images: Any, grad: Any, weight: Any, mean: Any, variance: Any, saved_mean: Any, saved: Any, epsilon: Any, _: Any
+) -> Any:
+    return torch.ops.aten.native_batch_norm_backward(
+        grad, images, weight, mean, variance, saved_mean, saved, True, epsilon, [True, True, True]
+    )
+
+
+_INSTEAD = {  # of operators that the CPU does not have
+    torch.ops.aten.cudnn_batch_norm.default: _batch_norm,
+    torch.ops.aten.cudnn_batch_norm_backward.default: _batch_norm_backward,
+}
 
 
 def _give(operator: torch._ops.OpOverload, found: Any, leaves: list[Any], form: Any, index: int) -> Any:
@@ -279,7 +300,8 @@ def _on_meta(leaf: Any) -> Any:
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long)
 def _replay(number: int) -> int:
     try:
-        _noted[number]()
+        with torch.inference_mode():  # what was captured in it may be replayed outside: a graph knows of no mode
+            _noted[number]()
     except BaseException:
         traceback.print_exc()
         return 1
