@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from fastsimgan.acceleration import GraphedIterations, compile_networks, why_no_graph
+from fastsimgan.acceleration import GraphedIterations, choose_blocks, compile_networks, why_no_graph
 from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
 from fastsimgan.device import choose_device, current, keep_freed_memory
@@ -99,6 +99,7 @@ def _fit(
         with stop.ending_within((lambda: "before the first step; --resume goes on") if alone else None):
             if config.profile:
                 say(profile_iterations(trainer, pools, config.profile, run.folder))
+            choose_blocks(trainer, say)
             compile_networks(trainer, config.compile, say)
         graphs = _graphs(config, trainer, pools, say)
         reports = Reports(run, trainer, pools, say)

@@ -20,6 +20,7 @@ from fastsimgan.config import TrainConfig
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.device import current
 from fastsimgan.ops import history_swap
+from fastsimgan.ops.residual_block_race import RaceResult
 from fastsimgan.pools import Pools, open_pools
 from fastsimgan.reports import Numbers
 from fastsimgan.run_folder import RunFolder
@@ -341,6 +342,28 @@ def test_deterministic_is_for_the_run_alone(tmp_path):
     fit(images(12, 0), images(9, 1), dataclasses.replace(config, deterministic=False, out=tmp_path / "s"), say=say)
     assert (False, True) in seen
     assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+
+
+def test_the_blocks_take_what_wins_a_race_unless_runs_must_be_equal(monkeypatch):
+    asked = []
+
+    def race(shape, dtype, backward, device, *, compiled):
+        asked.append((shape, dtype, backward, compiled))
+        return RaceResult("blocks", "triton", {"triton": 1.0, "reference": 2.0})
+
+    monkeypatch.setattr(acceleration, "race", race)
+    monkeypatch.setattr(acceleration, "INTERPRETED", False)
+    monkeypatch.setattr(acceleration.residual_block, "implementations", lambda: {"triton": None})
+    said: list[str] = []
+    for settings in ({"deterministic": True}, {"impl": "reference"}, {"blocks": 0}):
+        trainer, _ = make(dataclasses.replace(SMALL, **settings), CUDA)
+        acceleration.choose_blocks(trainer, said.append)
+        assert trainer.refiner.impl != "triton"
+    assert asked == said == []
+    trainer, _ = make(SMALL, CUDA)
+    acceleration.choose_blocks(trainer, said.append)
+    assert trainer.refiner.impl == "triton" and said == ["blocks: triton won (triton 1 ms; reference 2 ms)"]
+    assert asked == [((4, 20, 16, 20), torch.float32, True, False)]
 
 
 def test_many_batch_sizes_in_one_process_are_all_compiled():
