@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from fastsimgan.pools import Pools, open_pools
 from fastsimgan.reports import Numbers
 from fastsimgan.run_folder import RunFolder
 from fastsimgan.training import fit
-from tests.cuda.conftest import PRETEND
 
+PRETEND = os.environ.get("FASTSIMGAN_PRETEND_CUDA") == "1"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = TrainConfig(
     width=20, blocks=1, batch_size=4, history=10, pretrain_discriminator=1, steps=8, k_g=2, device="cuda",
