@@ -371,13 +371,13 @@ def test_many_batch_sizes_in_one_process_are_all_compiled():
     """Dynamo stops at 8 variants of a network's code, which the third batch size passes."""
     counters = torch._dynamo.utils.counters
     said: list[str] = []
-    for batch in (2, 4, 6, 8, 10, 12):
+    for batch in (2, 4, 6, 8):
         trainer, pools = make(dataclasses.replace(SMALL, batch_size=batch, history=12), CUDA)
         compile_networks(trainer, "on", said.append)
         trainer.iteration(pools.draw_synthetic, pools.draw_real)
     before = dict(counters["frames"])
     assert before["ok"] == before["total"]
-    assert len(said) == 6 and not [line for line in said if "warning" in line]
+    assert len(said) == 4 and not [line for line in said if "warning" in line]
 
 
 def test_what_dynamo_leaves_uncompiled_is_said(monkeypatch):
