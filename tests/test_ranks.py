@@ -154,7 +154,11 @@ def test_each_rank_has_its_own_history_and_all_the_rest_in_common():
 class Never:
     """A device's event behind gradients that do not come."""
 
+    asked = 0
+
     def query(self) -> bool:
+        self.asked += 1
+        assert self.asked < 10_000, "it is waited for without end"
         return False
 
     def synchronize(self) -> None:
