@@ -1,4 +1,4 @@
-"""`torch.compile` of both networks, and an iteration of Algorithm 1 as one CUDA graph."""
+"""R's blocks by a race, `torch.compile` of both networks, and an iteration of Algorithm 1 as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import torch
 
 from fastsimgan.algorithm import Metrics, OneTensor, SimGAN
 from fastsimgan.errors import UnavailableError
+from fastsimgan.ops import residual_block
+from fastsimgan.ops._shared import INTERPRETED
+from fastsimgan.ops.residual_block_race import race
 from fastsimgan.pools import Pools
-from fastsimgan.precision import autocast
+from fastsimgan.precision import DTYPES, autocast
 
 MODE = "default"
 """`torch.compile`'s. Not "reduce-overhead": the whole iteration is one CUDA graph of ours."""
@@ -22,7 +25,31 @@ VARIANTS = 64
 """Of one network that `torch.compile` may keep: each batch size, with and without gradients. Its own limit, 8, is
 passed by the third batch size in one process, and what is beyond it runs uncompiled."""
 
+IMPLS = ("reference", "triton")
+"""Of `residual_block`, that a race can name."""
+
 _ORDINARY = 3  # iterations before a graph is captured: cuDNN chooses and kernels are loaded in them
+
+
+def choose_blocks(trainer: SimGAN, say: Callable[[str], None]) -> None:
+    """On CUDA, have R's residual blocks take the implementation that is fastest there, by a race at training's sizes.
+
+    Not with --deterministic, since a race is decided by timing, nor with --impl reference. Of several ranks the first
+    one's answer holds for all.
+
+    Args:
+        trainer: its refiner's ``impl`` is changed.
+        say: told the times and the winner.
+    """
+    config, device = trainer.config, trainer.device
+    if device.type != "cuda" or config.impl != "auto" or config.deterministic or not config.blocks or INTERPRETED:
+        return
+    if residual_block.implementations()["triton"] is not None:
+        return
+    shape = trainer.batch // config.accumulate, config.width, *trainer.image_size
+    result = race(shape, DTYPES[trainer.precision], True, device, compiled=config.compile != "off")
+    trainer.refiner.impl = IMPLS[trainer.ranks.largest(IMPLS.index(result.impl) if trainer.ranks.first else 0)]
+    say(str(result))
 
 
 def compile_networks(trainer: SimGAN, choice: str, say: Callable[[str], None]) -> None:
