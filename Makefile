@@ -1,5 +1,5 @@
 # make test, make demo: on a fresh clone these set up .venv and run. Needs Python >= 3.11, a C++ compiler and make.
-.PHONY: help install test kills labels ray demo lint types aot bench bench-train bench-smoke gpu clean
+.PHONY: help install test kills labels ray demo lint types aot cuda-check bench bench-train bench-smoke gpu clean
 .DEFAULT_GOAL := help
 
 # The first Python of 3.11 or later; `make BASE_PYTHON=... install` chooses another.
@@ -19,6 +19,7 @@ help:
 	@echo "make demo         train, refine and evaluate on the built-in eyes, into runs/demo"
 	@echo "make lint types   ruff, mypy"
 	@echo "make aot          compile every kernel for sm_80, sm_90, sm_100; needs no GPU"
+	@echo "make cuda-check   the CUDA path with no GPU, on the oldest and the newest torch: 12 GB under .venv-cuda, once"
 	@echo "make bench        all benchmarks; bench-smoke: the short ones, each once"
 	@echo "make bench-train  an iteration of training against a plain PyTorch trainer of the same networks, CPU-seconds"
 	@echo "make gpu [PART=ops]   build, GPU tests and benchmarks on a machine with a GPU; another PART: a list"
@@ -59,6 +60,10 @@ types: install
 aot: install
 	$(PYTHON) -m bench.aot
 
+# CUDA_PYTHONS="/a/bin/python /b/bin/python" takes Pythons that have torch with CUDA; CUDA_CHECK=--require skips nothing.
+cuda-check: install
+	$(PYTHON) -m bench.cuda_check $(CUDA_CHECK)
+
 bench: install
 	$(PYTHON) -m pytest bench --benchmark-only
 
@@ -73,4 +78,4 @@ gpu:
 	$(PYTHON_GPU) -m bench.gpu $(PART)
 
 clean:
-	rm -rf .venv build dist *.egg-info fastsimgan/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf .venv .venv-cuda build dist *.egg-info fastsimgan/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

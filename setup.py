@@ -1,7 +1,8 @@
 """Builds the compiled ops with CMake, against the torch that is installed. All other metadata is in pyproject.toml.
 
 FASTSIMGAN_CUDA=auto|on|off decides about the CUDA kernels: auto (the default) builds them if torch was built with
-CUDA, whether or not a GPU is present.
+CUDA and there is an nvcc that fits it (csrc/find_nvcc.py), whether or not a GPU is present; it warns where only nvcc is
+missing.
 """
 
 from __future__ import annotations

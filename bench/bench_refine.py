@@ -2,7 +2,8 @@
 
 ``python -m bench.bench_refine --refiner runs/mine`` (see ``--help``). The sides run in turn; medians are printed.
 ``--scale`` instead shows that memory stays flat over a million images, and how long resuming over ten million takes.
-``--packed 1200000`` is what `make gpu PART=refine` runs: seconds, and the share of them that the device was busy.
+``--packed 1200000`` is what `make gpu PART=refine` runs: images a second in each precision, compiled and not, at the
+batch that `refine` chooses; the share of the time that the device was busy, and its peak memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from bench import limits
 from fastsimgan import inputs
+from fastsimgan.batches import PIXELS_PER_BATCH, fitting
 from fastsimgan.cores import CoreRefiner
 from fastsimgan.data.images import decode_image, encode_image
 from fastsimgan.refine import print_stages
@@ -204,27 +208,57 @@ def three(values: list[float]) -> tuple[float, float, float]:
     return min(values), statistics.median(values), max(values)
 
 
-def packed(count: int, device: str) -> None:
-    """``count`` packed 35x55 images disk to disk through a gaze refiner of random weights."""
+def packed(count: int, device: str, precisions: list[str], compiled: list[str]) -> None:
+    """``count`` packed 35x55 images disk to disk through a gaze refiner of random weights, in each way in turn.
+
+    Where nothing is to be measured (`limits.SMALL`), small ones through a small refiner.
+    """
     import torch
 
     from fastsimgan.config import TrainConfig
+    from fastsimgan.errors import FastSimGANError
     from fastsimgan.models.refiner import Refiner
     from fastsimgan.runtime import save_refiner
 
     folder = Path(tempfile.mkdtemp())
     try:
         torch.manual_seed(0)
-        save_refiner(folder / "refiner.safetensors", Refiner(1), histogram="keep", training=TrainConfig())
+        small = getattr(limits, "SMALL", False)
+        network, size = (Refiner(1, width=20, blocks=1), (8, 9)) if small else (Refiner(1), (35, 55))
+        save_refiner(folder / "refiner.safetensors", network, histogram="keep", training=TrainConfig())
         rng = np.random.default_rng(0)
-        rows = np.lib.format.open_memmap(folder / "in.npy", "w+", np.uint8, (count, 35, 55))
+        rows = np.lib.format.open_memmap(folder / "in.npy", "w+", np.uint8, (count, *size))
         for first in range(0, count, 10_000):
             rows[first : first + 10_000] = rng.integers(0, 256, rows[first : first + 10_000].shape, dtype=np.uint8)
         del rows
-        job = Job(folder / "refiner.safetensors", folder / "in.npy", folder / "out.npy", batch_size=256, device=device)
-        report = refine(job)
-        print(f"{report.images} images in {report.seconds:.1f} s, {report.images / report.seconds:.0f} images/s")
-        print_stages(report)
+        for precision, compiling in product(precisions, compiled):
+            output = folder / f"{precision}-{compiling}.npy"
+            job = Job(
+                folder / "refiner.safetensors", folder / "in.npy", output, device=device, precision=precision,
+                compiled={"auto": None, "on": True, "off": False}[compiling],
+            )  # fmt: skip
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                report = refine(job)
+            except FastSimGANError as error:  # said, not hidden: a precision that the device lacks, no triton
+                print(f"left out: {precision}, compile {compiling}: {error}")
+                continue
+            begun = start(job)[0].identity
+            pixels = begun.get("pixels in a batch", PIXELS_PER_BATCH)
+            lines = [
+                f"{report.images} images by {', '.join(report.backends)}, "
+                f"{fitting(begun['batch size'], pixels, *size)} at a time, in {report.seconds:.1f} s, "
+                f"{report.images / report.working:.0f} images/s once loaded"
+            ]
+            print(lines[0])
+            print_stages(report)
+            if keep := getattr(limits, "keep", None):
+                keep(f"refine {precision} compile {compiling}", lines, images=report.images, seconds=report.seconds,
+                     working=report.working, busy=report.busy, peak_bytes=report.peak_bytes)  # fmt: skip
+            output.unlink()
+            shutil.rmtree(folder / f"{output.name}.fastsimgan")
     finally:
         shutil.rmtree(folder)
 
@@ -310,6 +344,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--packed", type=int, metavar="N", help="N packed 35x55 images, random gaze refiner")
     parser.add_argument("--device", default="auto", help="of --packed")
+    parser.add_argument("--precisions", nargs="+", help="of --packed; by default all of the device's")
+    parser.add_argument("--compile", nargs="+", help="of --packed: auto, on, off; by default off, and on CUDA on too")
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--entries", type=int, default=10_000_000)
     parser.add_argument("--images", type=int, default=1_000_000)
@@ -317,7 +353,11 @@ def main() -> None:
     if given.scale:
         scale(given.images, given.entries)
     elif given.packed is not None:
-        packed(given.packed, given.device)
+        from fastsimgan.device import choose_device
+
+        on_cuda = choose_device(given.device).type == "cuda"
+        ours = ["float32", "float16", "bfloat16"] if on_cuda else ["float32"]
+        packed(given.packed, given.device, given.precisions or ours, given.compile or ["off", "on"][: 1 + on_cuda])
     elif given.refiner is None:
         parser.error("--refiner must be given")
     else:

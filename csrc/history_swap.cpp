@@ -8,6 +8,11 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#if FASTSIMGAN_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/shim_utils.h>
+#endif
+
 #include <atomic>
 #include <cstring>
 #include <type_traits>
@@ -160,7 +165,7 @@ Tensor history_swap_on_cuda(Tensor storage, Tensor state, Tensor fresh, int64_t 
   const torch::stable::accelerator::DeviceGuard guard(storage.get_device_index());
   Tensor drawn = torch::stable::new_empty(fresh, fresh.sizes());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(storage.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(storage.get_device_index(), &stream));
   const char* error = history_swap_cuda(storage.mutable_data_ptr(), dtype(storage.scalar_type()),
                                         static_cast<int64_t*>(state.mutable_data_ptr()), fresh.const_data_ptr(),
                                         drawn.mutable_data_ptr(), dtype(fresh.scalar_type()), storage.size(0),

@@ -34,6 +34,7 @@ py::dict build_info() {
   py::dict info;
   info["torch"] = FASTSIMGAN_TORCH_VERSION;
   info["cuda"] = static_cast<bool>(FASTSIMGAN_WITH_CUDA);
+  info["no_cuda"] = FASTSIMGAN_NO_CUDA;
   info["avx2"] = static_cast<bool>(FASTSIMGAN_WITH_AVX2);
   info["amx"] = static_cast<bool>(FASTSIMGAN_WITH_AMX);
   info["nvcc"] = FASTSIMGAN_NVCC_VERSION;
@@ -64,7 +65,8 @@ void load_ops() {
 PYBIND11_MODULE(_C, module) {
   load_ops();
   module.doc() = "The compiled ops of fastsimgan.";
-  module.def("build_info", &build_info, "torch, cuda, avx2, amx, nvcc, cuda_architectures and compiler it was built with.");
+  module.def("build_info", &build_info,
+             "torch, cuda, no_cuda (why not), avx2, amx, nvcc, cuda_architectures and compiler it was built with.");
   module.def("tasks", &tasks, py::arg("seed"), py::arg("swap"), py::arg("fill"), py::arg("capacity"), py::arg("n"),
              "The (slot, fresh, drawn) of every task of one history_swap; -1: not written, not drawn.");
 }

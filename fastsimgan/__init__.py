@@ -6,7 +6,8 @@
     refined = refiner(images)
     fastsimgan.evaluate(synthetic, refined, real)["rows"]
 
-Importing it does not import torch; the first use does.
+Importing it does not import torch; the first use does. It sets how long OpenMP's threads spin (`fastsimgan.openmp`) in
+the environment, unless that is set there or torch is loaded already.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastsimgan import openmp
+
 if TYPE_CHECKING:
     from fastsimgan import evaluate as evaluate
     from fastsimgan.config import TrainConfig as TrainConfig
     from fastsimgan.runtime import load_refiner as load_refiner
     from fastsimgan.training import fit as fit
+
+# Here, since every process of ours imports this before it imports torch: commands, workers, Ray's workers.
+openmp.wait_briefly()
 
 __version__ = "0.1.0"
 __all__ = ["TrainConfig", "evaluate", "fit", "load_refiner"]

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
-from fastsimgan.algorithm import Metrics, SimGAN
+from fastsimgan.algorithm import Metrics, OneTensor, SimGAN
 from fastsimgan.errors import UnavailableError
 from fastsimgan.pools import Pools
 from fastsimgan.precision import autocast
 
 MODE = "default"
 """`torch.compile`'s. Not "reduce-overhead": the whole iteration is one CUDA graph of ours."""
+
+VARIANTS = 64
+"""Of one network that `torch.compile` may keep: each batch size, with and without gradients. Its own limit, 8, is
+passed by the third batch size in one process, and what is beyond it runs uncompiled."""
 
 _ORDINARY = 3  # iterations before a graph is captured: cuDNN chooses and kernels are loaded in them
 
@@ -26,7 +33,7 @@ def compile_networks(trainer: SimGAN, choice: str, say: Callable[[str], None]) -
         choice: "on"; "off"; or "auto": on CUDA where triton is installed. Not on a CPU: there the convolutions of both
             networks take nearly all the time, they are ours or oneDNN's either way, and compiling costs 10 to 20
             CPU-seconds.
-        say: told why "auto" goes on without it, if compiling fails.
+        say: told why "auto" goes on without it, if compiling fails; and if, later on, there are more than `VARIANTS`.
 
     Raises:
         UnavailableError: "on" was asked for and compiling fails.
@@ -34,6 +41,7 @@ def compile_networks(trainer: SimGAN, choice: str, say: Callable[[str], None]) -
     auto = trainer.device.type == "cuda" and importlib.util.find_spec("triton") is not None
     if choice == "off" or (choice == "auto" and not auto):
         return
+    _have_variants(say)
     networks = (trainer.refiner, trainer.discriminator)
     for network in networks:
         network.compile(mode=MODE, dynamic=False)  # a handful of batch sizes, each compiled for itself
@@ -42,7 +50,7 @@ def compile_networks(trainer: SimGAN, choice: str, say: Callable[[str], None]) -
     except Exception as error:  # Dynamo's, Inductor's, the C++ compiler's, Triton's: there is no common class
         for network in networks:
             network._compiled_call_impl = None  # what `Module.compile` sets
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        reason = _first_line(error)
         if choice == "on":
             raise UnavailableError(f"--compile on: torch.compile failed: {reason}") from error
         say(f"warning: torch.compile failed, so the networks run uncompiled ({reason})")
@@ -63,52 +71,156 @@ def _try(trainer: SimGAN) -> None:
     trainer.discriminator.zero_grad(set_to_none=True)
 
 
+def _have_variants(say: Callable[[str], None]) -> None:
+    """Have Dynamo keep `VARIANTS` of a network, and say so where even that is not enough."""
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    log = logging.getLogger("torch._dynamo.convert_frame")
+    for handler in log.handlers:
+        if isinstance(handler, _LimitHit):
+            log.removeHandler(handler)
+    log.addHandler(_LimitHit(say))
+
+
+class _LimitHit(logging.Handler):
+    """Says what Dynamo only logs: that it compiles no more variants."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if "recompile_limit" in text:
+            self._say(f"warning: torch.compile goes on uncompiled: {' '.join(text.split())}")
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def why_no_graph(trainer: SimGAN, pools: Pools) -> str:
+    """Why an iteration of ``trainer`` cannot be one CUDA graph; "" where it can."""
+    if trainer.device.type != "cuda":
+        return "the device is a CPU"
+    if trainer.ranks.count > 1:
+        # of several ranks' graphs, one that fails to capture would leave the others waiting: not before it has been run
+        return "several processes train together"
+    if not pools.resident:
+        return "the images are on the host"
+    return "" if trainer.history is None else trainer.history.waits_for_host()
+
+
+@dataclass
+class _Graph:
+    """An iteration with one K_g: the graph, what it gives, what it draws, and where in memory it works."""
+
+    graph: torch.cuda.CUDAGraph
+    metrics: Metrics
+    drawn: dict[str, int]
+    addresses: tuple[int, ...]
+    proved: bool = False  # that a replay does something
+
+
 class GraphedIterations:
     """Iterations of Algorithm 1 of which all updates, draws included, are one replay of a CUDA graph.
 
     The first few are ordinary ones. Nothing in a replay waits for the host: images are drawn by cursors on the device,
-    the history counts there, and learning rates and the average's weight are tensors written before it.
+    the history counts there, and learning rates and the average's weight are in a tensor written before it. Where a
+    tensor that a graph uses has moved, it is captured anew. Where that fails, or the graph turns out to hold nothing,
+    ``say`` is told why, and all iterations from then on are ordinary ones, from the state as it was.
 
     Args:
-        trainer: on a CUDA device.
+        trainer: on a CUDA device; `why_no_graph` must give "".
         pools: resident on that device.
+        say: called with each line meant for a person.
     """
 
-    def __init__(self, trainer: SimGAN, pools: Pools) -> None:
-        self._trainer, self._pools = trainer, pools
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Metrics, dict[str, int]]] = {}  # by K_g
-        self._ordinary = 0
-        self._stream = torch.cuda.Stream()
-
-    def forget(self) -> None:
-        """Capture anew: the optimisers' state has moved in memory (a checkpoint was loaded)."""
-        self._graphs.clear()
+    def __init__(self, trainer: SimGAN, pools: Pools, say: Callable[[str], None] = print) -> None:
+        self._trainer, self._pools, self._say = trainer, pools, say
+        self._graphs: dict[int, _Graph] = {}  # by K_g
+        self._ordinary: float = _ORDINARY  # iterations still to come that are no replay
+        self._stream = torch.cuda.Stream(trainer.device)  # torch's own for captures may be on another device
+        self._memory = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
+        # for the largest K_g at once: what draws read must not move under a graph
+        pools.reserve(trainer.images_drawn(trainer.config.k_g_max))
 
     def __call__(self) -> Metrics:
-        """One iteration."""
+        """One iteration; its metrics are overwritten by the next."""
         trainer, pools = self._trainer, self._pools
-        if self._ordinary < _ORDINARY:
-            self._ordinary += 1
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                metrics = trainer.iteration(pools.draw_synthetic, pools.draw_real)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return metrics
+        if self._ordinary > 0:
+            self._ordinary -= 1
+            with _beside(self._stream):
+                return trainer.iteration(pools.draw_synthetic, pools.draw_real)
         pools.reserve(trainer.images_drawn())
-        trainer.set_schedule()
-        if trainer.k_g not in self._graphs:
-            self._capture()
-        graph, metrics, drawn = self._graphs[trainer.k_g]
-        graph.replay()
-        pools.drawn_by_a_graph(drawn)
+        where = trainer.addresses() + pools.addresses()
+        graph = self._graphs.get(trainer.k_g)
+        if graph is None or graph.addresses != where:
+            graph = self._capture(where)
+        if graph is None or not self._replay(graph):
+            return self()
         trainer.done["train"] += 1
-        return metrics
+        return graph.metrics
 
-    def _capture(self) -> None:
-        before = self._pools.positions()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # records, and runs nothing
-            metrics = self._trainer.updates(self._pools.draw_synthetic, self._pools.draw_real)
-        drawn = {name: position - before[name] for name, position in self._pools.positions().items()}
-        self._pools.drawn_by_a_graph({name: -images for name, images in drawn.items()})
-        self._graphs[self._trainer.k_g] = graph, metrics, drawn
+    def _replay(self, graph: _Graph) -> bool:
+        """The updates of an iteration; False, and nothing has changed, if the graph holds none."""
+        self._trainer.set_schedule()
+        before = {} if graph.proved else self._pools.cursors()
+        graph.graph.replay()
+        if not graph.proved and self._pools.cursors() == before:
+            self._give_up("what was captured does nothing")
+            return False
+        graph.proved = True
+        self._pools.drawn_by_a_graph(graph.drawn)
+        return True
+
+    def _capture(self, where: tuple[int, ...]) -> _Graph | None:
+        """Record an iteration, running nothing of it; None if that fails."""
+        pools = self._pools
+        before = pools.positions()
+        graph, failure = torch.cuda.CUDAGraph(), None
+        try:
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
+                try:
+                    metrics = OneTensor(self._trainer.updates(pools.draw_synthetic, pools.draw_real))
+                except Exception as error:  # what ends the capture then says less
+                    failure = error
+                    raise
+        except Exception as error:  # CUDA's, Triton's, autograd's: there is no common class
+            failure = failure or error
+        drawn = {name: position - before[name] for name, position in pools.positions().items()}
+        pools.drawn_by_a_graph({name: -images for name, images in drawn.items()})
+        if failure is not None:
+            _end_recording(self._trainer.device, self._memory)
+            self._give_up(_first_line(failure))
+            return None
+        self._graphs[self._trainer.k_g] = _Graph(graph, metrics, drawn, where)
+        return self._graphs[self._trainer.k_g]
+
+    def _give_up(self, reason: str) -> None:
+        self._say(f"warning: no CUDA graph, so each iteration's kernels are launched one by one ({reason})")
+        for network in (self._trainer.refiner, self._trainer.discriminator):
+            network.zero_grad(set_to_none=True)  # what a capture left there was never computed
+        self._graphs.clear()
+        self._ordinary = float("inf")
+
+
+def _end_recording(device: torch.device, memory: tuple[int, int]) -> None:
+    """Have the allocator leave a capture that failed, as torch does itself from some version between 2.11 and 2.14."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        torch._C._cuda_endAllocateToPool(index, memory)
+    except (AttributeError, RuntimeError):  # it has left it
+        return
+    torch._C._cuda_releasePool(index, memory)
+
+
+@contextmanager
+def _beside(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Where work is on ``stream``, after and before all that is on the current one."""
+    here = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        yield
+    here.wait_stream(stream)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,19 @@ Metrics = dict[str, Tensor]
 """Scalars on the device, by name; reading one synchronises."""
 
 
+class OneTensor(Metrics):
+    """Metrics whose values are the elements of ``tensor``, float32 ``[n]``."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.tensor = torch.stack([value.detach().float() for value in metrics.values()])
+        super().__init__(zip(metrics, self.tensor.unbind(), strict=True))
+
+
 PHASES = ("pretrain_refiner", "pretrain_discriminator", "train")
 """R alone, D alone, Algorithm 1."""
+
+#: the optimisers, and the phase before "train" in which each takes steps
+_FIRST_STEPPED = {"refiner_optimiser": "pretrain_refiner", "discriminator_optimiser": "pretrain_discriminator"}
 
 _BAND, _WINDOW = (0.65, 0.85), 20  # of D's accuracy, and the iterations it is averaged over; ours
 
@@ -64,8 +74,11 @@ class SimGAN:
         self.refiner = channels_last(refiner, device)
         self.discriminator = channels_last(Discriminator(channels, kind=config.network, local=config.local), device)
         self.average = copy.deepcopy(self.refiner).requires_grad_(False)
-        self.refiner_optimiser = _adam(self.refiner, config.learning_rate_refiner, device)
-        self.discriminator_optimiser = _adam(self.discriminator, config.learning_rate_discriminator, device)
+        rates = config.learning_rate_refiner, config.learning_rate_discriminator
+        # This iteration's learning rates of R and D (on CUDA) and weight of the average: a CUDA graph reads them here.
+        self._schedule = torch.tensor([*rates, 0.0], device=device)
+        self.refiner_optimiser = _adam(self.refiner, rates[0], self._schedule[0])
+        self.discriminator_optimiser = _adam(self.discriminator, rates[1], self._schedule[1])
         half = precision == "float16"
         self.scales = {name: LossScale(device) for name in ("refiner", "discriminator")} if half else {}
         self.history = (
@@ -80,7 +93,6 @@ class SimGAN:
             if config.history
             else None
         )
-        self._average_weight = torch.zeros((), device=device)
         self.k_g = config.k_g
         self.accuracies: list[float] = []  # D's, since K_g was last thought about
         self.done = dict.fromkeys(PHASES, 0)  # steps of each phase behind us
@@ -145,9 +157,10 @@ class SimGAN:
             }
 
         self.discriminator.requires_grad_(False)
-        metrics = self._update("refiner", part, synthetic)
-        self.discriminator.requires_grad_(True)
-        return metrics
+        try:
+            return self._update("refiner", part, synthetic)
+        finally:  # a capture that fails is gone on from
+            self.discriminator.requires_grad_(True)
 
     def update_discriminator(self, draw_synthetic: Draw, draw_real: Draw) -> Metrics:
         """One step of D on Eq. 2 with R held fixed, and one turn of the history (§2.3).
@@ -246,28 +259,30 @@ class SimGAN:
         step = 1 if mean > _BAND[1] else -1 if mean < _BAND[0] else 0
         self.k_g = min(max(self.k_g + step, self.config.k_g), self.config.k_g_max)
 
-    def images_drawn(self) -> dict[str, int]:
-        """How many synthetic and real images an iteration draws on this rank."""
+    def decides(self, unread: int) -> bool:
+        """With --k-g-max: whether K_g may change once ``unread`` more accuracies have gone to `adapt`."""
+        return bool(self.config.k_g_max) and len(self.accuracies) + unread >= _WINDOW
+
+    def images_drawn(self, k_g: int = 0) -> dict[str, int]:
+        """How many synthetic and real images an iteration draws on this rank, with K_g as it is or as given."""
         of_discriminator = self.batch // 2 if self.history is not None else self.batch
         return {
-            "synthetic": self.k_g * self.batch + self.config.k_d * of_discriminator,
+            "synthetic": (k_g or self.k_g) * self.batch + self.config.k_d * of_discriminator,
             "real": self.config.k_d * self.batch,
         }
 
     def set_schedule(self) -> None:
         """Write this iteration's learning rates and the average's weight where `updates` reads them."""
         scale = self._learning_rate_scale()
-        for optimiser, rate in (
-            (self.refiner_optimiser, self.config.learning_rate_refiner),
-            (self.discriminator_optimiser, self.config.learning_rate_discriminator),
-        ):
-            for group in optimiser.param_groups:
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate * scale)
-                else:
-                    group["lr"] = rate * scale
+        rates = self.config.learning_rate_refiner * scale, self.config.learning_rate_discriminator * scale
         # The average starts short, so that it does not remember the identity, and lengthens to `ema`.
-        self._average_weight.fill_(1 - min(self.config.ema, self.step / (self.step + 10)))
+        weight = 1 - min(self.config.ema, self.step / (self.step + 10))
+        on_cuda = self.device.type == "cuda"
+        # pinned: one copy that the host does not wait for
+        self._schedule.copy_(torch.tensor([*rates, weight], pin_memory=on_cuda), non_blocking=on_cuda)
+        if not on_cuda:
+            for optimiser, rate in zip((self.refiner_optimiser, self.discriminator_optimiser), rates, strict=True):
+                optimiser.param_groups[0]["lr"] = rate
 
     def _learning_rate_scale(self) -> float:
         """Linearly up over the first `warm_up` steps, 1, and with --decay linearly to zero over the second half."""
@@ -282,7 +297,7 @@ class SimGAN:
         if weight is not None:
             torch._foreach_lerp_(average, refiner, weight)
         else:
-            weights = [self._average_weight] * len(average)
+            weights = [self._schedule[2]] * len(average)
             torch._foreach_lerp_(average, refiner, weights)
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -295,9 +310,11 @@ class SimGAN:
         tensors: dict[str, Tensor] = {}
         for name in ("refiner", "discriminator", "average"):
             tensors |= flatten(name, getattr(self, name).state_dict())
-        for name in ("refiner_optimiser", "discriminator_optimiser"):
-            # the hyper-parameters beside the state follow from the config and the step
-            tensors |= flatten(name, getattr(self, name).state_dict()["state"])
+        for name, phase in _FIRST_STEPPED.items():
+            # The hyper-parameters beside the state follow from the config and the step. Before its first step it has
+            # none: zeros.
+            if self.done[phase] or self.done["train"]:
+                tensors |= flatten(name, getattr(self, name).state_dict()["state"])
         for name, scale in self.scales.items():
             tensors |= flatten(f"{name}_scale", scale.state_dict())
         if self.history is not None:
@@ -307,35 +324,56 @@ class SimGAN:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor], done: dict[str, int]) -> None:
-        """Take over what `state` gave when ``done`` steps of each phase were behind it."""
+        """Take over what `state` gave when ``done`` steps of each phase were behind it.
+
+        In place, so that a CUDA graph of `updates` stays good (see `addresses`).
+        """
         for name in ("refiner", "discriminator", "average"):
             module: nn.Module = getattr(self, name)
             module.load_state_dict(select(name, tensors))
-        for name in ("refiner_optimiser", "discriminator_optimiser"):
+        for name in _FIRST_STEPPED:
             optimiser: torch.optim.Optimizer = getattr(self, name)
-            parameters = optimiser.param_groups[0]["params"]
-            state: dict[int, dict[str, Any]] = {}
-            for key, value in select(name, tensors).items():
-                index, _, field = key.partition(".")
-                like = parameters[int(index)]
-                # A copy, since the optimiser works in place, and in the parameter's own memory format: the fused
-                # update walks both as flat memory, and checkpoints are contiguous while weights are channels_last.
-                own = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value)
-                state.setdefault(int(index), {})[field] = own.copy_(value)
-            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+            saved = select(name, tensors)
+            for index, parameter in enumerate(optimiser.param_groups[0]["params"]):
+                for field, own in optimiser.state[parameter].items():
+                    # each keeps its memory format: checkpoints are contiguous while weights are channels_last
+                    own.copy_(saved[f"{index}.{field}"]) if saved else own.zero_()
         for name, scale in self.scales.items():
             scale.load_state_dict(select(f"{name}_scale", tensors))
         if self.history is not None:
             self.history.load_state_dict(select(f"history.{self.ranks.rank}", tensors))
         self.done = dict(done)
 
+    def addresses(self) -> tuple[int, ...]:
+        """Where all lives that `updates` reads and changes: a CUDA graph of it is good for as long as they stay."""
+        tensors = [self._schedule]
+        for module in (self.refiner, self.discriminator, self.average):
+            tensors += module.parameters()
+        for optimiser in (self.refiner_optimiser, self.discriminator_optimiser):
+            tensors.append(optimiser.param_groups[0]["lr"])
+            tensors += [tensor for state in optimiser.state.values() for tensor in state.values()]
+        for scale in self.scales.values():
+            tensors += scale.state_dict().values()
+        if self.history is not None:
+            tensors += self.history.state_dict().values()
+        return tuple(tensor.data_ptr() for tensor in tensors)
 
-def _adam(module: nn.Module, rate: float, device: torch.device) -> torch.optim.Adam:
+
+def _adam(module: nn.Module, rate: float, rate_on_cuda: Tensor) -> torch.optim.Adam:
     # First moment 0.5: the usual choice for adversarial training, where gradients turn quickly. A learning rate in a
     # tensor can change while a CUDA graph is replayed.
-    graph = device.type == "cuda"
-    lr: float | Tensor = torch.tensor(rate, device=device) if graph else rate
-    return torch.optim.Adam(module.parameters(), lr, betas=(0.5, 0.999), fused=True, capturable=graph)
+    graph = rate_on_cuda.is_cuda
+    lr = rate_on_cuda if graph else rate
+    optimiser = torch.optim.Adam(module.parameters(), lr, betas=(0.5, 0.999), fused=True, capturable=graph)
+    for parameter in module.parameters():
+        # As Adam would make it at its first step. Were that step captured in a CUDA graph, each replay would begin with
+        # making it: at step 1, for ever.
+        optimiser.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
+    return optimiser
 
 
 def _grey_levels(refined: Tensor, synthetic: Tensor) -> Tensor:

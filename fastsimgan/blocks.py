@@ -269,6 +269,16 @@ class _Outrun(Exception):
     """Another worker published, or gave up, between our look and our lock."""
 
 
+def identity_on_record(output: Path) -> dict[str, Any] | None:
+    """What `open_run` will compare a run at ``output`` with; None where there is none yet. Raises as `read_json`."""
+    finished = [state_of(output, is_file) for is_file in (False, True) if os.path.lexists(output)]
+    for state in (partial_of(output) / STATE, *finished):
+        if (state / "run.json").exists():
+            identity = read_json(state / "run.json").get("identity")
+            return identity if isinstance(identity, dict) else {}
+    return None
+
+
 def is_published(output: Path, is_file: bool) -> bool:
     """Whether a run's finished output, records and all, is there."""
     return (state_of(output, is_file) / "done.json").exists() and os.path.lexists(output)

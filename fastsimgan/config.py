@@ -91,6 +91,10 @@ class TrainConfig:
     """torch.compile of both networks. auto: on CUDA; not on a CPU, where it gains nothing worth its seconds."""
     cuda_graph: bool = True
     """On CUDA, with the images on the device: an iteration as one CUDA graph. Elsewhere it does nothing."""
+    deterministic: bool = False
+    """On CUDA: cuDNN and torch.compile choose their kernels by rule, not by timing, so that a run that is stopped and
+    resumed ends with the same bits as one that is not; slower. Without it --resume goes on with the same state, and the
+    two part by rounding. On a CPU resuming is always exact, and this does nothing."""
     data: Literal["auto", "device", "host"] = "auto"
     """Where the images live: on the device as they are stored, or on the host (an .npy stays memory-mapped) and read
     ahead by a thread. auto: on the device if they take at most half of its free memory."""

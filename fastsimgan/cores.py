@@ -36,6 +36,7 @@ class CoreRefiner:
         self.channels = self._refiner.channels
         self.backend_name = self._refiner.backend.name
         self.device = self._refiner.device
+        self.device_name = str(self.device)
 
     def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
         """As `Refiner` has it; large images are refined by one caller at a time, on all cores."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -35,19 +36,35 @@ def images_channels_last(images: Tensor) -> Tensor:
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA where there is a device, else the CPU; anything else is taken at its word.
 
+    A CUDA device comes with its index: "cuda" alone would mean another one as soon as another is current.
+
     Raises:
         InputError: not a device's name.
-        UnavailableError: CUDA was asked for and there is none.
+        UnavailableError: CUDA was asked for and there is none, or none of that index.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f'device must be "auto", "cpu" or "cuda", got {name!r}') from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError(f"device {name!r} was asked for, and torch {torch.__version__} sees no CUDA device here")
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UnavailableError(f"device {name!r} was asked for, and there are {torch.cuda.device_count()} here")
+        return torch.device("cuda", index)
     return device
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Where ``device`` is CUDA's current one; nothing on a CPU.
+
+    Work that names no device goes to the current one: streams, captures of CUDA graphs, Triton's launches. On another
+    than the tensors' it is wrong without an error.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def keep_freed_memory() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
-from fastsimgan import __version__, cli
+from fastsimgan import __version__, cli, openmp
 
 DESCRIPTION = "Versions, devices, how fastsimgan._C was built, and which implementation of each op runs here."
 
 OPS = ("refiner_loss", "discriminator_loss", "history_swap", "residual_block", "residual_block_int8")
+# From a checkout. Not with build isolation, which hides torch.
+REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 # Each with what it is needed for, as the extras of pyproject.toml group them.
 PACKAGES = {
     "torch": "core",
@@ -56,7 +59,8 @@ def report(config: EnvConfig) -> None:
         print(f"  {package:<24}{_version(package)}  ({need})")
 
     print("devices")
-    print(f"  cpu: {torch.get_num_threads()} threads")
+    waits = ", ".join(f"{name}={os.environ[name]}" for name in openmp.SETTINGS if name in os.environ)
+    print(f"  cpu: {torch.get_num_threads()} threads, {waits or 'whose waiting is left to OpenMP'}")
     if not torch.cuda.is_available():
         built = f"was built with CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
         print(f"  cuda: none; torch {built}")
@@ -70,10 +74,12 @@ def report(config: EnvConfig) -> None:
 
     if history_swap.BUILD_INFO is None:
         print(f"  {history_swap.NOT_LOADED}")
-        print("  build it with torch installed: pip install --no-build-isolation -e .")
+        print(f"  build it with torch installed: {REBUILD}")
     else:
         for name, value in history_swap.BUILD_INFO.items():
             print(f"  {name:<24}{value if value != '' else '-'}")
+        if torch.version.cuda and not history_swap.BUILD_INFO["cuda"]:
+            print(f"  for its CUDA kernels, with nvcc of CUDA {torch.version.cuda}: {REBUILD}")
 
     for op in OPS:
         reasons = importlib.import_module(f"fastsimgan.ops.{op}").implementations()
@@ -86,6 +92,8 @@ def report(config: EnvConfig) -> None:
 
 def _chosen(op: str, reasons: dict[str, str | None], device: str) -> str:
     """What impl="auto" takes: a kernel made for the device where it can run, otherwise the reference."""
+    if op == "residual_block" and device == "cuda":
+        return "what wins a race at start-up" if reasons["triton"] is None else "reference"
     preferred = {"cpu": ("cpp", "amx", "vnni"), "cuda": ("cuda" if op == "history_swap" else "triton",)}[device]
     return next((name for name in preferred if name in reasons and reasons[name] is None), "reference")
 

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from fastsimgan.errors import InputError
-from fastsimgan.ops.history_swap import AGE_SUM, DRAWN, FILL, STORAGE_DTYPES, SWAPS, history_swap, new_state
+from fastsimgan.ops.history_swap import (
+    AGE_SUM,
+    DRAWN,
+    FILL,
+    STORAGE_DTYPES,
+    SWAPS,
+    history_swap,
+    implementations,
+    new_state,
+)
 
 
 class HistoryBuffer:
@@ -69,17 +78,29 @@ class HistoryBuffer:
         """
         return history_swap(self._storage, self._state, fresh, fresh.shape[0], self._impl)
 
+    def waits_for_host(self) -> str:
+        """Why `swap` waits for the device, so that no CUDA graph can hold it; "" where it does not."""
+        if self._impl == "reference":
+            return "the history's reference reads its state on the host"
+        reason = implementations()["cuda"]
+        return f"the history takes the reference, which reads its state on the host: {reason}" if reason else ""
+
     def __len__(self) -> int:
         """How many images it holds now. Waits for the device."""
         return int(self._state[FILL])
 
-    def statistics(self) -> dict[str, float]:
-        """Where the history stands. Waits for the device, so ask when you report, not in every iteration.
+    def counters(self) -> Tensor:
+        """What `statistics` reads, int64 ``[AGE_SUM + 1]`` on the device: shared, the next swap changes it."""
+        return self._state[: AGE_SUM + 1]
+
+    def statistics(self, counters: Tensor | None = None) -> dict[str, float]:
+        """Where the history stands, or stood when ``counters`` were copied. Waits for the device they are on, so ask
+        when you report, not in every iteration.
 
         ``fill``: share of the capacity in use, 0 to 1. ``swaps``: calls of :meth:`swap` so far. ``mean_age``: of the
         images that the last swap drew, in swaps since they were stored (0: stored by that very swap).
         """
-        header = self._state[: AGE_SUM + 1].tolist()
+        header = (self.counters() if counters is None else counters).tolist()
         return {
             "fill": header[FILL] / self.capacity,
             "swaps": float(header[SWAPS]),

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from fastsimgan.batches import PIXELS_PER_BATCH, fitting
 from fastsimgan.blocks import Claim, Run
 from fastsimgan.data.arrays import check_range
 from fastsimgan.data.files import printable
@@ -30,7 +31,6 @@ from fastsimgan.inputs import ArraysInput, Input, RawUnit
 from fastsimgan.outputs import ArraysBlock, ArraysOutput, FolderBlock, Output, PackedOutput, ShardBlock, sha256
 from fastsimgan.unpacking import UnpackedInput
 
-PIXELS_PER_BATCH = 1 << 18  # at most, whatever batch_size says: a network's features take hundreds of bytes a pixel
 BYTES_AHEAD = 1 << 27  # of decoded images that wait to be put into batches
 BYTES_IN_BATCHES = 1 << 26  # of batches from the reader to the disk; one batch may be larger
 MEASURED = 1 << 18  # values whose change is measured at a time, so that they stay in the cache
@@ -71,6 +71,17 @@ class QueuedRefiner(ImageRefiner, Protocol):
         """Queue a batch. The function that comes back waits for it: the batch, and the device's seconds."""
 
 
+@runtime_checkable
+class DeviceRefiner(QueuedRefiner, Protocol):
+    """One that can be made ready for batches of one size, and knows the device's memory."""
+
+    def warm_up(self, batch_size: int, height: int, width: int) -> None:
+        """Compile for that size, and allocate."""
+
+    def peak_bytes(self) -> int:
+        """The most memory that the device has given to this process at a time."""
+
+
 class Stages:
     """Seconds that the threads of each stage were at work. The stage with the largest share is the limit."""
 
@@ -104,6 +115,7 @@ class Progress:
     busy: dict[str, float] = field(default_factory=dict)
     threads: dict[str, int] = field(default_factory=dict)
     backend: str = ""
+    peak_bytes: int = 0  # of a device's memory
 
 
 @dataclass
@@ -150,10 +162,11 @@ class Worker:
     Args:
         run, source, output: what `open_run`, `open_input` and an output's class made.
         refiner: any `ImageRefiner`. It sees batches of images of one size and type.
-        batch_size: images refined at a time, at least 1; fewer where they are larger than a megapixel together.
+        batch_size: images refined at a time, at least 1; fewer where they have more than ``pixels`` together.
         on_error: at an image that cannot be read or has other channels than the refiner: "fail", or "skip" it with its
             sidecars and list it in the manifest.
         threads: threads for decoding, and as many again for encoding.
+        pixels: in a batch, at most; an image that has more is a batch of its own.
         report: called after each batch and each commit.
     """
 
@@ -167,6 +180,7 @@ class Worker:
         batch_size: int,
         on_error: Literal["fail", "skip"] = "fail",
         threads: int = 1,
+        pixels: int = PIXELS_PER_BATCH,
         report: Callable[[Progress], None] = lambda progress: None,
         record: dict[str, Any] | None = None,
     ) -> None:
@@ -179,6 +193,7 @@ class Worker:
         self.batch_size = batch_size
         self.on_error = on_error
         self.threads = threads
+        self.pixels = pixels
         self.report = report
         self.record = record or {}
         self.stages = Stages()
@@ -379,7 +394,7 @@ class Worker:
             pixels += image.pixels.size
             if len(group) >= self._fitting(image.header.shape):
                 yield pop(kind)
-            while pixels > 4 * PIXELS_PER_BATCH and waiting:
+            while pixels > 4 * self.pixels and waiting:
                 yield pop(max(waiting, key=lambda each: sum(image.pixels.size for _, image, _ in waiting[each])))
             oldest = next(iter(waiting), None)  # dictionaries keep their order of insertion
             if oldest is not None and unit.position - waiting[oldest][0][0].position > 4 * self.batch_size:
@@ -389,7 +404,7 @@ class Worker:
 
     def _fitting(self, shape: tuple[int, ...]) -> int:
         """Images of ``shape`` in a full batch."""
-        return max(1, min(self.batch_size, PIXELS_PER_BATCH // (shape[0] * shape[1])))
+        return fitting(self.batch_size, self.pixels, *shape[:2])
 
     def _decoded(self, units: Iterable[RawUnit]) -> Iterator[_Decoded]:
         """Each unit with its decoded image (None without one) or what is wrong with it; in order, in threads."""
@@ -594,7 +609,8 @@ class Worker:
         with self._telling:  # one at a time, whichever thread has something to tell
             seconds = time.perf_counter() - self._begin
             backend = self.record.get("backend", "")
-            self.report(Progress(images, blocks, seconds, dict(self.stages.busy), self.stages.threads, backend))
+            peak = self.refiner.peak_bytes() if isinstance(self.refiner, DeviceRefiner) else 0
+            self.report(Progress(images, blocks, seconds, dict(self.stages.busy), self.stages.threads, backend, peak))
 
 
 class _Stopped(FastSimGANError):

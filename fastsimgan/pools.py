@@ -42,7 +42,8 @@ class ResidentImages:
 
     def draw(self, count: int) -> Tensor:
         """The next ``[count, C, H, W]``, as stored."""
-        return self._stored[self.sampler.draw(count)]
+        # not `[...]`: on CUDA that knows no uint16
+        return self._stored.index_select(0, self.sampler.draw(count))
 
 
 class HostImages:
@@ -180,17 +181,22 @@ class Pools:
         for name, count in images.items():
             self._resident(name).drawn_by_a_graph(count)
 
+    def cursors(self) -> dict[str, int]:
+        """Where the device is in drawing each set; see `Sampler.cursor`. Waits for it."""
+        return {name: self._resident(name).cursor() for name in ("synthetic", "real")}
+
+    def addresses(self) -> tuple[int, ...]:
+        """Of what a CUDA graph that draws reads; see `Sampler.addresses`."""
+        return self._resident("synthetic").addresses() + self._resident("real").addresses()
+
     def _resident(self, name: str) -> Sampler:
         pool = getattr(self, name)
         assert isinstance(pool, ResidentImages)
         return pool.sampler
 
-    def drawn_since(self, positions: dict[str, int]) -> dict[str, list[int]]:
-        """Indices of the images drawn since `positions`, by all ranks."""
-        now = self.positions()
-        return {
-            name: getattr(self, name).sampler.indices(before, now[name]) for name, before in positions.items()
-        }  # fmt: skip
+    def drawn_between(self, before: dict[str, int], after: dict[str, int]) -> dict[str, list[int]]:
+        """Indices of the images drawn from one of `positions` to another, by all ranks."""
+        return {name: getattr(self, name).sampler.indices(start, after[name]) for name, start in before.items()}
 
 
 def open_pools(

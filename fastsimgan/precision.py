@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,13 +43,39 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, DTYPES[precision])
 
 
-def no_tf32() -> AbstractContextManager[object]:
-    """Where float32 convolutions on CUDA are computed in float32: by default cuDNN rounds their inputs to TF32.
+@contextmanager
+def convolutions(device: torch.device, deterministic: bool = False) -> Iterator[None]:
+    """Where networks are trained on ``device``; elsewhere nothing changes.
 
-    For a refiner that began at the identity that is as wrong as float16 throughout (see `models.refiner`).
+    Float32 convolutions on CUDA are computed in float32: by default cuDNN rounds their inputs to TF32, which for a
+    refiner that began at the identity is as wrong as float16 throughout (see `models.refiner`).
+
+    cuDNN times its algorithms for each shape, of which there is a handful, and takes the fastest; ``deterministic``: it
+    takes one by rule that computes the same bits each time, and so do PyTorch's other operators and what
+    `torch.compile` makes.
     """
+    if device.type != "cuda":
+        yield
+        return
     cudnn = torch.backends.cudnn
-    return cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, allow_tf32=False)
+    with cudnn.flags(cudnn.enabled, not deterministic, deterministic=deterministic, allow_tf32=False):
+        if not deterministic:
+            yield
+            return
+        from torch._inductor import config as inductor
+
+        knobs: Any = torch.utils.deterministic
+        fill = knobs.fill_uninitialized_memory
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a matrix is first multiplied
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        with inductor.patch(deterministic=True):
+            torch.use_deterministic_algorithms(True)
+            knobs.fill_uninitialized_memory = False  # a launch for each new tensor
+            try:
+                yield
+            finally:
+                torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+                knobs.fill_uninitialized_memory = fill
 
 
 class LossScale:

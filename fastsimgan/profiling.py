@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,9 @@ from fastsimgan.pools import Pools
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12}
 
 _WARM_UP = 10
+_REST = "losses and the rest"
 _PARTS = (
-    "data", "R forward", "D forward", "history", "backward, R's step", "backward, D's step", "optimiser"
+    "data", "R forward", "D forward", "history", "backward, R's step", "backward, D's step", "optimiser", _REST
 )  # fmt: skip
 
 
@@ -31,25 +35,28 @@ def profile_iterations(trainer: SimGAN, pools: Pools, count: int, folder: Path) 
     rank writes ``profile.txt`` and ``trace.json.gz`` into ``folder``.
 
     Returns:
-        The table: milliseconds an iteration on the host, and on the device where that is another one. "losses and the
-        rest" is what no other part covers: the losses' forward, the average, and Python.
+        The table: milliseconds an iteration on the host, and on the device where that is another one, between CUDA
+        events around the parts. A part within another is taken out of that, so that all add up to the iteration.
+        "losses and the rest" is what no other part covers: the losses' forward, the average, and Python.
     """
     positions, attempt = pools.positions(), pools.synthetic.sampler.attempt
     trainer = copy.deepcopy(trainer)
-    draws = [_labelled(draw, "data") for draw in (pools.draw_synthetic, pools.draw_real)]
-    _label_parts(trainer)
+    clock = _Clock(trainer.device)
+    draws = [clock.around(draw, "data") for draw in (pools.draw_synthetic, pools.draw_real)]
+    _label_parts(trainer, clock)
+    iteration = clock.around(trainer.iteration, _REST)
     for _ in range(_WARM_UP):
         trainer.iteration(draws[0], draws[1])
     activities = [ProfilerActivity.CPU]
     if trainer.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
+    clock.clear()
     with profile(activities=activities) as found:
         for _ in range(count):
-            with record_function("iteration"):
-                trainer.iteration(draws[0], draws[1])
+            iteration(draws[0], draws[1])
         if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
-    table = _table(found, count, trainer.device.type == "cuda")
+            torch.cuda.synchronize(trainer.device)
+    table = _table(clock.milliseconds(), count)
     pools.restart(positions, attempt)
     if trainer.ranks.first:
         found.export_chrome_trace(str(folder / "trace.json.gz"))
@@ -57,63 +64,85 @@ def profile_iterations(trainer: SimGAN, pools: Pools, count: int, folder: Path) 
     return table
 
 
-def _label_parts(trainer: SimGAN) -> None:
-    """Put labels around the parts of ``trainer``'s iterations, for good."""
-    _label_calls(trainer.refiner, "R forward")
-    _label_calls(trainer.discriminator, "D forward")
+class _Clock:
+    """Times labelled parts on the host and, by events on the current stream, on a CUDA device; each without the parts
+    within it. The parts are labelled in a profiler's trace too."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._open: list[str] = []
+        #: moments at which the part on top changed: the host's, the device's, and the part that began then
+        self._moments: list[tuple[float, torch.cuda.Event | None, str]] = []
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._moments.clear()
+
+    @contextmanager
+    def part(self, label: str) -> Iterator[None]:
+        """What is inside belongs to ``label``."""
+        self._open.append(label)
+        self._now()
+        try:
+            with record_function("iteration" if label == _REST else label):
+                yield
+        finally:
+            self._open.pop()
+            self._now()
+
+    def around(self, function: Callable[..., Any], label: str) -> Callable[..., Any]:
+        """``function``, whose calls belong to ``label``."""
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with self.part(label):
+                return function(*arguments, **options)
+
+        return call
+
+    def milliseconds(self) -> dict[str, dict[str, float]]:
+        """By column, "host ms" and perhaps "device ms", and by label. The device must have been waited for."""
+        columns = ["host ms"] + ["device ms"] * (self._device.type == "cuda")
+        spent = {column: dict.fromkeys(_PARTS, 0.0) for column in columns}
+        for (began, started, label), (ended, stopped, _) in pairwise(self._moments):
+            if label:
+                spent["host ms"][label] += (ended - began) * 1e3
+                if started is not None and stopped is not None:
+                    spent["device ms"][label] += started.elapsed_time(stopped)
+        return spent
+
+    def _now(self) -> None:
+        event = None
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+        self._moments.append((time.perf_counter(), event, self._open[-1] if self._open else ""))
+
+
+def _label_parts(trainer: SimGAN, clock: _Clock) -> None:
+    """Time the parts of ``trainer``'s iterations, for good."""
+    for network, label in ((trainer.refiner, "R forward"), (trainer.discriminator, "D forward")):
+        network.forward = clock.around(network.forward, label)  # type: ignore[method-assign]
     backward = trainer._backward
 
-    def labelled_backward(name: str, loss: Tensor) -> None:
-        with record_function(f"backward, {name[0].upper()}'s step"):
+    def timed_backward(name: str, loss: Tensor) -> None:
+        with clock.part(f"backward, {name[0].upper()}'s step"):
             backward(name, loss)
 
-    trainer._backward = labelled_backward  # type: ignore[method-assign]
+    trainer._backward = timed_backward  # type: ignore[method-assign]
     if trainer.history is not None:
-        trainer.history.swap = _labelled(trainer.history.swap, "history")  # type: ignore[method-assign]
+        trainer.history.swap = clock.around(trainer.history.swap, "history")  # type: ignore[method-assign]
     for optimiser in (trainer.refiner_optimiser, trainer.discriminator_optimiser):
-        optimiser.step = _labelled(optimiser.step, "optimiser")  # type: ignore[method-assign]
+        optimiser.step = clock.around(optimiser.step, "optimiser")  # type: ignore[method-assign]
 
 
-def _label_calls(network: nn.Module, label: str) -> None:
-    open_ranges: list[Any] = []
-
-    def enter(*_: Any) -> None:
-        open_ranges.append(record_function(label).__enter__())
-
-    def leave(*_: Any) -> None:
-        open_ranges.pop().__exit__(None, None, None)
-
-    network.register_forward_pre_hook(enter)
-    network.register_forward_hook(leave)
-
-
-def _labelled(function: Callable[..., Any], label: str) -> Callable[..., Any]:
-    def call(*arguments: Any, **options: Any) -> Any:
-        with record_function(label):
-            return function(*arguments, **options)
-
-    return call
-
-
-def _table(found: profile, count: int, device: bool) -> str:
-    events = {event.key: event for event in found.key_averages()}
-    kinds = {"host ms": "cpu_time_total"} | ({"device ms": "device_time_total"} if device else {})
-    columns: dict[str, dict[str, float]] = {}
-    for title, field in kinds.items():
-        spent = {name: getattr(events[name], field, 0.0) / count / 1e3 if name in events else 0.0 for name in _PARTS}
-        whole = getattr(events["iteration"], field) / count / 1e3
-        # the optimisers' steps lie inside both updates
-        backward = [name for name in _PARTS if name.startswith("backward")]
-        inside = sum(spent[name] for name in backward) or 1.0
-        shares = {name: spent[name] / inside for name in backward}
-        for name in backward:
-            spent[name] -= spent["optimiser"] * shares[name]
-        spent["losses and the rest"] = whole - sum(spent.values())
-        columns[title] = spent | {"an iteration": whole}
+def _table(spent: dict[str, dict[str, float]], count: int) -> str:
+    columns = {title: {name: value / count for name, value in parts.items()} for title, parts in spent.items()}
+    for parts in columns.values():
+        parts["an iteration"] = sum(parts.values())
     lines = [f"{'':24}" + "".join(f"{title:>12}{'':7}" for title in columns)]
     for name in next(iter(columns.values())):
         cells = (
-            f"{values[name]:12.2f} {values[name] / (values['an iteration'] or 1):5.0%} " for values in columns.values()
+            f"{parts[name]:12.2f} {parts[name] / (parts['an iteration'] or 1):5.0%} " for parts in columns.values()
         )
         lines.append(f"{name:24}" + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)

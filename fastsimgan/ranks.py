@@ -3,14 +3,21 @@
 Gradients are averaged by one flat all-reduce a network and update: R has 0.3 million parameters and D 0.08, so that
 there is nothing to overlap, and a CUDA graph can hold the call. `torch.nn.parallel.DistributedDataParallel`'s hooks
 would have to be told about a network that is frozen half of the time.
+
+On CUDA gradients go through NCCL, and what the processes agree on (stopping, having arrived) through gloo: it sees at
+once that a process is gone, where NCCL's own end is a watchdog that kills the others after minutes.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +27,30 @@ from torch import distributed as dist
 from fastsimgan.errors import TrainingError
 
 TIMEOUT = 45
-"""Seconds after which a rank that does not answer is taken for gone."""
+"""Seconds after which a rank that does not answer is taken for gone, on CPUs."""
+
+CUDA_TIMEOUT = 600
+"""The same on CUDA: one that dies is noticed at once, and one that still compiles its networks must not be taken for
+gone."""
+
+_NCCL_TIMEOUT = 2 * CUDA_TIMEOUT  # later than ours, so that an end is told by our message and not by NCCL's watchdog
 
 
 class Ranks:
-    """Process ``rank`` of ``count``. With one process every method is the identity, and nothing is set up."""
+    """Process ``rank`` of ``count``. With one process every method is the identity, and nothing is set up.
 
-    def __init__(self, rank: int = 0, count: int = 1) -> None:
+    Args:
+        rank, count: this process's place.
+        control: the gloo group in which they agree; None: the default group, which then is gloo.
+        patience: seconds that another rank is waited for.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, control: Any = None, patience: float = TIMEOUT) -> None:
         self.rank, self.count = rank, count
+        self._control, self._patience = control, patience
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self  # a process group cannot be copied
 
     @property
     def first(self) -> bool:
@@ -54,14 +77,29 @@ class Ranks:
             dist.gather(tensor, parts)
         return parts or []
 
-    def largest(self, value: int, device: torch.device) -> int:
-        """The largest of the ranks' values, on each of them. Waits for the device."""
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values, on each of them. Waits for the other ranks, not for a device."""
         if self.count == 1:
             return value
-        shared = torch.tensor(value, device=device)
+        shared = torch.tensor(value)
         with self._together():
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._control)
         return int(shared)
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Wait for the device to reach ``event``, behind which the other ranks' gradients are waited for.
+
+        Raises:
+            TrainingError: it does not come in `CUDA_TIMEOUT` seconds.
+        """
+        if self.count == 1:
+            event.synchronize()
+            return
+        deadline = time.monotonic() + self._patience
+        while not event.query():
+            if time.monotonic() > deadline:
+                raise self._lost(f"none of its gradients in {self._patience:g} s")
+            time.sleep(1e-4)
 
     def seed(self, seed: int) -> int:
         """A seed of this rank's own; rank 0 keeps ``seed``."""
@@ -74,10 +112,13 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # what gloo and NCCL raise when a peer's connection closes or times out
-            reason = str(error).splitlines()[0]
-            raise TrainingError(
-                f"rank {self.rank} of {self.count} lost another rank ({reason}): start the job again with --resume"
-            ) from error
+            raise self._lost(str(error).splitlines()[0]) from error
+
+    def _lost(self, reason: str) -> TrainingError:
+        atexit.unregister(_leave)  # it would wait for the one that is gone
+        return TrainingError(
+            f"rank {self.rank} of {self.count} lost another rank ({reason}): start the job again with --resume"
+        )
 
 
 def join_ranks(device: str) -> tuple[Ranks, str]:
@@ -92,7 +133,24 @@ def join_ranks(device: str) -> tuple[Ranks, str]:
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_cuda and device in ("auto", "cuda"):
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=TIMEOUT))
-    return Ranks(dist.get_rank(), dist.get_world_size()), device
+        if on_cuda:  # by its own device NCCL connects at once, and never through another rank's
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", timeout=timedelta(seconds=_NCCL_TIMEOUT), device_id=torch.device(device))
+        else:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+        # With the process, not with one run: torchrun's store still knows the first group when a second is made.
+        atexit.register(_leave)
+    if not on_cuda:
+        return Ranks(dist.get_rank(), dist.get_world_size()), device
+    return Ranks(dist.get_rank(), dist.get_world_size(), _control_group(), CUDA_TIMEOUT), device
+
+
+@functools.cache
+def _control_group() -> Any:
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=CUDA_TIMEOUT))
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -46,8 +46,12 @@ class RefineConfig:
     """Glob of the files that are images ('rgb/*.png'); all others travel as labels."""
     link: bool = False
     """Hard-link the labels instead of copying them."""
-    batch_size: int = 64
-    """Images refined at a time, fewer where they are large."""
+    batch_size: int | None = None
+    """Images refined at a time, fewer where they are large. By itself: 64; on CUDA what the GPU can use, 1024 at most.
+    A run keeps what it began with."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """On CUDA, run a run's refiner through torch.compile, which takes half a minute; auto: for packed images, from a
+    minute or two of work on. A run keeps what it began with."""
     workers: int = 1
     """Processes on this machine; they share the cores, or the CUDA devices, out among them."""
     engine: Literal["local", "ray"] = "local"
@@ -55,10 +59,11 @@ class RefineConfig:
     address: str | None = None
     """The Ray cluster's; `auto`: the one this machine belongs to. Without it a new one, of this machine alone."""
     device: str = "auto"
-    """`auto`, `cpu` or `cuda`."""
+    """`auto`, `cpu`, `cuda` or `cuda:1`."""
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
-    """In which the inner layers of a run's refiner multiply: float16 is for CUDA, bfloat16 for CPUs that compute in it,
-    where it is several times faster and one pixel in six a grey level off. An exported file has its own."""
+    """In which the inner layers of a run's refiner multiply: float16 is for CUDA, bfloat16 for GPUs and CPUs that
+    compute in it; on CPUs it is several times faster and one pixel in six a grey level off. An exported file has its
+    own."""
     on_error: Literal["fail", "skip"] = "fail"
     """At an image that cannot be read: stop, or leave it and its sidecars out and say so."""
 
@@ -92,6 +97,7 @@ def refine(config: RefineConfig) -> int:
         input=config.input,
         output=config.output,
         batch_size=config.batch_size,
+        compiled={"auto": None, "on": True, "off": False}[config.compile],
         device=config.device,
         precision=config.precision,
         on_error=config.on_error,
@@ -144,6 +150,8 @@ def print_stages(report: Report) -> None:
     for stage, share in shares.items():
         limit = "  <- the limit" if share == max(shares.values()) else ""
         print(f"  {stage:14} {report.threads[stage]:3} threads, busy {share:6.1%}{limit}")
+    if report.peak_bytes:
+        print(f"  device memory: {report.peak_bytes / 1e9:.2f} GB at most, of the worker that took most")
 
 
 def _judge(images: int, failed: int) -> int:

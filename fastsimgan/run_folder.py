@@ -83,7 +83,7 @@ class RunFolder:
         if self.resume:
             self._resume()
             return
-        self.trainer.ranks.largest(0, self.trainer.device)  # none looks before all are here
+        self.trainer.ranks.largest(0)  # none looks before all are here
         if self.folder.exists():
             raise InputError(f"{self.folder}: --out must not exist yet, or --resume goes on with it")
         # Filled under another name, so that the folder is never there without something to resume from.
@@ -111,6 +111,8 @@ class RunFolder:
                 remove_old(path.parent, self.config.keep)
         done = self.trainer.done
         self.say(f"resumed from {path}, after {_where(done)}")
+        if self.trainer.device.type == "cuda" and not self.config.deterministic:
+            self.say("not to the bit as if it had never stopped: on CUDA that needs --deterministic from the start")
 
     def _load(self) -> Path:
         """Take over the newest whole checkpoint, and cut the metrics back to it."""
@@ -147,18 +149,18 @@ class RunFolder:
 
     # -- on the way --------------------------------------------------------------------------------------------------
 
-    def record(self, phase: str, metrics: dict[str, float]) -> None:
+    def record(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl."""
         if not self.writes:
             return
-        row = {"phase": phase, "step": self.trainer.done[phase], "seconds": round(time.monotonic() - self.started, 3)}
+        row = {"phase": phase, "step": step, "seconds": round(time.monotonic() - self.started, 3)}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row | {name: round(value, 6) for name, value in metrics.items()}) + "\n")
 
     def look(self) -> dict[str, float]:
         """Have the refiner judged as it is (see `Selection`), on the first rank; the others get nothing."""
         looked = self.selection.look() if self.writes else {}
-        self.drifted = bool(self.trainer.ranks.largest(int(self.selection.drifted), self.trainer.device))
+        self.drifted = bool(self.trainer.ranks.largest(int(self.selection.drifted)))
         return looked
 
     def picture(self) -> Path:
@@ -220,21 +222,23 @@ class RunFolder:
         for name, network in refiners.items():
             save_refiner(self.folder / name, network, histogram=self.pools.histogram, training=self.config)
 
-    def go_back(self, phase: str, metrics: dict[str, float], positions: dict[str, int]) -> None:
+    def go_back(
+        self, phase: str, step: int, metrics: dict[str, float], before: dict[str, int], after: dict[str, int]
+    ) -> None:
         """After a number that is not finite: back to the newest checkpoint, and on from there in another order.
 
         Args:
-            phase: of the step that ``metrics`` are of.
+            phase, step: that ``metrics`` are of; training may have gone beyond it.
             metrics: one of them is not finite.
-            positions: of the pools before that step.
+            before, after: positions of the pools around that step.
 
         Raises:
             TrainingError: it has gone back `ATTEMPTS` times already. The step's images are named.
         """
         name, value = next((name, value) for name, value in metrics.items() if not math.isfinite(value))
-        what = f"{name} must be finite, got {value} in {phase} step {self.trainer.done[phase]}"
+        what = f"{name} must be finite, got {value} in {phase} step {step}"
         if self.attempt >= ATTEMPTS:
-            batch = self.pools.drawn_since(positions)
+            batch = self.pools.drawn_between(before, after)
             path = self.folder / "not_finite.json"
             if self.writes:
                 write_atomically(path, (json.dumps({"metrics": repr(metrics), **batch}) + "\n").encode())
@@ -268,7 +272,7 @@ class RunFolder:
             if (best := self.selection.best) is not None:
                 self.say(f"best look: iteration {best['step']:.0f}, {seen(best)}: {self.folder / BEST}")
             self.say(f"contact sheet: {self.folder / 'contact_sheet.png'}")
-        self.trainer.ranks.largest(0, self.trainer.device)  # the others read only what is finished
+        self.trainer.ranks.largest(0)  # the others read only what is finished
         return load_refiner(self.folder, str(self.trainer.device))
 
 

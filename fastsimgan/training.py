@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -10,19 +9,19 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from fastsimgan.acceleration import GraphedIterations, compile_networks
-from fastsimgan.algorithm import Metrics, SimGAN
+from fastsimgan.acceleration import GraphedIterations, compile_networks, why_no_graph
+from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
-from fastsimgan.device import choose_device, keep_freed_memory
+from fastsimgan.device import choose_device, current, keep_freed_memory
 from fastsimgan.errors import InputError, Stopped
-from fastsimgan.guard import GuardRails
 from fastsimgan.pools import Images, Pools, open_pools
-from fastsimgan.precision import choose_precision, no_tf32
-from fastsimgan.profiling import iteration_flops, peak, profile_iterations
+from fastsimgan.precision import choose_precision, convolutions
+from fastsimgan.profiling import profile_iterations
 from fastsimgan.ranks import Ranks, join_ranks
+from fastsimgan.reports import Numbers, Reports, line
 from fastsimgan.run_folder import RunFolder, State
 from fastsimgan.runtime.refiner import Refiner
-from fastsimgan.selection import drift_line, seen
+from fastsimgan.selection import drift_line
 from fastsimgan.signals import StopRequest
 
 _SLOW = 1.0
@@ -43,7 +42,7 @@ def fit(
     Writes into ``config.out``: ``config.json``, ``metrics.jsonl``, ``refiner.safetensors`` (the moving average of R),
     ``best.safetensors`` (the best of it on the way, see `Selection`), ``contact_sheet.png``, ``pictures/`` and
     ``checkpoints/``. With ``config.resume`` it goes on from the newest whole checkpoint there and ends exactly where an
-    uninterrupted run would have. Under ``torchrun`` each process calls it
+    uninterrupted run would have; on CUDA so with ``config.deterministic``. Under ``torchrun`` each process calls it
     with the same arguments.
 
     Args:
@@ -71,6 +70,13 @@ def fit(
         say = _silent
     _check_shares(config, ranks)
     keep_freed_memory()
+    with current(device), convolutions(device, config.deterministic):
+        return _fit(synthetic, real, config, say, ranks, device)
+
+
+def _fit(
+    synthetic: Images, real: Images, config: TrainConfig, say: Callable[[str], None], ranks: Ranks, device: torch.device
+) -> Refiner:
     pools = open_pools(synthetic, real, config, device, say, rank=ranks.rank, ranks=ranks.count)
     precision, reason = choose_precision(config.precision, device)
     if config.precision != "auto" or precision != "float32":
@@ -82,27 +88,28 @@ def fit(
             f"{config.width}: R starts at random weights (a larger --width, or --pretrain-refiner 1000, helps)"
         )
     if config.dry_run:
-        metrics = trainer.iteration(pools.draw_synthetic, pools.draw_real)
-        say("dry run: one iteration, nothing written: " + _line(_read(metrics, ranks)))
+        numbers, _ = Numbers(trainer.iteration(pools.draw_synthetic, pools.draw_real), ranks).read()
+        say("dry run: one iteration, nothing written: " + line(numbers))
         return Refiner.from_module(trainer.average, pools.histogram, device)
 
     run = RunFolder(config, trainer, pools, say)
     alone = ranks.count == 1  # several stop together, after a step: one that left would keep the others waiting
-    with StopRequest() as stop, no_tf32():
+    with StopRequest() as stop:
         run.open()
         with stop.ending_within((lambda: "before the first step; --resume goes on") if alone else None):
             if config.profile:
                 say(profile_iterations(trainer, pools, config.profile, run.folder))
             compile_networks(trainer, config.compile, say)
-        graphs = GraphedIterations(trainer, pools) if _can_graph(config, pools, device, ranks) else None
-        guard = GuardRails(say)
-        bar = _Progress(trainer)
+        graphs = _graphs(config, trainer, pools, say)
+        reports = Reports(run, trainer, pools, say)
         seconds: dict[str, float] = {}  # that the last step of each phase took
         while (phase := trainer.phase) and not run.drifted:
             # SIGTERM does not wait for a step that takes many seconds, or a look: what was before it is saved instead.
             step = trainer.done[phase] + 1
             looks = phase == "train" and (step % config.picture_every == 0 or step == config.steps)
             slow = looks or seconds.get(phase, _SLOW) >= _SLOW
+            if slow and not reports.settle():
+                continue
             end = partial(_save_unfinished, run, run.remember(), phase, step) if slow and alone else None
             began = time.monotonic()
             with stop.ending_within(end):
@@ -112,38 +119,26 @@ def fit(
                     metrics = graphs()
                 else:
                     metrics = trainer.advance(pools.draw_synthetic, pools.draw_real)
-                numbers = _read(metrics, ranks)
-                if not all(map(math.isfinite, numbers.values())):
-                    run.go_back(phase, numbers, before)
-                    if graphs:
-                        graphs.forget()
-                    continue
 
-                # Report.
-                if phase == "train":
-                    if trainer.history is not None and step % 10 == 0:
-                        numbers["history_age"] = trainer.history.statistics()["mean_age"]
-                    if config.k_g_max:
-                        numbers["k_g"] = trainer.k_g
-                    trainer.adapt((numbers["accuracy_refined"] + numbers["accuracy_real"]) / 2)
-                    guard.watch(step, numbers)
-                looked = run.look() if looks else {}
-                run.record(phase, numbers | looked)
-                bar.show(phase, numbers)
-                if phase == "train" and step % config.picture_every == 0:
-                    text = f"{_line(numbers)}; {seen(looked)}" if looked else _line(numbers)
-                    say(f"{step}/{config.steps}: {text}; {bar.rate()}; {run.picture()}")
+                # Report: this step; on CUDA the one before, while this one is computed, unless this one's state is
+                # wanted as it now is. After a number that is not finite training goes on from a checkpoint.
+                reports.add(phase, step, metrics, before, looks)
+                due = step % config.checkpoint_every == 0 or trainer.phase != phase
+                if not reports.settle(everything=looks or due):
+                    continue
             seconds[phase] = time.monotonic() - began
 
             # Save.
-            stopped_by = ranks.largest(stop.signal, device)
-            due = step % config.checkpoint_every == 0 or trainer.phase != phase or run.drifted
+            stopped_by = ranks.largest(stop.signal)
+            due = due or run.drifted
             if due or stopped_by:
+                if not reports.settle():
+                    continue
                 run.checkpoint(due)
             if stopped_by and trainer.phase and not run.drifted:
-                bar.close()
+                reports.close()
                 raise Stopped(stopped_by, f"after {phase} step {step}; {_SAVED}")
-        bar.close()
+        reports.close()
         refiner = run.finish()
     if ranks.first and not stop.signal:
         say(drift_line(synthetic, refiner))
@@ -156,9 +151,14 @@ def _save_unfinished(run: RunFolder, state: State, phase: str, step: int) -> str
     return f"before the end of {phase} step {step}; {_SAVED}"
 
 
-def _can_graph(config: TrainConfig, pools: Pools, device: torch.device, ranks: Ranks) -> bool:
-    # of several ranks' graphs, one that fails to capture would leave the others waiting: not before it has been run
-    return config.cuda_graph and device.type == "cuda" and pools.resident and ranks.count == 1
+def _graphs(config: TrainConfig, trainer: SimGAN, pools: Pools, say: Callable[[str], None]) -> GraphedIterations | None:
+    """What replays iterations, where that is wanted and can be; else why it cannot is said."""
+    if trainer.device.type != "cuda" or not config.cuda_graph:
+        return None
+    if reason := why_no_graph(trainer, pools):
+        say(f"no CUDA graph: {reason}")
+        return None
+    return GraphedIterations(trainer, pools, say)
 
 
 def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
@@ -175,64 +175,5 @@ def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
         raise InputError(f"--history must hold half a batch in each process, got {config.history}")
 
 
-class _Progress:
-    """The bar, and images a second."""
-
-    def __init__(self, trainer: SimGAN) -> None:
-        self._trainer, self._phase = trainer, ""
-        self._bar: tqdm[None] | None = None
-        self._images, self._since = 0, time.monotonic()
-
-    def show(self, phase: str, numbers: dict[str, float]) -> None:
-        """Move on by one step of ``phase``."""
-        config, done = self._trainer.config, self._trainer.done[phase]
-        if phase != self._phase:
-            self.close()
-            self._bar = tqdm(
-                total=self._trainer.length(phase),
-                initial=done - 1,
-                desc={"pretrain_refiner": "R alone", "pretrain_discriminator": "D alone"}.get(phase, "Algorithm 1"),
-                unit="it",
-                dynamic_ncols=True,
-                disable=None if self._trainer.ranks.first else True,
-            )
-            self._phase, self._images, self._since = phase, 0, time.monotonic()
-        assert self._bar is not None
-        self._bar.update(done - self._bar.n)
-        self._images += config.batch_size * self._trainer.k_g
-        if phase == "train" and done % 10 == 0:
-            self._bar.set_postfix_str(_line(numbers))
-
-    def rate(self) -> str:
-        """Synthetic images that R has been trained on, a second; on a known GPU also the share of its matrix peak."""
-        trainer, images = self._trainer, self._images / (time.monotonic() - self._since)
-        text = f"{images:.0f} images/s"
-        if (limit := peak(trainer.device)) is not None:
-            rate = images / (trainer.config.batch_size * trainer.k_g) * iteration_flops(trainer)
-            text += f", {rate / limit / trainer.ranks.count:.0%} of the bfloat16 peak"
-        return text
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-
-
 def _silent(_: str) -> None:
     pass
-
-
-def _read(metrics: Metrics, ranks: Ranks) -> dict[str, float]:
-    """An iteration's numbers, means over the ranks, in one transfer from the device."""
-    values = torch.stack([value.detach().float() for value in metrics.values()])
-    ranks.mean_([values])
-    return dict(zip(metrics, values.tolist(), strict=True))
-
-
-def _line(metrics: dict[str, float]) -> str:
-    return (
-        f"R {metrics['loss_refiner']:.1f} (adversarial {metrics['adversarial']:.1f}), "
-        f"D {metrics['loss_discriminator']:.1f}, "
-        f"D right on refined {metrics['accuracy_refined']:.0%} real {metrics['accuracy_real']:.0%}, "
-        f"change {metrics['change']:.1f} grey levels"
-    )

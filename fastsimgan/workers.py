@@ -12,20 +12,22 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
-from fastsimgan.blocks import Run, open_run, partial_of
+from fastsimgan import batches
+from fastsimgan.batches import fitting
+from fastsimgan.blocks import Run, identity_on_record, open_run, partial_of
 from fastsimgan.data.files import hash_file, printable
 from fastsimgan.data.hdf5 import HDF5Images
 from fastsimgan.data.images import JPEG_QUALITY, codecs
 from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
 from fastsimgan.inputs import ArraysInput, FolderInput, Input, ShardsInput, open_input
 from fastsimgan.outputs import ArraysOutput, FolderOutput, Output, PackedOutput, ShardsOutput
-from fastsimgan.pipeline import ImageRefiner, Progress, Worker
+from fastsimgan.pipeline import DeviceRefiner, ImageRefiner, Progress, Worker
 from fastsimgan.unpacking import UnpackedInput
 
 SUFFIXES = {"npz": (".npz",), "npy": (".npy",), "hdf5": (".h5", ".hdf5")}  # of outputs that are one file
@@ -40,7 +42,9 @@ class Job:
     refiner: Path
     input: Path
     output: Path
-    batch_size: int = 64
+    batch_size: int | None = None  # None: as the run began, or what `batches.choose` takes
+    pixels: int | None = None  # in a batch; None likewise
+    compiled: bool | None = None  # None likewise
     device: str = "auto"
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
     on_error: Literal["fail", "skip"] = "fail"
@@ -64,6 +68,7 @@ class Report:
     busy: dict[str, float] = field(default_factory=dict)  # seconds that the threads of each stage were at work
     threads: dict[str, int] = field(default_factory=dict)
     backends: set[str] = field(default_factory=set)  # that refined, by name
+    peak_bytes: int = 0  # of a device's memory, of the worker that took most
 
 
 Loader = Callable[[Job, int, int], ImageRefiner]  # of a job, a worker's number and how many share its machine
@@ -84,10 +89,16 @@ def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
         torch.set_num_threads(cores(workers))
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{worker % torch.cuda.device_count()}"
-    load_it = partial(load_refiner, job.refiner, device=device, precision=job.precision, trust_engine=job.trust_engine)
-    if choose_device(device).type == "cpu":
+    chosen = choose_device(device)
+    load_it = partial(
+        load_refiner, job.refiner, device=str(chosen), precision=job.precision, trust_engine=job.trust_engine
+    )
+    if chosen.type == "cpu":
         return CoreRefiner(load_it, cores(workers))
-    return StreamedRefiner(load_it())
+    if workers > 1:  # a process of its own, which has no business on another device
+        torch.cuda.set_device(chosen)
+    # whoever does a block must write the same bytes, so nothing may depend on what was faster
+    return StreamedRefiner(load_it(compiled=bool(job.compiled), repeatable=True))
 
 
 def cores(workers: int) -> int:
@@ -100,9 +111,10 @@ def check(job: Job) -> Input:
 
     Raises InputError if the input cannot be refined or the output is no place for it.
     """
-    if job.batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {job.batch_size}")
-    source = open_input(job.input, batch_size=job.batch_size, images=job.images)
+    batch_size = batches.BATCH_SIZE if job.batch_size is None else job.batch_size
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    source = open_input(job.input, batch_size=batch_size, images=job.images)
     if job.link and not (isinstance(source, FolderInput) and job.to in ("same", "folder")):
         raise InputError("link must be off where labels are not files of a folder both before and after, got --link")
     old, new = Path(os.path.realpath(job.input)), Path(os.path.realpath(job.output))
@@ -128,7 +140,12 @@ def check(job: Job) -> Input:
     if to == "npz" and isinstance(source, ArraysInput) and isinstance(source.arrays, HDF5Images):
         source.arrays.only_arrays("an .npz")
     if isinstance(source, ArraysInput) and to in ("folder", "shards"):
-        return UnpackedInput(source.arrays, job.batch_size, "files")
+        source = UnpackedInput(source.arrays, batch_size, "files")
+    if job.compiled and (isinstance(source, UnpackedInput) or not isinstance(source, ArraysInput)):
+        raise InputError(
+            f"compile must be off where images are files, which may have any size and which codecs wait for, got "
+            f"{printable(job.input)} {'to files' if isinstance(source, UnpackedInput) else ''}".rstrip()
+        )
     return source
 
 
@@ -139,8 +156,13 @@ def output_kind(job: Job, source: Input) -> str:
 
 def start(job: Job) -> tuple[Run, Input, Output]:
     """Open a job's run: new, to be gone on with, or complete. Raises InputError as `check` and `open_run` do."""
+    asked, job = job, as_begun(job)
     source = check(job)
     to = output_kind(job, source)
+    if None in (job.batch_size, job.pixels, job.compiled):  # a new run
+        settled = _settle(job, source)
+        source = source if settled.batch_size in (job.batch_size, batches.BATCH_SIZE) else check(settled)
+        job = settled
     settings = {
         "refiner sha256": refiner_sha256(job.refiner),
         "precision": job.precision,
@@ -150,7 +172,16 @@ def start(job: Job) -> tuple[Run, Input, Output]:
         "JPEG quality": JPEG_QUALITY,
         "codecs": codecs(),
     }
-    run = open_run(job.output, settings, source, is_file=to in SUFFIXES)
+    if job.pixels != batches.PIXELS_PER_BATCH:
+        settings["pixels in a batch"] = job.pixels
+    if job.compiled:
+        settings["compiled"] = True
+    try:
+        run = open_run(job.output, settings, source, is_file=to in SUFFIXES)
+    except InputError:
+        if (begun := as_begun(asked)) in (asked, job):
+            raise
+        return start(begun)  # another worker, which takes other batches by itself, began the run meanwhile
     output: Output
     if isinstance(source, UnpackedInput):
         output = ShardsOutput(run, source) if to == "shards" else FolderOutput(run, source)
@@ -163,6 +194,32 @@ def start(job: Job) -> tuple[Run, Input, Output]:
     else:
         output = FolderOutput(run, source, link=job.link)
     return run, source, output
+
+
+def as_begun(job: Job) -> Job:
+    """``job`` with what it leaves open as the run at its output was begun; as it is where there is none yet."""
+    if (record := identity_on_record(job.output)) is None:
+        return job
+    known = {
+        "batch_size": record.get("batch size", batches.BATCH_SIZE),
+        "pixels": record.get("pixels in a batch", batches.PIXELS_PER_BATCH),
+        "compiled": record.get("compiled", False),
+    }
+    return replace(job, **{name: value for name, value in known.items() if getattr(job, name) is None})
+
+
+def _settle(job: Job, source: Input) -> Job:
+    """``job`` with what it leaves open chosen for this machine."""
+    images = None
+    if isinstance(source, ArraysInput) and not isinstance(source, UnpackedInput):
+        images = len(source.arrays), *source.arrays.shape[1:]
+    choice = batches.choose(job.device, job.refiner, images)
+    return replace(
+        job,
+        batch_size=choice.batch_size if job.batch_size is None else job.batch_size,
+        pixels=choice.pixels if job.pixels is None else job.pixels,
+        compiled=choice.compiled if job.compiled is None else job.compiled,
+    )
 
 
 def refiner_sha256(path: Path) -> str:
@@ -214,7 +271,12 @@ def _do_blocks(
 
 def make_worker(run: Run, source: Input, output: Output, job: Job, loader: Loader, worker: int, workers: int) -> Worker:
     """Load the refiner; the `Worker` that it makes claims blocks of ``run``."""
+    job = as_begun(job)
+    assert job.batch_size is not None and job.pixels is not None
     refiner = loader(job, worker, workers)
+    if job.compiled and isinstance(source, ArraysInput) and isinstance(refiner, DeviceRefiner):
+        height, width = source.arrays.shape[1:]
+        refiner.warm_up(fitting(job.batch_size, job.pixels, height, width), height, width)
     return Worker(
         run,
         source,
@@ -223,8 +285,9 @@ def make_worker(run: Run, source: Input, output: Output, job: Job, loader: Loade
         batch_size=job.batch_size,
         on_error=job.on_error,
         threads=cores(workers),
+        pixels=job.pixels,
         record={
-            "device": str(getattr(refiner, "device", "cpu")),
+            "device": str(getattr(refiner, "device_name", "cpu")),
             "backend": str(getattr(refiner, "backend_name", "")),
             "versions": versions(),
         },
@@ -295,6 +358,7 @@ def refine(
     for part in stages.values():
         report.working = max(report.working, part.seconds)
         report.backends |= {part.backend} - {""}
+        report.peak_bytes = max(report.peak_bytes, part.peak_bytes)
         for stage, seconds in part.busy.items():
             report.busy[stage] = report.busy.get(stage, 0.0) + seconds
         for stage, threads in part.threads.items():

@@ -123,13 +123,16 @@ def finish_kernel(
         last_block = (begin + elements - 1) // BLOCK
         starts_inside = begin % BLOCK != 0  # then the image is the second one of its first block
 
-        distance = tl.zeros((IMAGES,), tl.float32)
+        # A tile, summed once behind the loop: Triton rewrites sums that are added up in a loop, and 3.6 fails at it
+        # where the result has a second use.
+        distances = tl.zeros((IMAGES, SLOTS), tl.float32)
         for first_slot in range(0, slots, SLOTS):
             slot = first_slot + tl.arange(0, SLOTS)[None, :]
             block = first_block[:, None] + slot
             second = starts_inside[:, None] & (slot == 0)
             owned = present[:, None] & (block <= last_block[:, None])
-            distance += tl.sum(tl.load(partial + 2 * block + second.to(tl.int64), mask=owned, other=0.0), axis=1)
+            distances += tl.load(partial + 2 * block + second.to(tl.int64), mask=owned, other=0.0)
+        distance = tl.sum(distances, axis=1)
         tl.store(self_regularisation + image, distance, mask=present)
 
         entropy = tl.load(adversarial + image, mask=present, other=0.0)

@@ -1,4 +1,5 @@
 """With no CUDA device, Triton kernels run in its interpreter, which must be chosen before they are imported.
+How torch's threads wait must be settled before torch is imported, as it is in the commands.
 
 On the pretend device (`tests/pretend_cuda`) CUDA is there and no hardware is: what tests/cuda holds runs there, what
 needs a GPU does not, and Triton is interpreted.
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
+import fastsimgan  # noqa: F401
+
+# isort: split
 import torch
 
 from fastsimgan import cli

@@ -40,7 +40,7 @@ def losses(
     pools = open_pools(images(12, 0), images(9, 1), config, device, quiet)
     trainer = SimGAN(config, pools.image_shape, device, precision=precision)
     compile_networks(trainer, compiled, quiet)
-    graphs = GraphedIterations(trainer, pools) if graph else None
+    graphs = GraphedIterations(trainer, pools, pytest.fail) if graph else None
     rows = []
     for _ in range(config.steps):
         metrics = graphs() if graphs else trainer.iteration(pools.draw_synthetic, pools.draw_real)

@@ -15,6 +15,7 @@ from properties import given, settings, st
 from torch import Tensor
 
 from fastsimgan.errors import InputError, UnavailableError
+from fastsimgan.ops import _shared
 from fastsimgan.ops import refiner_loss as module
 from fastsimgan.ops.refiner_loss import PSI, _op, refiner_loss
 
@@ -422,3 +423,21 @@ def test_gpu_more_than_2_to_the_31_elements():
         difference = refined[image].detach().float() - synthetic[image].float()
         torch.testing.assert_close(result.self_regularisation[image], difference.abs().sum(), rtol=1e-5, atol=0)
         torch.testing.assert_close(gradient[image].float(), difference.sign() * (0.9 / images), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "reason"),
+    [
+        ("3.6.0", "2.4.6", "the interpreter of triton 3.6.0 needs numpy < 2.4, got 2.4.6"),
+        ("3.6.0", "2.3.5", None),
+        ("3.9.0", "2.4.6", None),
+    ],
+)
+def test_an_interpreter_that_this_numpy_breaks_is_said_to_be_missing(monkeypatch, triton, numpy, reason):
+    versions = {"triton": triton, "numpy": numpy}
+    monkeypatch.setattr(_shared, "INTERPRETED", True)
+    monkeypatch.setattr(_shared.metadata, "version", versions.__getitem__)
+    monkeypatch.setattr(_shared.importlib.util, "find_spec", lambda _: True)
+    assert _shared._triton_missing() == reason
+    monkeypatch.setattr(_shared, "INTERPRETED", False)
+    assert _shared._triton_missing() is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from fastsimgan.ops.residual_block import residual_block
 needs_cpp = pytest.mark.skipif(op.implementations()["cpp"] is not None, reason=str(op.implementations()["cpp"]))
 
 needs_amx = pytest.mark.skipif(op.implementations()["amx"] is not None, reason=str(op.implementations()["amx"]))
+
+needs_triton = pytest.mark.skipif(bool(op.implementations()["triton"]), reason=str(op.implementations()["triton"]))
 
 each_cpp = pytest.mark.parametrize(
     ("impl", "maps"), [pytest.param("cpp", 16, marks=needs_cpp), pytest.param("amx", 32, marks=needs_amx)]
@@ -190,7 +194,7 @@ def test_what_cpp_cannot_serve_is_said_and_auto_takes_the_reference() -> None:
     assert torch.equal(residual_block(*narrow), residual_block(*narrow, "reference"))
     with pytest.raises(UnavailableError, match=r"residual_block impl='amx': .*"):
         residual_block(*narrow, "amx")
-    with pytest.raises(InputError, match="impl must be one of auto, amx, cpp, reference, got 'fast'"):
+    with pytest.raises(InputError, match="impl must be one of auto, amx, cpp, triton, reference, got 'fast'"):
         residual_block(*narrow, "fast")
 
 
@@ -296,3 +300,230 @@ def test_the_refiner_takes_amx_under_autocast() -> None:
     torch.testing.assert_close(ours, plain, atol=5e-3, rtol=0)
     with pytest.raises(UnavailableError, match="multiple of 32 feature maps, got 24"):
         residual_block(*arguments((1, 24, 5, 5)), "amx")
+
+
+# -- Triton: on a GPU, or in its interpreter ---------------------------------------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALVES = pytest.mark.parametrize("products", [torch.float16, torch.bfloat16], ids=str)
+FEATURES = pytest.mark.parametrize("features", ["float32", "16 bits"])
+
+# the paper's eye; one image of one row, one pixel; widths that are no power of two, tiles that are cut, two depths
+TRITON_SHAPES = [(1, 32, 35, 55), (1, 64, 11, 13), (3, 32, 9, 7), (1, 16, 1, 33), (2, 16, 1, 1), (1, 48, 5, 3)]
+TRITON_SHAPES += [(1, 128, 7, 9), (1, 144, 3, 5)]
+
+
+def slack(products: torch.dtype) -> float:
+    """What "triton" may be off by beyond the reference under autocast, relative: half a rounding; the interpreter
+    truncates to bfloat16 where a GPU rounds, which is up to two of them."""
+    return torch.finfo(products).eps * (2 if products == torch.bfloat16 and DEVICE == "cpu" else 0.5)
+
+
+def run_half(given: list[Tensor], impl: str, products: torch.dtype, features: str, grad: Tensor) -> list[Tensor]:
+    """Result and gradients under autocast to ``products``; impl "truth": of the same values in float64."""
+    dtype = products if features == "16 bits" else torch.float32
+    given = [given[0].to(dtype), *given[1:]]  # so that "truth" starts from the same features
+    wide = torch.float64 if impl == "truth" else None
+    leaves = [tensor.detach().to(DEVICE, wide or tensor.dtype).requires_grad_() for tensor in given]
+    with torch.autocast(DEVICE, products, enabled=wide is None):
+        out = residual_block(*leaves, "reference" if wide else impl)
+    out.backward(grad.to(DEVICE, dtype).to(out.dtype))
+    return [out.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
+
+
+def check_half(given: list[Tensor], products: torch.dtype, features: str, more: float = 1.0) -> None:
+    grad = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(9))
+    truth, plain, ours = (run_half(given, impl, products, features, grad) for impl in ("truth", "reference", "triton"))
+    for name, one, other, true, leaf in zip(
+        ("out", "x", "w1", "b1", "w2", "b2"), ours, plain, truth, [given[0], *given], strict=True
+    ):
+        assert one.shape == leaf.shape and one.dtype == other.dtype, name
+        allowed = distance(other, true) + more * slack(products)
+        assert distance(one, true) <= allowed, (name, distance(one, true), allowed)
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned_memory")
+@HALVES
+@FEATURES
+@pytest.mark.parametrize("shape", TRITON_SHAPES)
+def test_triton_where_no_value_is_near_a_kink(shape, features, products) -> None:
+    """All is positive, so every ReLU passes, nothing can flip and the bound is that of rounding."""
+    check_half([tensor.abs() + 0.01 for tensor in arguments(shape)], products, features)
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned_memory")
+@HALVES
+@FEATURES
+@pytest.mark.parametrize("shape", [(1, 64, 17, 9), (2, 32, 9, 7)])
+def test_triton_with_both_signs(shape, features, products) -> None:
+    """Values within rounding of 0 pass their gradient on one side only, so gradients are further apart."""
+    check_half(arguments(shape), products, features, more=16)
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned_memory")
+@HALVES
+@FEATURES
+@pytest.mark.parametrize("maps", [16, 96])
+def test_triton_sums_in_float32_and_rounds_only_operands(maps, features, products) -> None:
+    """Small whole numbers are exact in 16 bits: result and gradients are those of float64 to the last bit."""
+    random = torch.Generator().manual_seed(0)
+    shape = (2, maps, 13, 11)  # more pixels than a tile, and not a multiple
+
+    def whole(most: int, *size: int) -> Tensor:
+        return torch.randint(-most, most + 1, size, generator=random).float()
+
+    def sparse(most: int) -> Tensor:  # sums stay below 256, bfloat16's last exact whole number
+        weight = whole(1, maps, maps, 3, 3)
+        weight[torch.rand(weight.shape, generator=random) > 4 / maps] = 0
+        return weight
+
+    given = [whole(1, *shape), sparse(1), whole(2, maps), sparse(1), whole(2, maps)]
+    given[0] = given[0].contiguous(memory_format=torch.channels_last)
+    grad = whole(1, *shape)
+    truth, ours = (run_half(given, impl, products, features, grad) for impl in ("truth", "triton"))
+    assert max(float(tensor.abs().max()) for tensor in (truth[0], truth[1])) < 256
+    for name, one, true in zip(("out", "x", "w1", "b1", "w2", "b2"), ours, truth, strict=True):
+        if name in ("w1", "w2"):  # sums over pixels, which torch rounds to 16 bits
+            torch.testing.assert_close(one.double(), true, rtol=torch.finfo(products).eps, atol=0)
+        else:
+            assert torch.equal(one.double(), true), name
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
+def test_triton_any_layout(layout: str) -> None:
+    given = arguments((3, 16, 6, 10))
+    expected = run_half(given, "triton", torch.float16, "float32", torch.ones(3, 16, 6, 10))
+    if layout == "contiguous":
+        given = [tensor.contiguous() for tensor in given]
+    elif layout == "channels_last":
+        given = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in given]
+    elif layout == "sliced":
+        given[0] = torch.cat([given[0], given[0]], 3)[..., :10]
+        given[2] = torch.stack([given[2], given[2]], 1)[:, 0]
+    else:
+        given = [t.transpose(2, 3).contiguous().transpose(2, 3) if t.dim() == 4 else t for t in given]
+    found = run_half(given, "triton", torch.float16, "float32", torch.ones(1, 1, 1, 1).expand(3, 16, 6, 10))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_triton
+def test_triton_nan_comes_through_and_masks_are_the_relus_own() -> None:
+    given = arguments((1, 16, 9, 9))
+    zeros = [torch.zeros_like(tensor) for tensor in given]
+    for gradient in run_half(zeros, "triton", torch.bfloat16, "float32", torch.ones(1, 16, 9, 9))[1:]:
+        assert not bool(gradient.any())
+    given[0][0, 3, 4, 4] = float("nan")
+    out = run_half(given, "triton", torch.float16, "float32", torch.ones(1, 16, 9, 9))[0]
+    assert bool(out[0, 3, 4, 4].isnan()) and not bool(out[0, :, 0, 0].isnan().any())
+
+
+@needs_triton
+@HALVES
+@FEATURES
+def test_triton_opcheck(features, products) -> None:
+    given = [tensor.to(DEVICE) for tensor in arguments((1, 16, 5, 6))]
+    given[0] = given[0].to(products if features == "16 bits" else torch.float32)
+    leaves = tuple(tensor.requires_grad_() for tensor in given)
+    torch.library.opcheck(torch.ops.fastsimgan.residual_block_triton.default, (*leaves, products))
+    out, hidden = torch.ops.fastsimgan.residual_block_triton(*given, products)
+    kept = [tensor.detach() for tensor in (out, given[0], hidden, out, given[1], given[3])]
+    torch.library.opcheck(torch.ops.fastsimgan.residual_block_triton_backward.default, tuple(kept))
+
+
+@needs_triton
+def test_triton_compiles_to_the_same_bits() -> None:
+    given = [tensor.to(DEVICE).requires_grad_() for tensor in arguments((1, 16, 9, 9))]
+    compiled = torch.compile(lambda *tensors: residual_block(*tensors, "triton"), backend="aot_eager", fullgraph=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        outs = [block(*given) for block in (compiled, lambda *tensors: residual_block(*tensors, "triton"))]
+    one, other = ([out, *torch.autograd.grad(out, given, torch.ones_like(out))] for out in outs)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@needs_triton
+def test_the_refiner_can_be_told_to_take_triton() -> None:
+    refiner = Refiner(1, width=32, blocks=2).to(DEVICE)
+    images = (torch.rand(2, 1, 9, 11) * 2 - 1).to(DEVICE)
+    found = {}
+    with torch.autocast(DEVICE, torch.float16):
+        for impl in ("triton", "reference"):
+            refiner.impl = impl
+            found[impl] = refiner(images)
+    assert found["triton"].dtype == torch.float32 and not torch.equal(found["triton"], found["reference"])
+    torch.testing.assert_close(found["triton"], found["reference"], atol=1e-3, rtol=0)
+
+
+@needs_triton
+def test_triton_names_what_it_needs_and_auto_leaves_it_to_the_race() -> None:
+    given = [tensor.to(DEVICE) for tensor in arguments((1, 16, 5, 5))]
+    features, *layers = given
+    with pytest.raises(UnavailableError, match="multiplies in float16 or bfloat16, .* got torch.float32"):
+        residual_block(*given, "triton")
+    half = [tensor.half() for tensor in given]
+    assert residual_block(*half, "triton").dtype == torch.float16  # no autocast needed
+    with pytest.raises(UnavailableError, match="must be torch.float32 or torch.float16, got torch.bfloat16"):
+        residual_block(half[0], half[1].bfloat16(), *half[2:], "triton")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        with pytest.raises(UnavailableError, match="must be torch.float32 or torch.bfloat16, got torch.float16"):
+            residual_block(*half, "triton")
+        with pytest.raises(UnavailableError, match="multiple of 16 feature maps, at most 1024, got 24"):
+            residual_block(*(tensor.to(DEVICE) for tensor in arguments((1, 24, 5, 5))), "triton")
+        with pytest.raises(UnavailableError, match="empty"):
+            residual_block(features[:0], *layers, "triton")
+        with pytest.raises(UnavailableError, match=r"(needs CUDA|must be on features') ?.*"):
+            residual_block(features.to("meta"), *layers, "triton")
+    assert torch.equal(residual_block(*half), residual_block(*half, "reference"))
+
+
+def test_triton_missing_is_said(monkeypatch) -> None:
+    monkeypatch.setitem(op._MISSING, "triton", "no CUDA device")
+    with pytest.raises(UnavailableError, match="residual_block impl='triton': no CUDA device"):
+        residual_block(*(tensor.half() for tensor in arguments((1, 16, 5, 5))), "triton")
+
+
+@needs_triton
+@HALVES
+@pytest.mark.parametrize(
+    ("features", "backward", "bytes_a_value"),
+    [("float32", False, 16), ("16 bits", False, 10), ("float32", True, 36), ("16 bits", True, 18)],
+)
+def test_bytes_moved_a_value_are_those_of_the_launches(monkeypatch, features, backward, bytes_a_value, products):
+    """What a block's launches are given, each tensor once, is what `traffic` says; weights and sums are small."""
+    from fastsimgan.kernels import residual_block as kernels
+
+    shape, launches = (64, 32, 35, 55), []
+    values = math.prod(shape)
+
+    class Recorder:
+        def __init__(self, outputs: tuple[str, ...], names: list[str]) -> None:
+            self.outputs, self.names = outputs, names
+
+        def __getitem__(self, grid):
+            def record(*args, **_):
+                moved = {True: 0.0, False: 0.0}
+                for name, tensor in zip(self.names, args, strict=False):
+                    if isinstance(tensor, Tensor) and tensor.numel() == values:
+                        moved[name in self.outputs] += tensor.element_size()
+                    elif isinstance(tensor, Tensor):
+                        assert tensor.numel() * tensor.element_size() < 0.1 * values
+                launches.append((moved[False], moved[True]))
+
+            return record
+
+    for name, outputs in {"convolution_kernel": ("target",), "gate_kernel": ("outer", "operand")}.items():
+        monkeypatch.setattr(kernels, name, Recorder(outputs, list(getattr(kernels, name).arg_names)))
+    monkeypatch.setattr(kernels, "conv2d_weight", lambda _, size, *args, **kwargs: torch.empty(size, device="meta"))
+    dtype = products if features == "16 bits" else torch.float32
+    block = torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+    weight, bias = torch.empty((32, 32, 3, 3), device="meta"), torch.empty(32, device="meta")
+    out, hidden = kernels.forward(block, weight, bias, weight, bias, products)
+    if backward:
+        launches.clear()
+        kernels.backward(out, block, hidden, out, weight, weight)
+    said = kernels.traffic(dtype, products, backward)
+    assert launches == [(launch.read, launch.written) for launch in said]
+    assert sum(map(sum, launches)) == bytes_a_value

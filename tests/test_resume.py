@@ -78,8 +78,8 @@ def test_resume_after_a_signal_goes_on_from_the_very_step(number, at, pair, tmp_
     monkeypatch.setattr("fastsimgan.signals.PATIENCE", 600.0)  # the machine may be busy
     record, handler = RunFolder.record, signal.getsignal(number)
 
-    def send(self, phase, metrics):
-        record(self, phase, metrics)
+    def send(self, phase, step, metrics):
+        record(self, phase, step, metrics)
         if self.trainer.step == at:
             os.kill(os.getpid(), number)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,6 +148,10 @@ def test_refine_refuses_engines_before_any_image_is_touched(cached, tmp_path, mo
         another.setattr(torch.cuda, "is_available", lambda: True)
         another.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
         another.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        another.setattr(torch.cuda, "current_device", lambda: 0)
+        another.setattr(torch.cuda, "device_count", lambda: 1)
+        about = SimpleNamespace(multi_processor_count=132, total_memory=80 << 30)
+        another.setattr(torch.cuda, "get_device_properties", lambda device: about)
         code, message = refine(path, device="cuda")
     assert code == 2 and "must be run on sm_89, for which it was built, got NVIDIA H100 sm_90" in message
     monkeypatch.setattr(tensorrt_backend, "library", lambda name: SimpleNamespace(__version__="10.16.0"))
@@ -186,6 +191,7 @@ def test_what_was_checked_is_what_runs(cached, monkeypatch) -> None:
     monkeypatch.setattr(tensorrt_backend, "record", swapped_after_the_check)
     monkeypatch.setattr(tensorrt_backend, "_gpu", lambda device=None: "sm_89")
     monkeypatch.setattr(tensorrt_backend, "_sm", lambda device=None: "sm_89")
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     with pytest.raises(InputError, match="refuses it: no reason given"):
         tensorrt_backend.load_engine(path, None, torch.device("cuda"))
     assert read == [b"engine"]

@@ -14,7 +14,8 @@ class Sampler:
     ``position`` (images drawn so far, by all ranks) is its whole state: set it, and the same batches follow.
 
     The permutations of the epochs at hand and a cursor live on the device, so that a draw is three small operations
-    there with nothing from the host, and a CUDA graph that holds one draws anew at each replay.
+    there with nothing from the host, and a CUDA graph that holds one draws anew at each replay. It reads them where
+    they were when it was captured: `reserve` for the largest batch first, and `addresses` says whether they moved.
 
     Args:
         count: number of images, at least 1.
@@ -64,7 +65,7 @@ class Sampler:
         first = self._position // self.count
         last = (self._position + batch * self.ranks - 1) // self.count
         parts = (batch * self.ranks - 1) // self.count + 2  # wherever the batch starts, its epochs fit
-        if parts > len(self._epochs):
+        if parts > len(self._epochs):  # moves it
             self._ring = torch.empty(parts * self.count, dtype=torch.int64, device=self._ring.device)
             self._epochs = [-1] * parts
             self._cursor.fill_(self._position % len(self._ring))
@@ -72,12 +73,23 @@ class Sampler:
             part = epoch % len(self._epochs)
             if self._epochs[part] != epoch:
                 start = part * self.count
-                self._ring[start : start + self.count].copy_(torch.from_numpy(self._order(epoch)))
+                order = torch.from_numpy(self._order(epoch))
+                if self._ring.is_cuda:
+                    order = order.pin_memory()  # from elsewhere the host would wait until it is copied
+                self._ring[start : start + self.count].copy_(order, non_blocking=True)
                 self._epochs[part] = epoch
 
     def drawn_by_a_graph(self, images: int) -> None:
         """Follow a CUDA graph's replay, which moved the cursor on the device by ``images``."""
         self._position += images
+
+    def cursor(self) -> int:
+        """What draws have moved on the device; 0 to the ring's length after a restart, then ever larger. Waits."""
+        return int(self._cursor)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where in the device's memory a draw reads: a CUDA graph is good for as long as they stay."""
+        return self._ring.data_ptr(), self._cursor.data_ptr()
 
     def indices(self, start: int, stop: int) -> list[int]:
         """What was or will be drawn at the positions from ``start`` to ``stop``, by all ranks. For messages."""

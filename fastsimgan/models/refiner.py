@@ -23,6 +23,44 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
 
 
+_MOST_TAPS = 16  # of the first layer: with more of them cuDNN's convolution is better
+
+
+def _small_layer(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    """The first or the last layer: a convolution, or `_products` while R alone is compiled for a GPU.
+
+    With gradients it stays a convolution: the weights' gradients would be one sum over all pixels for each tap.
+    """
+    if torch.compiler.is_compiling() and images.is_cuda and not torch.is_grad_enabled():
+        outputs, inputs, high, wide = layer.weight.shape
+        if inputs * high * wide <= _MOST_TAPS or (high == wide == 1 and outputs <= 4):
+            return _products(layer, images)
+    refined: Tensor = layer(images)
+    return refined
+
+
+def _products(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    """A convolution of few products a value, written so that Inductor fuses it with what comes before and after.
+
+    cuDNN's would be a pass over the features of its own: for the last layer, whose output is a sixty-fourth of its
+    input, that pass is all that it costs.
+    """
+    assert layer.bias is not None
+    weight, bias = layer.weight, layer.bias.view(1, -1, 1, 1)
+    outputs, inputs, high, wide = weight.shape
+    if high == wide == 1:
+        return torch.cat([(images * weight[i].unsqueeze(0)).sum(1, keepdim=True) for i in range(outputs)], 1) + bias
+    height, width = images.shape[2:]
+    padded = F.pad(images, (wide // 2, wide // 2, high // 2, high // 2))
+    total = bias
+    for channel in range(inputs):
+        for y in range(high):
+            for x in range(wide):
+                seen = padded[:, channel : channel + 1, y : y + height, x : x + width]
+                total = total + seen * weight[:, channel, y, x].view(1, -1, 1, 1)
+    return total
+
+
 class ResidualBlock(nn.Module):
     """Two 3×3 convolutions of equal width around a skip connection, ReLU after each (paper §3.1, Fig. 6)."""
 
@@ -72,7 +110,7 @@ class Refiner(nn.Module):
         # the identity carries the image as small differences of large features, and in bfloat16 throughout a trained
         # one was 3 grey levels off on average and 32 at most.
         with _no_autocast(images.device):
-            features = F.relu(self.first(images))
+            features = F.relu(_small_layer(self.first, images))
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 # R draws nothing at random, so there is no generator's state to keep, which a CUDA graph forbids
@@ -80,7 +118,7 @@ class Refiner(nn.Module):
             else:
                 features = block(features, self.impl)
         with _no_autocast(images.device):
-            return torch.tanh(self.last(features))
+            return torch.tanh(_small_layer(self.last, features))
 
     @torch.no_grad()
     def identity_init_(self) -> bool:

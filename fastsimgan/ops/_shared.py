@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -12,8 +13,21 @@ from fastsimgan.errors import InputError, UnavailableError
 
 # Read once, at import: the answers cannot change in a process, and torch.compile must not trace through them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_TRITON_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed"
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _triton_missing() -> str | None:
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed"
+    if INTERPRETED:
+        triton, numpy = (metadata.version(package) for package in ("triton", "numpy"))
+        old, new = (tuple(int(part) for part in version.split(".")[:2]) for version in (triton, numpy))
+        if old < (3, 7) and new >= (2, 4):  # which no longer makes a number of an array of one
+            return f"the interpreter of triton {triton} needs numpy < 2.4, got {numpy}"
+    return None
+
+
+_TRITON_MISSING = _triton_missing()
 
 
 def implementations() -> dict[str, str | None]:

@@ -18,6 +18,8 @@ implementation picks the same ones, and because the counter advances on the devi
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -95,7 +97,8 @@ def implementations() -> dict[str, str | None]:
     """Each implementation, in the order ``"auto"`` prefers them: None where it can run, otherwise why it cannot."""
     no_cuda = NOT_LOADED
     if BUILD_INFO is not None and not BUILD_INFO["cuda"]:
-        no_cuda = f"fastsimgan._C was built without CUDA, against torch {BUILD_INFO['torch']}"
+        why = BUILD_INFO.get("no_cuda", "it is of an older version of fastsimgan")
+        no_cuda = f"fastsimgan._C was built without CUDA, against torch {BUILD_INFO['torch']}: {why}"
     elif no_cuda is None and not torch.cuda.is_available():
         no_cuda = "no CUDA device"
     return {"cuda": no_cuda, "cpp": NOT_LOADED, "reference": None}
@@ -208,6 +211,8 @@ def _check(storage: Tensor, state: Tensor, fresh: Tensor, n: int) -> None:
 
 def _check_impl(impl: str, device: torch.device) -> None:
     if impl == "auto":
+        if device.type == "cuda" and implementations()["cuda"]:
+            _say_once(implementations()["cuda"])
         return
     known = implementations()
     if impl not in known:
@@ -216,6 +221,12 @@ def _check_impl(impl: str, device: torch.device) -> None:
     reason = known[impl] or (f"it needs tensors on {needs}, got {device}" if needs != device.type else None)
     if reason:
         raise UnavailableError(f"history_swap impl={impl!r}: {reason}")
+
+
+@cache
+def _say_once(reason: str) -> None:
+    """pip shows nothing of a build that succeeds: that it left the CUDA kernel out is told here."""
+    warnings.warn(f"history_swap takes its reference, which waits for the device: {reason}", stacklevel=4)
 
 
 def _fake(storage: Tensor, state: Tensor, fresh: Tensor, n: int) -> Tensor:

@@ -1,14 +1,17 @@
 """The refiner's residual block (§3.1, Fig. 6): ``relu(x + conv(relu(conv(x))))``, two 3×3 convolutions of equal width.
 
-It is nearly all of R's work. On a GPU cuDNN and `torch.compile` do it at the hardware's speed. In bfloat16 on a CPU
-with AMX, products are so cheap that passes over memory count: "amx" takes both convolutions, and all of their
-gradients, of an image while it is in the core's cache, with float32 sums and a float32 skip connection. A CPU in
-float32 spends its whole time in the convolutions' products; "cpp" spends a quarter as many, by the minimal filtering
-algorithm F(4×4, 3×3) (Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016), and has biases,
-ReLUs and the skip connection, forward and backward, ride on the passes over memory that it makes anyway. Its error is
-about twice that of the plain sum: the polynomials are interpolated at ±1/√2 and ±√2. A weight's gradient that is
-within rounding of 0 (2.5e-7 of its kernel's largest transformed value) is 0: where features are sparse it is 0 in
-truth, and Adam would make a full step of the rounding.
+It is nearly all of R's work. On a GPU in 16 bits it is bound by memory as much as by products: "triton" has rounding,
+biases, ReLUs, masks and the skip connection ride on two products forward and two backward, so that a block moves 16
+bytes a value forward with float32 features, and 10 with 16-bit ones. Whether that is faster than cuDNN or
+`torch.compile` on a device is found by a race there (`ops.residual_block_race`), not assumed. In bfloat16 on a CPU with
+AMX, products are so cheap that passes over memory count: "amx" takes both convolutions, and all of their gradients, of
+an image while it is in the core's cache, with float32 sums and a float32 skip connection. A CPU in float32 spends its
+whole time in the convolutions' products; "cpp" spends a quarter as many, by the minimal filtering algorithm F(4×4, 3×3)
+(Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016), and has biases, ReLUs and the skip
+connection, forward and backward, ride on the passes over memory that it makes anyway. Its error is about twice that of
+the plain sum: the polynomials are interpolated at ±1/√2 and ±√2. A weight's gradient that is within rounding of 0
+(2.5e-7 of its kernel's largest transformed value) is 0: where features are sparse it is 0 in truth, and Adam would make
+a full step of the rounding.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastsimgan.errors import InputError, UnavailableError
+from fastsimgan.ops import _shared
 from fastsimgan.ops.history_swap import BUILD_INFO, NOT_LOADED
 
 MOST_MAPS = 1024
-"""Feature maps that "cpp" takes at most; their number must be a multiple of 8."""
+"""Feature maps that "cpp" and "triton" take at most."""
+
+_UNITS = {"cpp": 8, "amx": 32, "triton": 16}  # what the number of feature maps must be a multiple of
 
 
 def residual_block(
@@ -38,26 +44,33 @@ def residual_block(
         weight2: ``[C, C, 3, 3]``, of the second; ``bias2`` ``[C]``.
         impl: ``"reference"`` (plain PyTorch), ``"cpp"`` (C++ for AVX2 and AVX-512; float32 on a CPU, C a multiple of 8
             up to 1,024), ``"amx"`` (C++ for AMX: products in bfloat16 of float32 tensors on a CPU, C a multiple of 32),
-            or ``"auto"``: "amx" under autocast to bfloat16 and "cpp" without autocast, where they can serve the call
-            and nothing is being exported.
+            ``"triton"`` (CUDA: products in the 16-bit type of autocast or of the features, sums in float32; features
+            float32, which then go through the skip connection unrounded, or of that type; C a multiple of 16 up to
+            1,024), or ``"auto"``: on a CPU "amx" under autocast to bfloat16 and "cpp" without autocast, where they can
+            serve the call and nothing is being exported; on CUDA the reference, until a race on the device says
+            otherwise (`ops.residual_block_race.race`, whose answer the caller passes here).
 
     Returns:
-        ``[B, C, H, W]``; "cpp" and "amx" give channels_last and float32.
+        ``[B, C, H, W]``; "cpp" and "amx" give channels_last and float32, "triton" channels_last and features' type.
 
     Raises:
         InputError: an unknown ``impl``.
-        UnavailableError: "cpp" or "amx" was asked for and cannot serve the call.
+        UnavailableError: "triton", "cpp" or "amx" was asked for and cannot serve the call.
     """
-    if impl not in ("auto", "reference", "cpp", "amx"):
-        raise InputError(f"impl must be one of auto, amx, cpp, reference, got {impl!r}")
+    if impl not in ("auto", "reference", *_MISSING):
+        raise InputError(f"impl must be one of auto, {', '.join(sorted(_MISSING))}, reference, got {impl!r}")
     chosen = _automatic() if impl == "auto" else impl
     if chosen != "reference":
-        reason = _unmet(chosen, features, weight1)
+        reason = _unmet(chosen, features, (weight1, bias1, weight2, bias2))
         if impl != "auto" and reason is not None:
             raise UnavailableError(f"residual_block impl={impl!r}: {reason}")
         if reason is None:
-            op = _op if chosen == "cpp" else _bfloat16_op
-            out: Tensor = op(features.contiguous(memory_format=torch.channels_last), weight1, bias1, weight2, bias2)[0]
+            features = features.contiguous(memory_format=torch.channels_last)
+            out: Tensor
+            if chosen == "triton":
+                out = _triton_op(features, weight1, bias1, weight2, bias2, _products(features))[0]
+            else:
+                out = (_op if chosen == "cpp" else _bfloat16_op)(features, weight1, bias1, weight2, bias2)[0]
             return out
     return reference(features, weight1, bias1, weight2, bias2)[0]
 
@@ -106,20 +119,54 @@ def _amx_missing() -> str | None:
 # Read once, at import: the answers cannot change in a process, and torch.compile must not trace through it.
 _library = torch.library.Library("fastsimgan", "FRAGMENT")
 _library.define("amx_usable() -> bool")
-_MISSING = {"amx": _amx_missing(), "cpp": _cpp_missing()}
+_MISSING = {
+    "triton": _shared.implementations()["triton"],
+    "amx": _amx_missing(),
+    "cpp": _cpp_missing(),
+}
 
 
-def _unmet(impl: str, features: Tensor, weight: Tensor) -> str | None:
+def _unmet(impl: str, features: Tensor, layers: tuple[Tensor, Tensor, Tensor, Tensor]) -> str | None:
     """Why ``impl`` cannot serve this call; None if it can."""
     if _MISSING[impl] is not None:
         return _MISSING[impl]
-    if features.device.type != "cpu" or features.dtype != torch.float32 or weight.dtype != torch.float32:
-        return f"it needs float32 on a CPU, got {features.dtype} on {features.device}, weights {weight.dtype}"
-    maps, unit = features.shape[1], 8 if impl == "cpp" else 32
-    if maps % unit or (impl == "cpp" and maps > MOST_MAPS):
-        most = f", at most {MOST_MAPS}" if impl == "cpp" else ""
+    if impl == "triton":
+        if (reason := _triton_unmet(features, layers)) is not None:
+            return reason
+    elif features.device.type != "cpu" or features.dtype != torch.float32 or layers[0].dtype != torch.float32:
+        return f"it needs float32 on a CPU, got {features.dtype} on {features.device}, weights {layers[0].dtype}"
+    maps, unit = features.shape[1], _UNITS[impl]
+    if maps % unit or (impl != "amx" and maps > MOST_MAPS):
+        most = f", at most {MOST_MAPS}" if impl != "amx" else ""
         return f"it needs a multiple of {unit} feature maps{most}, got {maps}"
     return None if features.numel() else f"features are empty: {list(features.shape)}"
+
+
+def _products(features: Tensor) -> torch.dtype:
+    """The type that "triton" multiplies in: autocast's, otherwise that of ``features``."""
+    device = features.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+
+
+def _triton_unmet(features: Tensor, layers: tuple[Tensor, Tensor, Tensor, Tensor]) -> str | None:
+    if not (features.is_cuda or (_shared.INTERPRETED and features.device.type == "cpu")):
+        return f"it needs CUDA (or TRITON_INTERPRET=1 and a CPU), got {features.device}"
+    if any(layer.device != features.device for layer in layers):
+        return f"weights and biases must be on features' {features.device}"
+    if features.is_cuda and _too_old(features.device.index or 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    products = _products(features)
+    if products not in (torch.float16, torch.bfloat16):
+        return f"it multiplies in float16 or bfloat16, under autocast or of such features, got {products}"
+    for tensor in (features, *layers):
+        if tensor.dtype not in (torch.float32, products):
+            return f"features, weights and biases must be torch.float32 or {products}, got {tensor.dtype}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _too_old(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def _backward_reference(
@@ -169,18 +216,59 @@ def _backward_fake(
     return torch.empty_like(features), weights[0], biases[0], weights[1], biases[1]
 
 
+def _triton_forward(
+    features: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, products: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from fastsimgan.kernels import residual_block as kernels
+
+    return kernels.forward(features, weight1, bias1, weight2, bias2, products)
+
+
+def _triton_backward(
+    grad: Tensor, features: Tensor, hidden: Tensor, out: Tensor, weight1: Tensor, weight2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from fastsimgan.kernels import residual_block as kernels
+
+    return kernels.backward(grad, features, hidden, out, weight1, weight2)
+
+
+def _triton_fake(
+    features: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, products: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    last = torch.channels_last
+    return torch.empty_like(features, memory_format=last), torch.empty_like(
+        features, dtype=products, memory_format=last
+    )
+
+
+def _triton_backward_fake(
+    grad: Tensor, features: Tensor, hidden: Tensor, out: Tensor, weight1: Tensor, weight2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    through = torch.empty_like(features, memory_format=torch.channels_last)
+    bias1, bias2 = (features.new_empty(features.shape[1], dtype=torch.float32) for _ in range(2))
+    return through, torch.empty_like(weight1), bias1, torch.empty_like(weight2), bias2
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    features, weight1, _, weight2, _ = inputs
+    features, weight1, _, weight2, *_ = inputs
     out, hidden = output
     ctx.mark_non_differentiable(hidden)
     ctx.save_for_backward(features, hidden, out, weight1, weight2)
 
 
-def _register(name: str, forward: Any, forward_fake: Any, backward: Any) -> tuple[Any, Any]:
-    """Define an op and its backward; _C registers the CPU's kernels, everything else gets the references."""
+def _register(
+    name: str, forward: Any, forward_fake: Any, backward: Any, backward_fake: Any = _backward_fake, more: str = ""
+) -> tuple[Any, Any]:
+    """Define an op and its backward; _C registers the CPU's kernels, everything else gets ``forward``, ``backward``.
+
+    more: an argument of the op alone, behind the tensors.
+    """
     layers = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2"
     kept = "Tensor grad, Tensor features, Tensor hidden, Tensor out, Tensor weight1, Tensor weight2"
-    _library.define(f"{name}(Tensor features, {layers}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+    _library.define(
+        f"{name}(Tensor features, {layers}{', ' if more else ''}{more}) -> (Tensor, Tensor)",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
     _library.define(
         f"{name}_backward({kept}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
     )
@@ -191,10 +279,11 @@ def _register(name: str, forward: Any, forward_fake: Any, backward: Any) -> tupl
     def gradients(ctx, grad, _):  # type: ignore[no-untyped-def]
         features, hidden, out, weight1, weight2 = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        return backward_op(grad, features, hidden, out, weight1, weight2)
+        found = backward_op(grad, features, hidden, out, weight1, weight2)
+        return (*found, None) if more else found
 
     torch.library.register_fake(f"fastsimgan::{name}", forward_fake, lib=_library)
-    torch.library.register_fake(f"fastsimgan::{name}_backward", _backward_fake, lib=_library)
+    torch.library.register_fake(f"fastsimgan::{name}_backward", backward_fake, lib=_library)
     torch.library.register_autograd(f"fastsimgan::{name}", gradients, setup_context=_setup_context, lib=_library)
     return op, backward_op
 
@@ -202,4 +291,12 @@ def _register(name: str, forward: Any, forward_fake: Any, backward: Any) -> tupl
 _op, _backward_op = _register("residual_block", reference, _fake, _backward_reference)
 _bfloat16_op, _bfloat16_backward_op = _register(
     "residual_block_bfloat16", _bfloat16_reference, _bfloat16_fake, _bfloat16_backward_reference
+)
+_triton_op, _triton_backward_op = _register(
+    "residual_block_triton",
+    _triton_forward,
+    _triton_fake,
+    _triton_backward,
+    _triton_backward_fake,
+    more="ScalarType products",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -44,6 +45,7 @@ class Refiner:
     @classmethod
     def from_module(cls, module: network.Refiner, histogram: str, device: torch.device) -> Refiner:
         """A refiner that has no file yet (``sha256`` is empty)."""
+        device = choose_device(str(device))  # with its index
         return cls(TorchBackend(module, device), describe(module, histogram), "", device)
 
     @overload
@@ -74,10 +76,41 @@ class Refiner:
             if planes.ndim not in (3, 4):
                 raise InputError(f"images must be an array [N, H, W] or [N, H, W, C], got {list(images.shape)}")
             planes = planes[:, None] if planes.ndim == 3 else planes.permute(0, 3, 1, 2)
+        self.check(planes, images.shape)
+        out = torch.empty_like(planes)
+        batch_size = min(batch_size, self.backend.largest_batch or batch_size)
+        for start in range(0, len(planes), batch_size):
+            part = slice(start, start + batch_size)
+            self.check_range(planes[part])
+            out[part] = self._refine(planes[part].to(self.device)).to(out.device)
+        if isinstance(images, Tensor):
+            return out
+        return (out[:, 0] if images.ndim == 3 else out.permute(0, 2, 3, 1)).contiguous().numpy()
+
+    def warm_up(self, batch_size: int, height: int, width: int) -> None:
+        """Run twice on black images of this size, so that no choice, compilation or capture is left for later."""
+        if isinstance(self.backend, TorchBackend):
+            self.backend.compile_for((batch_size, self.channels, height, width))
+        images = torch.zeros(batch_size, self.channels, height, width, dtype=torch.uint8, device=self.device)
+        for _ in range(2):
+            self(images, batch_size)
+
+    @torch.inference_mode()
+    def run(self, planes: Tensor) -> Tensor:
+        """As `__call__`, for a tensor on ``device`` of which `check` and `check_range` have seen the like; waits for
+        nothing."""
+        most = self.backend.largest_batch or len(planes)
+        if len(planes) <= most:
+            return self._refine(planes)
+        return torch.cat([self._refine(part) for part in planes.split(most)])
+
+    def check(self, planes: Tensor, given: Sequence[int]) -> None:
+        """InputError if ``[N, C, H, W]`` is of a kind that this refiner does not take; values are not looked at.
+        ``given`` is the shape that the caller gave it, for the message."""
         if planes.dtype not in (torch.uint8, torch.uint16, torch.float32):
             raise InputError(f"images must be uint8, uint16 or float32 in [0, 1], got {planes.dtype}")
         if 0 in planes.shape[2:]:
-            raise InputError(f"images must have at least one pixel, got {list(images.shape)}")
+            raise InputError(f"images must have at least one pixel, got {list(given)}")
         if planes.shape[1] != self.channels:
             raise InputError(f"images must have {self.channels} channel(s), as the refiner has, got {planes.shape[1]}")
         if self.backend.dtype == torch.uint8 and planes.dtype != torch.uint8:
@@ -85,28 +118,18 @@ class Refiner:
                 f"this exported refiner takes uint8 images, got {planes.dtype}: refiner.onnx and refiner.fp16.onnx, "
                 "exported beside it, take the others"
             )
-        out = torch.empty_like(planes)
-        batch_size = min(batch_size, self.backend.largest_batch or batch_size)
-        for start in range(0, len(planes), batch_size):
-            part = slice(start, start + batch_size)
-            out[part] = self._refine(planes[part].to(self.device)).to(out.device)
-        if isinstance(images, Tensor):
-            return out
-        return (out[:, 0] if images.ndim == 3 else out.permute(0, 2, 3, 1)).contiguous().numpy()
 
-    def warm_up(self, batch_size: int, height: int, width: int) -> None:
-        """Run twice on black images of this size, so that no choice, allocation or capture is left for later."""
-        images = torch.zeros(batch_size, self.channels, height, width, dtype=torch.uint8, device=self.device)
-        for _ in range(2):
-            self(images, batch_size)
-
-    def _refine(self, images: Tensor) -> Tensor:
-        if self.backend.dtype == torch.uint8:
-            return self.backend(images.contiguous())
+    @staticmethod
+    def check_range(images: Tensor) -> None:
+        """InputError if floats are not in [0, 1]; looked at where they are, which on a device waits for it."""
         if images.dtype == torch.float32 and not bool(((images >= 0) & (images <= 1)).all()):
             raise InputError(
                 f"float images must lie in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}"
             )
+
+    def _refine(self, images: Tensor) -> Tensor:
+        if self.backend.dtype == torch.uint8:
+            return self.backend(images.contiguous())
         return from_float(self.backend(prepare(images, self.settings["histogram"])), images.dtype)
 
 
@@ -151,6 +174,8 @@ def load_refiner(
     device: str = "auto",
     *,
     precision: Precision = "float32",
+    compiled: bool = False,
+    repeatable: bool = False,
     library: Literal["tensorrt", "tensorrt-rtx"] | None = None,
     trust_engine: bool = False,
 ) -> Refiner:
@@ -160,17 +185,22 @@ def load_refiner(
         path: the folder of a run or its ``refiner.safetensors`` (runs in PyTorch), or an ``.onnx`` file of `export`
             (runs in onnxruntime; the CPU's int8 file in kernels of our own where the processor has VNNI), or an
             ``.engine`` or ``.plan`` built from one (runs in TensorRT, on CUDA).
-        device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        precision: in which PyTorch takes the residual branches' products: "float32", on CUDA also "float16", on CPUs
-            that compute in it also "bfloat16". An exported file has its own.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
+        precision: in which PyTorch takes the residual branches' products: "float32", on CUDA also "float16", on GPUs
+            and CPUs that compute in it also "bfloat16". An exported file has its own.
+        compiled: on CUDA, run a run's refiner through `torch.compile`: for each size of batch that comes back (8 at
+            most), which takes tens of seconds, or, where ``repeatable``, for those of `Refiner.warm_up` alone.
+        repeatable: on CUDA, choose nothing by timing: the same batch becomes the same bytes in every process.
         library: what built an engine; None is what the cache's record of it says, and TensorRT where there is none.
         trust_engine: run an engine that is not from the cache of `export --engine`, such as trtexec's.
 
     Raises:
         InputError: not there, not a refiner of this package, or altered.
-        UnavailableError: the device, or the package that runs such a file, is not there.
+        UnavailableError: the device, or the package that runs such a file or compiles it, is not there.
     """
     path = Path(path)
+    if path.suffix in (".onnx", ".engine", ".plan") and compiled:
+        raise InputError(f"{path}: compiled must be off for exported files, which PyTorch does not run")
     if path.suffix in (".onnx", ".engine", ".plan") and precision != "float32":
         raise InputError(
             f"{path}: precision must be left alone for exported files, which have their own, got {precision}"
@@ -181,11 +211,11 @@ def load_refiner(
         from fastsimgan.runtime.tensorrt_backend import load_engine
 
         chosen = choose_device(device)
-        backend, settings, sha256 = load_engine(path, library, chosen, trusted=trust_engine)
-        return Refiner(backend, settings, sha256, chosen)
+        return Refiner(*load_engine(path, library, chosen, trusted=trust_engine), chosen)
     file = read_refiner(path)
     chosen = choose_device(device)
-    return Refiner(TorchBackend(file.module, chosen, precision), file.settings, file.sha256, chosen)
+    backend = TorchBackend(file.module, chosen, precision, compiled=compiled, repeatable=repeatable)
+    return Refiner(backend, file.settings, file.sha256, chosen)
 
 
 def _load_onnx(path: Path, device: str) -> Refiner:

@@ -15,6 +15,8 @@ class StreamedRefiner:
 
     The host has one batch prepared and queued while the device works at another, so that the device need not wait
     between them. Written to the contract; not yet run on a GPU.
+
+    Attributes: ``channels``, ``device``, ``backend_name``, and ``device_name`` (the GPU's, whichever index it has).
     """
 
     def __init__(self, refiner: Refiner) -> None:
@@ -22,6 +24,7 @@ class StreamedRefiner:
         self.channels = refiner.channels
         self.backend_name = refiner.backend.name
         self.device = refiner.device
+        self.device_name = f"cuda ({torch.cuda.get_device_name(refiner.device)})"
         self._stream = torch.cuda.Stream(refiner.device)
 
     def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
@@ -29,25 +32,36 @@ class StreamedRefiner:
         refined: np.ndarray = self.refiner(images, batch_size)
         return refined
 
+    def warm_up(self, batch_size: int, height: int, width: int) -> None:
+        """As `Refiner` has it."""
+        with torch.cuda.stream(self._stream):
+            self.refiner.warm_up(batch_size, height, width)
+
+    def peak_bytes(self) -> int:
+        """The most device memory that this process has held at a time, allocator's reserves included."""
+        return torch.cuda.max_memory_reserved(self.device)
+
     def begin(self, images: np.ndarray) -> Callable[[], tuple[np.ndarray, float]]:
         """Queue one batch ``[N, H, W]`` or ``[N, H, W, C]``; the function that comes back waits for it.
 
         That gives the refined batch, of the same shape and type, and the seconds that the device was at it, copies
-        included. Raises InputError as `Refiner` does; floats are looked at at once, which waits for the device.
+        included. Raises InputError as `Refiner` does.
         """
+        planes = torch.from_numpy(images)
+        planes = planes[:, None] if planes.ndim == 3 else planes.permute(0, 3, 1, 2)
+        self.refiner.check(planes, images.shape)
+        self.refiner.check_range(planes)  # here, on the host: on the device it would have to be waited for
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(self._stream):
-            pinned = torch.from_numpy(images).pin_memory()
-            planes = pinned[:, None] if pinned.ndim == 3 else pinned.permute(0, 3, 1, 2)
+        with torch.cuda.stream(self._stream):  # which makes its device the current one
+            pinned = planes.permute(0, 2, 3, 1).contiguous().pin_memory()
             started.record(self._stream)
-            refined = self.refiner(planes.to(self.device, non_blocking=True), len(images))
-            refined = refined[:, 0] if pinned.ndim == 3 else refined.permute(0, 2, 3, 1)
+            refined = self.refiner.run(pinned.permute(0, 3, 1, 2).to(self.device, non_blocking=True))
             host = torch.empty(pinned.shape, dtype=pinned.dtype, pin_memory=True)
-            host.copy_(refined, non_blocking=True)
+            host.copy_(refined.permute(0, 2, 3, 1), non_blocking=True)
             ended.record(self._stream)
 
         def finish() -> tuple[np.ndarray, float]:
             ended.synchronize()
-            return host.numpy(), started.elapsed_time(ended) / 1e3
+            return host.view(images.shape).numpy(), started.elapsed_time(ended) / 1e3
 
         return finish

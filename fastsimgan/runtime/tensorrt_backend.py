@@ -12,7 +12,9 @@ import importlib
 import json
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -80,6 +82,8 @@ def build_engine(file: OnnxFile, trt: ModuleType, profile: Profile, *, sm: str |
     shapes = builder.create_optimization_profile()
     shapes.set_shape(file.input_name, *sizes)
     config.add_optimization_profile(shapes)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX: without it no stream can be captured
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     keeps_timings = trt.__name__ != "tensorrt_rtx"  # which tunes as it runs
     if keeps_timings:
         config.set_timing_cache(config.create_timing_cache(cache), ignore_mismatch=False)
@@ -107,6 +111,7 @@ def cached_engine(
         "library": f"{name} {trt.__version__}",
         "gpu": sm or _gpu(),
         "profile": [list(size) for size in asdict(profile).values()],
+        "for graphs": True,  # engines of TensorRT-RTX from before that cannot be captured
     }
     stem = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = folder / f"{stem}.engine"
@@ -186,22 +191,26 @@ def load_engine(
             f"{printable(path)}: must be run on {about['gpu']}, for which it was built, got {_gpu(device)}"
         )
     log = _Log(trt)
-    engine = trt.Runtime(log.logger).deserialize_cuda_engine(data)
-    if engine is None:
-        raise InputError(f"{printable(path)}: {trt.__name__} {trt.__version__} refuses it: {log.last()}")
-    try:
-        backend = TensorRTBackend(engine, trt, device, name)
-    except InputError as error:
-        raise InputError(f"{printable(path)}: {error}") from None
+    with torch.cuda.device(device):  # an engine's weights go to the device that is current, and so do its contexts
+        engine = trt.Runtime(log.logger).deserialize_cuda_engine(data)
+        if engine is None:
+            raise InputError(f"{printable(path)}: {trt.__name__} {trt.__version__} refuses it: {log.last()}")
+        try:
+            backend = TensorRTBackend(engine, trt, device, name)
+        except InputError as error:
+            raise InputError(f"{printable(path)}: {error}") from None
     settings = about["settings"] if about else {"channels": backend.channels, "histogram": backend.histogram}
     return backend, settings, hashlib.sha256(data).hexdigest()
 
 
 class TensorRTBackend:
-    """An engine and its context. Batches below the profile's smallest are padded; larger ones `Refiner` splits.
+    """An engine and its contexts. Batches below the profile's smallest are padded; larger ones `Refiner` splits.
+
+    A shape that comes back is captured as a CUDA graph in a context of its own: a context works in memory of its own
+    for one shape at a time, so that one that goes on to another shape would pull it from under the graph.
 
     Args:
-        engine, trt: a deserialised engine and the module it came from.
+        engine, trt: a deserialised engine and the module it came from, deserialised with ``device`` current.
         device: where the images are.
 
     Raises:
@@ -225,10 +234,44 @@ class TensorRTBackend:
         self._smallest, _, self._largest = (tuple(shape) for shape in engine.get_tensor_profile_shape(self._input, 0))
         self.largest_batch: int | None = self._largest[0]
         self.name = f"{name} {trt.__version__}"
-        self._engine = engine  # the context does not keep it alive
-        self._context = engine.create_execution_context()
+        self._engine = engine  # the contexts do not keep it alive
+        self._trt = trt
+        self._context = self._new_context()  # of all that runs eagerly
         self._device = device
-        self._call = Replay(self._run) if device.type == "cuda" else self._run
+        run = partial(self._run, self._context)
+        self._call = Replay(run, device, self._to_capture) if device.type == "cuda" else run
+
+    def _new_context(self) -> Any:
+        """A context; TensorRT-RTX's has the kernels made for a shape before it runs, and leaves graphs to us."""
+        strategies = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategies is None:
+            context = self._engine.create_execution_context()
+        else:
+            config = self._engine.create_runtime_config()
+            config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER  # LAZY: a graph keeps the stopgap
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED
+            context = self._engine.create_execution_context(config)
+        if context is None:
+            raise UnavailableError(f"{self.name} has no memory for another execution context: lower the batch size")
+        return context
+
+    def _to_capture(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        """The engine in a context of its own, for graphs of ``images``' shape."""
+        contexts: list[Any] = []  # one, made as the shape is captured; it lives as long as what is captured
+
+        def call(images: Tensor) -> Tensor:
+            if contexts:
+                return self._run(contexts[0], images)
+            context = self._new_context()
+            out = self._run(context, images)
+            # TensorRT-RTX is asked with the shape set, on the stream to be captured, after it has run there once
+            ask = getattr(context, "is_stream_capturable", None)
+            if ask is not None and not ask(torch.cuda.current_stream(self._device).cuda_stream):
+                raise UnavailableError(f"{self.name} cannot be captured for images of shape {list(images.shape)}")
+            contexts.append(context)
+            return out
+
+        return call
 
     def __call__(self, images: Tensor) -> Tensor:
         images = images.contiguous()
@@ -243,14 +286,14 @@ class TensorRTBackend:
             images = torch.cat([images, images.new_zeros(low[0] - count, *images.shape[1:])])
         return self._call(images)[:count]
 
-    def _run(self, images: Tensor) -> Tensor:
+    def _run(self, context: Any, images: Tensor) -> Tensor:
         out = torch.empty_like(images)
         stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
-        if not self._context.set_input_shape(self._input, tuple(images.shape)):
+        if not context.set_input_shape(self._input, tuple(images.shape)):
             raise InputError(f"the engine refuses images of shape {list(images.shape)}")
-        self._context.set_tensor_address(self._input, images.data_ptr())
-        self._context.set_tensor_address(OUTPUT, out.data_ptr())
-        if not self._context.execute_async_v3(stream):
+        context.set_tensor_address(self._input, images.data_ptr())
+        context.set_tensor_address(OUTPUT, out.data_ptr())
+        if not context.execute_async_v3(stream):
             raise RuntimeError(f"{self.name} failed on images of shape {list(images.shape)}")
         return out
 

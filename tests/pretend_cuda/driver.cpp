@@ -1,4 +1,4 @@
-// A libcuda.so.1 for torch's libraries to load: every function that they name, none of which is ever called.
+// A libcuda.so.1 for torch's libraries to load: every function that they name, of which one is ever called.
 #define NOTHING(name) \
   extern "C" __attribute__((visibility("default"))) int name() { return 0; }
 
@@ -12,7 +12,12 @@ NOTHING(cuDeviceGetAttribute)
 NOTHING(cuDeviceGetCount)
 NOTHING(cuDeviceGetDevResource)
 NOTHING(cuDeviceGetUuid)
-NOTHING(cuDevicePrimaryCtxGetState)
+// torch looks for captures on devices with a context alone
+extern "C" __attribute__((visibility("default"))) int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) {
+  *flags = 0;
+  *active = 1;
+  return 0;
+}
 NOTHING(cuDevicePrimaryCtxRetain)
 NOTHING(cuFuncGetAttribute)
 NOTHING(cuFuncSetAttribute)

@@ -34,7 +34,7 @@ _ALSO = ("aten::convolution", "aten::convolution_backward", "aten::copy_")
 """They reach their kernels past the dispatcher."""
 _NOT_CALLED = tuple(
     "mm mv dot linalg fft cholesky solve qr svd lu_ conv cudnn sort topk median mode kthvalue unique nonzero "
-    "masked_select multinomial attention histc bincount fastsimgan".split()
+    "masked_select multinomial attention histc bincount cumsum fastsimgan".split()
 )
 """Parts of the names of operators whose own kernels call libraries (cuBLAS, cuDNN) or look at what was computed."""
 

@@ -1,0 +1,32 @@
+"""The race for `residual_block`, with its own stopwatch: captured graphs between events."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastsimgan.ops import residual_block as op
+from fastsimgan.ops.residual_block_race import race
+
+
+@pytest.mark.skipif(op.implementations()["triton"] is not None, reason=str(op.implementations()["triton"]))
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+def test_all_sides_run_agree_and_are_captured_and_memory_is_handed_back(backward, features, device):
+    if torch.device(device).index >= torch.cuda.device_count():
+        pytest.skip(f"no {device}")
+    before = torch.cuda.memory_allocated(device)
+    found = race((1, 16, 5, 7), torch.bfloat16, backward, torch.device(device), features=features)
+    assert not found.lost and set(found.milliseconds) == {"triton", "compiled", "reference"}
+    assert torch.cuda.memory_allocated(device) == before
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_reference_that_does_not_fit_into_memory_still_wins(monkeypatch):
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(op, "reference", too_large)
+    found = race((1, 16, 5, 7), torch.bfloat16, True, torch.device("cuda"), compiled=False)
+    assert found.winner == "reference" and "out of memory" in str(found)

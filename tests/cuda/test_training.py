@@ -1,0 +1,410 @@
+"""Training on CUDA, graphed or not, is training on the CPU: same losses, checkpoints, and ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastsimgan import acceleration, algorithm
+from fastsimgan.acceleration import GraphedIterations, compile_networks, why_no_graph
+from fastsimgan.algorithm import OneTensor, SimGAN
+from fastsimgan.checkpoint import load_checkpoint
+from fastsimgan.config import TrainConfig
+from fastsimgan.data.sampler import Sampler
+from fastsimgan.device import current
+from fastsimgan.ops import history_swap
+from fastsimgan.pools import Pools, open_pools
+from fastsimgan.reports import Numbers
+from fastsimgan.run_folder import RunFolder
+from fastsimgan.training import fit
+from tests.cuda.conftest import PRETEND
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SMALL = TrainConfig(
+    width=20, blocks=1, batch_size=4, history=10, pretrain_discriminator=1, steps=8, k_g=2, device="cuda",
+    precision="float32", compile="off", picture_every=100, checkpoint_every=3, keep=9,
+)  # fmt: skip
+# kernels of a GPU add in another order; the pretend device's operators are the CPU's own
+CLOSE = {"rtol": 1e-5 if PRETEND else 1e-3, "atol": 1e-6}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    """No step is taken for slow: before those the ones before are reported, and the pretend device takes its time."""
+    monkeypatch.setattr("fastsimgan.training._SLOW", float("inf"))
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch) -> None:
+    """On the pretend device the CPU's kernel serves `history_swap`'s calls on CUDA, without that build of the
+    extension."""
+    if PRETEND:
+        monkeypatch.setattr(history_swap, "BUILD_INFO", {"cuda": True, "torch": torch.__version__})
+        monkeypatch.setattr(history_swap, "NOT_LOADED", None)
+
+
+def images(count: int, seed: int, dtype: type = np.uint8) -> np.ndarray:
+    values = np.random.default_rng(seed).integers(0, 65536, (count, 16, 20), dtype=np.uint16)
+    return {np.uint8: values >> 8, np.uint16: values, np.float32: values / 65535}[dtype].astype(dtype)
+
+
+def make(config: TrainConfig, device: torch.device, dtype: type = np.uint8, count: int = 12) -> tuple[SimGAN, Pools]:
+    pools = open_pools(images(count, 0, dtype), images(count - 3, 1, dtype), config, device, lambda _: None)
+    return SimGAN(config, pools.image_shape, device), pools
+
+
+def losses(metrics: dict[str, Tensor]) -> list[float]:
+    return [float(metrics["loss_refiner"]), float(metrics["loss_discriminator"])]
+
+
+def eager_losses(config: TrainConfig, count: int, dtype: type = np.uint8) -> list[list[float]]:
+    trainer, pools = make(config, CPU, dtype)
+    return [losses(trainer.iteration(pools.draw_synthetic, pools.draw_real)) for _ in range(count)]
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+
+
+def equal_runs(one: Path, other: Path) -> None:
+    """Same metrics and the same checkpoints, but for rounding."""
+    first, second = rows(one), rows(other)
+    assert [sorted(row) for row in first] == [sorted(row) for row in second]
+    for a, b in zip(first, second, strict=True):
+        assert a.pop("phase") == b.pop("phase")
+        np.testing.assert_allclose(list(a.values()), [b[key] for key in a], rtol=1e-3, atol=2e-6)
+    names = sorted(path.name for path in (one / "checkpoints").iterdir())
+    assert names == sorted(path.name for path in (other / "checkpoints").iterdir())
+    for name in names:
+        (tensors, facts), (others, other_facts) = (load_checkpoint(run / "checkpoints" / name) for run in (one, other))
+        assert tensors.keys() == others.keys()
+        assert facts["positions"] == other_facts["positions"] and facts["done"] == other_facts["done"]
+        assert facts["k_g"] == other_facts["k_g"] and facts["attempt"] == other_facts["attempt"]
+        for key, value in tensors.items():
+            if key.startswith(("refiner.", "discriminator.")):
+                torch.testing.assert_close(value, others[key], rtol=0, atol=5e-5)  # a twelfth of one of D's steps
+
+
+@pytest.mark.parametrize("k_g", [1, 2])
+def test_a_replayed_iteration_is_the_cpus(k_g):
+    config = dataclasses.replace(SMALL, k_g=k_g)
+    trainer, pools = make(config, CUDA)
+    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    found = [losses(graphs()) for _ in range(10)]
+    np.testing.assert_allclose(found, eager_losses(config, 10), **CLOSE)
+    assert len(graphs._graphs) == 1 and trainer.step == 10
+
+
+@pytest.mark.parametrize(
+    ("dtype", "where", "histogram"),
+    [
+        (np.uint8, "device", "equalise"),
+        (np.uint8, "host", "keep"),
+        (np.uint16, "device", "keep"),
+        (np.uint16, "host", "equalise"),
+        (np.float32, "device", "equalise"),
+        (np.float32, "host", "keep"),
+    ],
+)
+def test_every_stored_type_trains(dtype, where, histogram, tmp_path):
+    config = dataclasses.replace(SMALL, data=where, histogram=histogram, steps=5, picture_every=3, k_g=1)
+    pair = images(12, 0, dtype), images(9, 1, dtype)
+    for device in ("cpu", "cuda"):
+        fit(*pair, dataclasses.replace(config, device=device, out=tmp_path / device), say=lambda _: None)
+    equal_runs(tmp_path / "cpu", tmp_path / "cuda")
+
+
+def test_optimisers_have_their_state_before_their_first_step_and_checkpoints_show_none(tmp_path):
+    """Made inside a capture, it would be made anew by every replay."""
+    config = dataclasses.replace(SMALL, pretrain_discriminator=2)
+    trainer, pools = make(config, CUDA)
+    start = {name: value.clone() for name, value in trainer.state().items()}
+    assert not any("optimiser" in name for name in start)
+    done = dict(trainer.done)
+    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    where = trainer.addresses()
+    for _ in range(5):
+        graphs()
+    # back to before R's first step, as after a number that is not finite
+    trainer.load_state(start, done)
+    pools.restart({"synthetic": 0, "real": 0}, 0)
+    assert trainer.addresses() == where
+    found = [losses(graphs()) for _ in range(6)]
+    np.testing.assert_allclose(found, eager_losses(config, 6), **CLOSE)
+    steps = {float(state["step"]) for state in trainer.refiner_optimiser.state.values()}
+    assert steps == {6 * config.k_g}
+
+
+def test_a_number_that_is_not_finite_takes_the_run_back_though_the_next_step_is_under_way(tmp_path, monkeypatch):
+    """Iteration 5's loss is NaN, once; iteration 6 has been launched when that is read."""
+    read, go_back = Numbers.read, RunFolder.go_back
+    ends, under_way = {}, {}
+
+    def watched(self, *arguments):
+        under_way[self.trainer.device.type] = self.trainer.step
+        go_back(self, *arguments)
+
+    monkeypatch.setattr(RunFolder, "go_back", watched)
+    for device in ("cpu", "cuda"):
+        seen = 0
+
+        def poisoned(self):
+            nonlocal seen
+            numbers, counters = read(self)
+            seen += "loss_refiner" in numbers
+            return (numbers | {"loss_refiner": float("nan")} if seen == 5 else numbers), counters
+
+        said: list[str] = []
+        out = tmp_path / device
+        with monkeypatch.context() as patch:
+            patch.setattr(Numbers, "read", poisoned)
+            fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, device=device, out=out), say=said.append)
+        ends[device] = [line for line in said if "must be finite" in line]
+        assert len(ends[device]) == 1 and "in train step 5" in ends[device][0], said
+        assert "step-00000003, after iteration 3" in ends[device][0]
+    assert under_way == {"cpu": 5, "cuda": 6}
+    equal_runs(tmp_path / "cpu", tmp_path / "cuda")
+    assert [row["step"] for row in rows(tmp_path / "cuda") if row["phase"] == "train"] == list(range(1, 9))
+
+
+def test_k_g_grows_on_a_small_set_without_moving_what_graphs_read(tmp_path, monkeypatch):
+    """Its decision needs the newest accuracy: that one is waited for."""
+    monkeypatch.setattr(algorithm, "_WINDOW", 3)
+    monkeypatch.setattr(algorithm, "_BAND", (-1.0, -0.5))
+    config = dataclasses.replace(SMALL, k_g=1, k_g_max=4, steps=14)
+    for device in ("cpu", "cuda"):
+        fit(images(12, 0), images(9, 1), dataclasses.replace(config, device=device, out=tmp_path / device))
+    equal_runs(tmp_path / "cpu", tmp_path / "cuda")
+    assert [row["k_g"] for row in rows(tmp_path / "cuda") if row["phase"] == "train"] == [1] * 3 + [2] * 3 + [3] * 3 + [
+        4
+    ] * 5
+    trainer, pools = make(config, CUDA)
+    GraphedIterations(trainer, pools, pytest.fail)
+    where = pools.addresses()
+    trainer.k_g = 4
+    pools.reserve(trainer.images_drawn())
+    assert pools.addresses() == where
+
+
+def test_a_tensor_that_has_moved_is_captured_anew():
+    trainer, pools = make(SMALL, CUDA)
+    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    found = [losses(graphs()) for _ in range(5)]
+    first = graphs._graphs[2]
+    pools.synthetic.sampler.reserve(200)  # the ring grows
+    weight = trainer.refiner.last.weight
+    weight.data = weight.data.clone()
+    found += [losses(graphs()) for _ in range(5)]
+    assert graphs._graphs[2] is not first
+    np.testing.assert_allclose(found, eager_losses(SMALL, 10), **CLOSE)
+
+
+@pytest.mark.parametrize("why", ["synchronises", "compiler", "nothing"])
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_capture_that_fails_is_said_and_training_goes_on_as_if_it_had_not_been_tried(why, monkeypatch):
+    trainer, pools = make(SMALL, CUDA)
+    said: list[str] = []
+    graphs = GraphedIterations(trainer, pools, said.append)
+    updates, calls = trainer.update_discriminator, 0
+
+    def failing(*draws):
+        nonlocal calls
+        calls += 1
+        metrics = updates(*draws)
+        if calls == acceleration._ORDINARY + 1:  # in the capture
+            if why == "compiler":
+                raise ValueError("no such instruction\nmore about it")
+            float(metrics["loss_discriminator"])
+        return metrics
+
+    if why == "nothing":
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: None)
+    else:
+        trainer.update_discriminator = failing
+    found = [losses(graphs()) for _ in range(9)]
+    np.testing.assert_allclose(found, eager_losses(SMALL, 9), **CLOSE)
+    assert len(said) == 1 and said[0].startswith("warning: no CUDA graph, so each iteration's kernels are launched one")
+    reason = {"synchronises": "Error: CUDA error: operation ", "compiler": "ValueError: no such instruction)"}
+    assert reason.get(why, "what was captured does nothing") in said[0], said
+    assert pools.positions() == {"synthetic": 9 * 10, "real": 9 * 4}
+    assert trainer.step == 9 and all(p.requires_grad for p in trainer.discriminator.parameters())
+
+
+def test_the_reference_is_not_captured_and_that_is_said(tmp_path, monkeypatch):
+    trainer, pools = make(dataclasses.replace(SMALL, impl="reference"), CUDA)
+    assert why_no_graph(trainer, pools) == "the history's reference reads its state on the host"
+    monkeypatch.setattr(history_swap, "BUILD_INFO", {"cuda": False, "torch": "2.11.0"})
+    trainer, pools = make(SMALL, CUDA)
+    assert "built without CUDA, against torch 2.11.0" in why_no_graph(trainer, pools)
+    trainer, pools = make(dataclasses.replace(SMALL, impl="reference", history=0), CUDA)
+    assert why_no_graph(trainer, pools) == ""  # the losses' reference reads nothing
+    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    assert np.isfinite([losses(graphs()) for _ in range(5)]).all()
+    config = dataclasses.replace(SMALL, impl="reference", steps=5)
+    said: list[str] = []
+    for device in ("cpu", "cuda"):
+        fit(
+            images(12, 0), images(9, 1), dataclasses.replace(config, device=device, out=tmp_path / device),
+            say=said.append,
+        )  # fmt: skip
+    assert [line for line in said if "no CUDA graph" in line] == [
+        "no CUDA graph: the history's reference reads its state on the host"
+    ]
+    equal_runs(tmp_path / "cpu", tmp_path / "cuda")
+
+
+@pytest.mark.skipif("torch.cuda.device_count() < 2")
+def test_the_second_device_trains(tmp_path):
+    GraphedIterations(*make(SMALL, CUDA), pytest.fail)  # torch remembers a stream of the first device
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")
+    said: dict[str, int] = {}
+
+    def say(line: str) -> None:
+        said[line] = torch.cuda.current_device()
+
+    for device in ("cpu", "cuda:1"):
+        out = tmp_path / device.replace(":", "")
+        fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, device=device, out=out), say=say)
+    assert not [line for line in said if "graph" in line]
+    assert 1 in said.values()
+    assert torch.cuda.current_device() == 0
+    equal_runs(tmp_path / "cpu", tmp_path / "cuda1")
+    # and where the caller did not make it the current one, its graphs hold what they should
+    trainer, pools = make(SMALL, torch.device("cuda:1"))
+    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    with current(trainer.device):
+        np.testing.assert_allclose([losses(graphs()) for _ in range(6)], eager_losses(SMALL, 6), **CLOSE)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_resume_goes_on_from_the_same_state(graph, tmp_path):
+    config = dataclasses.replace(SMALL, steps=9, cuda_graph=graph, deterministic=True, picture_every=5)
+    pair = images(12, 0, np.uint16), images(9, 1, np.uint16)
+    fit(*pair, dataclasses.replace(config, out=tmp_path / "whole"), say=lambda _: None)
+    fit(*pair, dataclasses.replace(config, out=tmp_path / "part"), say=lambda _: None)
+    for number in (9, 6):
+        folder = tmp_path / f"part/checkpoints/step-{number:08d}"
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    said: list[str] = []
+    fit(*pair, dataclasses.replace(config, out=tmp_path / "part", resume=True), say=said.append)
+    assert not any("to the bit" in line for line in said)
+    equal_runs(tmp_path / "whole", tmp_path / "part")
+    if not (graph and PRETEND):  # which rounds otherwise in a capture than outside, where a resumed run begins
+        name = "checkpoints/step-00000009/SHA256SUMS"
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "part" / name).read_text()
+        assert rows(tmp_path / "whole") == rows(tmp_path / "part")
+
+
+def test_resume_without_the_flag_says_what_it_does_not_promise(tmp_path):
+    config = dataclasses.replace(SMALL, steps=2, out=tmp_path / "r")
+    fit(images(12, 0), images(9, 1), config, say=lambda _: None)
+    said: list[str] = []
+    fit(images(12, 0), images(9, 1), dataclasses.replace(config, resume=True), say=said.append)
+    assert any("on CUDA that needs --deterministic" in line for line in said)
+
+
+def test_deterministic_is_for_the_run_alone(tmp_path):
+    seen = []
+    say = lambda _: seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))  # noqa: E731
+    config = dataclasses.replace(SMALL, steps=1, deterministic=True, out=tmp_path / "r")
+    fit(images(12, 0), images(9, 1), config, say=say)
+    assert (True, False) in seen
+    seen.clear()
+    fit(images(12, 0), images(9, 1), dataclasses.replace(config, deterministic=False, out=tmp_path / "s"), say=say)
+    assert (False, True) in seen
+    assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+
+
+def test_many_batch_sizes_in_one_process_are_all_compiled():
+    """Dynamo stops at 8 variants of a network's code, which the third batch size passes."""
+    counters = torch._dynamo.utils.counters
+    said: list[str] = []
+    for batch in (2, 4, 6, 8, 10, 12):
+        trainer, pools = make(dataclasses.replace(SMALL, batch_size=batch, history=12), CUDA)
+        compile_networks(trainer, "on", said.append)
+        trainer.iteration(pools.draw_synthetic, pools.draw_real)
+    before = dict(counters["frames"])
+    assert before["ok"] == before["total"]
+    assert len(said) == 6 and not [line for line in said if "warning" in line]
+
+
+def test_what_dynamo_leaves_uncompiled_is_said(monkeypatch):
+    monkeypatch.setattr(acceleration, "VARIANTS", 1)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    torch._dynamo.reset()
+    said: list[str] = []
+    trainer, pools = make(SMALL, CUDA)
+    compile_networks(trainer, "on", said.append)
+    for _ in range(2):
+        trainer.iteration(pools.draw_synthetic, pools.draw_real)
+    assert any("torch.compile goes on uncompiled" in line and "recompile_limit (1)" in line for line in said), said
+    torch._dynamo.reset()
+
+
+def test_shares_of_a_profile_add_up(tmp_path):
+    config = dataclasses.replace(SMALL, steps=1, profile=3, out=tmp_path / "r")
+    fit(images(12, 0), images(9, 1), config, say=lambda _: None)
+    lines = (tmp_path / "r/profile.txt").read_text().splitlines()
+    assert "host ms" in lines[0] and "device ms" in lines[0]
+    shares = np.array([[float(cell) for cell in line[24:].replace("%", " ").split()] for line in lines[1:]])
+    assert (shares >= 0).all(), lines
+    assert abs(shares[:-1].sum(0) - shares[-1])[[1, 3]].max() <= len(lines) / 2  # rounded to whole per cents
+    np.testing.assert_allclose(shares[:-1, [0, 2]].sum(0), shares[-1, [0, 2]], atol=0.05)
+    assert (shares[:, 0] > 0).all(), lines  # of each part, those within others too
+
+
+@pytest.fixture
+def asked() -> Iterator[object]:
+    return pytest.importorskip("pretend_device")
+
+
+@pytest.mark.pretend
+def test_the_host_waits_only_for_the_iteration_before_and_launches_one_graph(asked):
+    """Counted: one wait an iteration, for the one before; two copies, of the schedule and of the numbers."""
+    trainer, pools = make(dataclasses.replace(SMALL, k_g=1), CUDA, count=200)
+    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    for _ in range(6):
+        Numbers(graphs(), trainer.ranks).read()
+    with asked.counted() as counts:
+        kept = Numbers(graphs(), trainer.ranks)
+        for _ in range(9):
+            following = Numbers(graphs(), trainer.ranks)
+            kept.read()
+            kept = following
+    assert counts["graphs"] == 10 and counts["syncs"] == 9 and counts["operators"] == 0, counts
+    assert counts["memcpys"] == 2 * 10 and counts["pageable"] == 0, counts
+
+
+@pytest.mark.pretend
+def test_a_new_epoch_is_sent_without_waiting(asked):
+    sampler = Sampler(100, 0, CUDA)
+    sampler.reserve(150)
+    sampler.position = 90
+    with asked.counted() as counts:
+        sampler.reserve(150)
+    assert counts["syncs"] == 0 and counts["pageable"] == 0 and counts["memcpys"] >= 1, counts
+    assert sampler.draw(150).tolist() == sampler.indices(90, 240)
+
+
+def test_numbers_of_a_step_are_those_before_the_next():
+    trainer, pools = make(SMALL, CUDA)
+    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    metrics = [graphs() for _ in range(4)][-1]
+    assert isinstance(metrics, OneTensor)
+    expected, counters = dict(zip(metrics, metrics.tensor.tolist(), strict=True)), trainer.history.counters().tolist()
+    numbers = Numbers(metrics, trainer.ranks, trainer.history.counters())
+    graphs()
+    found, kept = numbers.read()
+    assert found == expected and kept.tolist() == counters
+    assert kept.tolist() != trainer.history.counters().tolist()
