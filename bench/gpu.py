@@ -133,6 +133,11 @@ def steps_of(part: str) -> list[Step]:
         gpu = [Step("tests, GPU", (sys.executable, *PYTEST, "-s", "-m", "gpu", *marked), share / 3)] if marked else []
         return [*gpu, Step("tests, others", (sys.executable, *PYTEST, "-m", "not gpu", *files), 2 * share / 3)]
 
+    def on_cuda(name: str, share: float) -> Step:
+        """Tests of tests/cuda that are for real devices as well."""
+        command = (sys.executable, *PYTEST, *(() if limits.PRETEND else ("-m", "not pretend")))
+        return Step(f"tests/cuda, {name}", (*command, f"tests/cuda/test_{name}.py"), share)
+
     def benchmark(name: str, share: float, *flags: str) -> Step:
         options = ("--benchmark-columns=median,iqr", *flags, *(("-m", "not large") if small else ()))
         return Step(" ".join((name, *flags)), (sys.executable, *PYTEST, f"bench/bench_{name}.py", *options), share)
@@ -145,19 +150,23 @@ def steps_of(part: str) -> list[Step]:
     measured = Step("limits", (sys.executable, "-m", "bench.limits"), 0.5)
     of_part: dict[str, list[Step]] = {
         "ops": [
-            *tests(*losses, "history", share=3),
+            *tests(*losses, "history", "residual_block_race", share=3),
+            on_cuda("residual_block_race", 1),
             *(benchmark(name, 1) for name in losses),
+            benchmark("residual_block", 2),
             *(_sanitised(checker, losses) for checker in ("memcheck", "racecheck")),
         ],
         "kernels": [script("kernels", 3)],
         "train": [
             script("train_step", 1.5, "--rounds", "2" if small else "20"),
+            on_cuda("training", 1.5),
             *tests("acceleration", "algorithm", "training", share=2),
             script("two_gpus", 1, "train", left_out="a pretend device has no NCCL" if limits.PRETEND else two),
             script("train_step", 5, "--schedule"),
         ],
         "infer": [
             *(benchmark("infer", 2, "-k", size) for size in (("gaze",) if small else ("gaze", "hand"))),
+            on_cuda("inference", 1),
             *tests("runtime", "export", "runtime_tensorrt", share=2),
         ],
         "refine": [
