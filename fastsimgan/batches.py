@@ -24,6 +24,7 @@ MOST_PIXELS = 1 << 20  # on CUDA: 62 waves of tiles on 132 multiprocessors; twic
 PIXELS_PER_PROCESSOR = 1 << 13  # 64 tiles of 128 pixels, one after another
 BYTES_PER_MAP = 48  # of a pixel: what is alive in a block, once for graphs and once for what runs without
 SHARE_OF_MEMORY = 1 / 8  # of the GPU: others may be on it
+BLOCK = "auto"  # what "auto" takes depends on the device's kind alone
 COMPILE_FROM = 1e16
 """Operations in a run from which R is compiled for a GPU: a minute or two of them on an H100 (estimated; not measured),
 where compiling takes half a minute in every worker."""
@@ -31,11 +32,12 @@ where compiling takes half a minute in every worker."""
 
 @dataclass(frozen=True)
 class Choice:
-    """Images and pixels at a time, and whether R is compiled."""
+    """Images and pixels at a time, whether R is compiled, and the implementation of its residual blocks."""
 
     batch_size: int = BATCH_SIZE
     pixels: int = PIXELS_PER_BATCH
     compiled: bool = False
+    block: str = BLOCK
 
 
 @dataclass(frozen=True)
