@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fastsimgan.algorithm import Metrics, OneTensor, SimGAN
+from fastsimgan.cuda_graphs import Captured, capture, first_line
 from fastsimgan.errors import UnavailableError
 from fastsimgan.ops import residual_block
 from fastsimgan.ops._shared import INTERPRETED
@@ -77,7 +78,7 @@ def compile_networks(trainer: SimGAN, choice: str, say: Callable[[str], None]) -
     except Exception as error:  # Dynamo's, Inductor's, the C++ compiler's, Triton's: there is no common class
         for network in networks:
             network._compiled_call_impl = None  # what `Module.compile` sets
-        reason = _first_line(error)
+        reason = first_line(error)
         if choice == "on":
             raise UnavailableError(f"--compile on: torch.compile failed: {reason}") from error
         say(f"warning: torch.compile failed, so the networks run uncompiled ({reason})")
@@ -123,10 +124,6 @@ class _LimitHit(logging.Handler):
             self._say(f"warning: torch.compile goes on uncompiled: {' '.join(text.split())}")
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
 def why_no_graph(trainer: SimGAN, pools: Pools) -> str:
     """Why an iteration of ``trainer`` cannot be one CUDA graph; "" where it can."""
     if trainer.device.type != "cuda":
@@ -141,10 +138,9 @@ def why_no_graph(trainer: SimGAN, pools: Pools) -> str:
 
 @dataclass
 class _Graph:
-    """An iteration with one K_g: the graph, what it gives, what it draws, and where in memory it works."""
+    """An iteration with one K_g: the graph, which gives its metrics, what it draws, and where in memory it works."""
 
-    graph: torch.cuda.CUDAGraph
-    metrics: Metrics
+    captured: Captured[Metrics]
     drawn: dict[str, int]
     addresses: tuple[int, ...]
     proved: bool = False  # that a replay does something
@@ -188,13 +184,13 @@ class GraphedIterations:
         if graph is None or not self._replay(graph):
             return self()
         trainer.done["train"] += 1
-        return graph.metrics
+        return graph.captured.result
 
     def _replay(self, graph: _Graph) -> bool:
         """The updates of an iteration; False, and nothing has changed, if the graph holds none."""
         self._trainer.set_schedule()
         before = {} if graph.proved else self._pools.cursors()
-        graph.graph.replay()
+        graph.captured.replay()
         if not graph.proved and self._pools.cursors() == before:
             self._give_up("what was captured does nothing")
             return False
@@ -206,23 +202,23 @@ class GraphedIterations:
         """Record an iteration, running nothing of it; None if that fails."""
         pools = self._pools
         before = pools.positions()
-        graph, failure = torch.cuda.CUDAGraph(), None
+        reason = ""
+
+        def updates() -> Metrics:
+            return OneTensor(self._trainer.updates(pools.draw_synthetic, pools.draw_real))
+
         try:
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
-                try:
-                    metrics = OneTensor(self._trainer.updates(pools.draw_synthetic, pools.draw_real))
-                except Exception as error:  # what ends the capture then says less
-                    failure = error
-                    raise
-        except Exception as error:  # CUDA's, Triton's, autograd's: there is no common class
-            failure = failure or error
+            captured = capture(updates, self._trainer.device, warm_ups=0, pool=self._memory)
+        except UnavailableError as error:
+            reason = str(error)
+        except Exception as error:  # Triton's, autograd's: there is no common class
+            reason = first_line(error)
         drawn = {name: position - before[name] for name, position in pools.positions().items()}
         pools.drawn_by_a_graph({name: -images for name, images in drawn.items()})
-        if failure is not None:
-            _end_recording(self._trainer.device, self._memory)
-            self._give_up(_first_line(failure))
+        if reason:
+            self._give_up(reason)
             return None
-        self._graphs[self._trainer.k_g] = _Graph(graph, metrics, drawn, where)
+        self._graphs[self._trainer.k_g] = _Graph(captured, drawn, where)
         return self._graphs[self._trainer.k_g]
 
     def _give_up(self, reason: str) -> None:
@@ -231,16 +227,6 @@ class GraphedIterations:
             network.zero_grad(set_to_none=True)  # what a capture left there was never computed
         self._graphs.clear()
         self._ordinary = float("inf")
-
-
-def _end_recording(device: torch.device, memory: tuple[int, int]) -> None:
-    """Have the allocator leave a capture that failed, as torch does itself from some version between 2.11 and 2.14."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    try:
-        torch._C._cuda_endAllocateToPool(index, memory)
-    except (AttributeError, RuntimeError):  # it has left it
-        return
-    torch._C._cuda_releasePool(index, memory)
 
 
 @contextmanager
