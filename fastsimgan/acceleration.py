@@ -211,8 +211,6 @@ class GraphedIterations:
             captured = capture(updates, self._trainer.device, warm_ups=0, pool=self._memory)
         except UnavailableError as error:
             reason = str(error)
-        except Exception as error:  # Triton's, autograd's: there is no common class
-            reason = first_line(error)
         drawn = {name: position - before[name] for name, position in pools.positions().items()}
         pools.drawn_by_a_graph({name: -images for name, images in drawn.items()})
         if reason:
