@@ -223,8 +223,7 @@ def packed(count: int, device: str, precisions: list[str], compiled: list[str]) 
     folder = Path(tempfile.mkdtemp())
     try:
         torch.manual_seed(0)
-        small = getattr(limits, "SMALL", False)
-        network, size = (Refiner(1, width=20, blocks=1), (8, 9)) if small else (Refiner(1), (35, 55))
+        network, size = (Refiner(1, width=20, blocks=1), (8, 9)) if limits.SMALL else (Refiner(1), (35, 55))
         save_refiner(folder / "refiner.safetensors", network, histogram="keep", training=TrainConfig())
         rng = np.random.default_rng(0)
         rows = np.lib.format.open_memmap(folder / "in.npy", "w+", np.uint8, (count, *size))
@@ -254,9 +253,10 @@ def packed(count: int, device: str, precisions: list[str], compiled: list[str]) 
             ]
             print(lines[0])
             print_stages(report)
-            if keep := getattr(limits, "keep", None):
-                keep(f"refine {precision} compile {compiling}", lines, images=report.images, seconds=report.seconds,
-                     working=report.working, busy=report.busy, peak_bytes=report.peak_bytes)  # fmt: skip
+            limits.keep(
+                f"refine {precision} compile {compiling}", lines, images=report.images, seconds=report.seconds,
+                working=report.working, busy=report.busy, peak_bytes=report.peak_bytes,
+            )  # fmt: skip
             output.unlink()
             shutil.rmtree(folder / f"{output.name}.fastsimgan")
     finally:

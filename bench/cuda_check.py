@@ -85,7 +85,8 @@ class Check:
             ).returncode
         except subprocess.TimeoutExpired:
             code = 124
-        self.add(side, name, "passed" if code == 0 else f"FAILED: exit code {code}", begin)
+        why = f"more than {LIMIT} s" if code == 124 else f"exit code {code}"
+        self.add(side, name, "passed" if code == 0 else f"FAILED: {why}", begin)
         return code == 0
 
     def add(self, side: Side, name: str, result: str, begin: float) -> None:

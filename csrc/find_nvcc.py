@@ -1,7 +1,7 @@
 """Which nvcc builds the CUDA kernels, and why none does. Needs no torch.
 
-One that fits has the major version of torch's CUDA and compiles a small kernel here: a host compiler that is too new
-for it, or a toolkit without its headers, is found now and not in the middle of an install.
+One that fits has the major version of torch's CUDA and makes a program of a small kernel here: a host compiler that is
+too new for it, or a toolkit without its headers or its library, is found now and not in the middle of an install.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ PROBE = """
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 __global__ void probe(__half* x, __nv_bfloat16* y) { *x = *x, *y = *y; }
+int main() { probe<<<1, 1>>>(nullptr, nullptr); }
 """
 
 
@@ -87,8 +88,8 @@ def known_architectures(nvcc: str) -> list[int]:
 
 
 def compile_probe(nvcc: str, architecture: int) -> str | None:
-    """None where a small kernel compiles, else the first error."""
-    command = [nvcc, "-std=c++20", f"-arch=sm_{architecture}", "-c", "probe.cu", "-o", "probe.o"]
+    """None where a small program compiles and links (CMake does the same, and ends where it fails), else the error."""
+    command = [nvcc, "-std=c++20", f"-arch=sm_{architecture}", "probe.cu", "-o", "probe"]
     if host := os.environ.get("CUDAHOSTCXX"):  # CMake reads it too
         command += ["-ccbin", host]
     with tempfile.TemporaryDirectory() as folder:
@@ -100,5 +101,5 @@ def compile_probe(nvcc: str, architecture: int) -> str | None:
     if done.returncode == 0:
         return None
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
-    return errors[0][:200]
+    errors = [line for line in lines if re.search("error|cannot find", line)]
+    return (errors or lines or [f"exit code {done.returncode}"])[0][:200]

@@ -45,6 +45,7 @@ class Job:
     batch_size: int | None = None  # None: as the run began, or what `batches.choose` takes
     pixels: int | None = None  # in a batch; None likewise
     compiled: bool | None = None  # None likewise
+    block: str | None = None  # implementation of the op residual_block on CUDA; None likewise
     device: str = "auto"
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
     on_error: Literal["fail", "skip"] = "fail"
@@ -100,7 +101,7 @@ def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
     if workers > 1:  # a process of its own, which has no business on another device
         torch.cuda.set_device(chosen)
     # whoever does a block must write the same bytes, so nothing may depend on what was faster
-    return StreamedRefiner(load_it(compiled=bool(job.compiled), repeatable=True))
+    return StreamedRefiner(load_it(compiled=bool(job.compiled), repeatable=True, block=job.block or "auto"))
 
 
 def cores(workers: int) -> int:
@@ -167,7 +168,7 @@ def start(job: Job) -> tuple[Run, Input, Output]:
     asked, job = job, as_begun(job)
     source = check(job)
     to = output_kind(job, source)
-    if None in (job.batch_size, job.pixels, job.compiled):  # a new run
+    if None in (job.batch_size, job.pixels, job.compiled, job.block):  # a new run
         settled = _settle(job, source)
         source = source if settled.batch_size in (job.batch_size, batches.BATCH_SIZE) else check(settled)
         job = settled
@@ -184,6 +185,8 @@ def start(job: Job) -> tuple[Run, Input, Output]:
         settings["pixels in a batch"] = job.pixels
     if job.compiled:
         settings["compiled"] = True
+    if job.block != batches.BLOCK:
+        settings["residual block"] = job.block
     try:
         run = open_run(job.output, settings, source, is_file=to in SUFFIXES)
     except InputError:
@@ -212,6 +215,7 @@ def as_begun(job: Job) -> Job:
         "batch_size": record.get("batch size", batches.BATCH_SIZE),
         "pixels": record.get("pixels in a batch", batches.PIXELS_PER_BATCH),
         "compiled": record.get("compiled", False),
+        "block": record.get("residual block", batches.BLOCK),
     }
     return replace(job, **{name: value for name, value in known.items() if getattr(job, name) is None})
 
@@ -221,12 +225,13 @@ def _settle(job: Job, source: Input) -> Job:
     images = None
     if isinstance(source, ArraysInput) and not isinstance(source, UnpackedInput):
         images = len(source.arrays), *source.arrays.shape[1:]
-    choice = batches.choose(job.device, job.refiner, images)
+    choice = batches.choose(job.device, job.refiner, images, job.precision)
     return replace(
         job,
         batch_size=choice.batch_size if job.batch_size is None else job.batch_size,
         pixels=choice.pixels if job.pixels is None else job.pixels,
         compiled=choice.compiled if job.compiled is None else job.compiled,
+        block=choice.block if job.block is None else job.block,
     )
 
 

@@ -56,8 +56,17 @@ def exported(folder: Path, form: Form, histogram: str = "equalise", blocks: int 
 )
 def test_tensorrt_rtx_builds_our_files_with_no_gpu(tmp_path, form, sm, profile, shape) -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed ([rtx])")
-    engine, _ = tensorrt_backend.build_engine(exported(tmp_path, form, **shape), trt, profile, sm=sm)
+    configs = []
+
+    class Builder(trt.Builder):
+        def create_builder_config(self):
+            configs.append(super().create_builder_config())
+            return configs[-1]
+
+    watched = SimpleNamespace(**{**{name: getattr(trt, name) for name in dir(trt)}, "Builder": Builder})
+    engine, _ = tensorrt_backend.build_engine(exported(tmp_path, form, **shape), watched, profile, sm=sm)
     assert len(engine) > 10_000
+    assert configs[0].get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or no CUDA graph could be captured
 
 
 def test_what_tensorrt_rtx_refuses(tmp_path) -> None:

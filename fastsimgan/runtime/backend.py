@@ -88,6 +88,8 @@ class TorchBackend:
         repeatable: on CUDA, choose nothing by timing, so that a batch becomes the same bytes in every process, whatever
             came before it. Otherwise cuDNN measures its algorithms for each shape that is replayed, and the first time
             and the later ones may differ by rounding.
+        block: the implementation of `ops.residual_block`, as there. On CUDA in 16 bits the op gets float32 features and
+            16-bit weights under autocast: what goes through the skip connection is not rounded.
 
     Raises:
         InputError: a precision that the device lacks, or ``compiled`` on a CPU.
@@ -105,6 +107,7 @@ class TorchBackend:
         *,
         compiled: bool = False,
         repeatable: bool = False,
+        block: str = "auto",
     ) -> None:
         _check_precision(precision, device)
         if compiled and device.type != "cuda":
@@ -113,8 +116,10 @@ class TorchBackend:
             raise UnavailableError(f"compiled was asked for, and {missing}")
         self.name = f"torch {precision}{', compiled' if compiled else ''}"
         self._module = channels_last(module, device).eval()
-        for block in self._module.blocks if precision != "float32" and device.type == "cuda" else ():
-            block.to(DTYPES[precision])
+        if block != "auto":
+            self._module.impl = block
+        for layers in self._module.blocks if precision != "float32" and device.type == "cuda" else ():
+            layers.to(DTYPES[precision])
         if compiled:  # neighbouring threads write neighbouring maps: they read the first layer's taps side by side too
             first = self._module.first.weight
             first.data = first.data.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)

@@ -188,6 +188,7 @@ def load_refiner(
     precision: Precision = "float32",
     compiled: bool = False,
     repeatable: bool = False,
+    block: str = "auto",
     library: Literal["tensorrt", "tensorrt-rtx"] | None = None,
     trust_engine: bool = False,
 ) -> Refiner:
@@ -203,6 +204,7 @@ def load_refiner(
         compiled: on CUDA, run a run's refiner through `torch.compile`: for each size of batch that comes back (8 at
             most), which takes tens of seconds, or, where ``repeatable``, for those of `Refiner.warm_up` alone.
         repeatable: on CUDA, choose nothing by timing: the same batch becomes the same bytes in every process.
+        block: the implementation of `ops.residual_block` that a run's refiner takes.
         library: what built an engine; None is what the cache's record of it says, and TensorRT where there is none.
         trust_engine: run an engine that is not from the cache of `export --engine`, such as trtexec's.
 
@@ -226,7 +228,7 @@ def load_refiner(
         return Refiner(*load_engine(path, library, chosen, trusted=trust_engine), chosen)
     file = read_refiner(path)
     chosen = choose_device(device)
-    backend = TorchBackend(file.module, chosen, precision, compiled=compiled, repeatable=repeatable)
+    backend = TorchBackend(file.module, chosen, precision, compiled=compiled, repeatable=repeatable, block=block)
     return Refiner(backend, file.settings, file.sha256, chosen)
 
 

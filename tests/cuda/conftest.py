@@ -7,10 +7,12 @@ import os
 import pytest
 import torch
 
+PRETEND = os.environ.get("FASTSIMGAN_PRETEND_CUDA") == "1"
+
 
 @pytest.fixture(autouse=True)
 def _cuda(request: pytest.FixtureRequest) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device, and no pretend one (make cuda-check)")
-    if request.node.get_closest_marker("pretend") and os.environ.get("FASTSIMGAN_PRETEND_CUDA") != "1":
+    if request.node.get_closest_marker("pretend") and not PRETEND:
         pytest.skip("it asks the pretend device (python -m tests.pretend_cuda)")

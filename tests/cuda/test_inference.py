@@ -19,7 +19,7 @@ from fastsimgan.config import TrainConfig
 from fastsimgan.cuda_graphs import capture
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.models import refiner as network
-from fastsimgan.runtime import backend, load_refiner, save_refiner, tensorrt_backend
+from fastsimgan.runtime import backend, load_refiner, save_refiner
 from fastsimgan.runtime.backend import Replay, TorchBackend
 from fastsimgan.runtime.refiner import Refiner
 from fastsimgan.workers import Job, refine
@@ -32,6 +32,14 @@ two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs tw
 def asked():
     """Counts what is asked of the pretend device."""
     return pytest.importorskip("pretend_device", reason="it asks the pretend device").counted
+
+
+@pytest.fixture
+def tensorrt_backend():
+    pytest.importorskip("onnx")  # it reads what files say of themselves
+    from fastsimgan.runtime import tensorrt_backend
+
+    return tensorrt_backend
 
 
 def make(folder: Path, histogram: str = "keep", **shape: int) -> Path:
@@ -334,7 +342,7 @@ RTX = {
 }
 
 
-def test_every_captured_shape_has_a_context_of_its_own():
+def test_every_captured_shape_has_a_context_of_its_own(tensorrt_backend):
     engine = Engine()
     device = torch.device("cuda", 0)
     runner = tensorrt_backend.TensorRTBackend(engine, library(), device)
@@ -349,7 +357,7 @@ def test_every_captured_shape_has_a_context_of_its_own():
 
 
 @pytest.mark.parametrize("capturable", [True, False])
-def test_tensorrt_rtx_is_asked_whether_it_can_be_captured(capturable):
+def test_tensorrt_rtx_is_asked_whether_it_can_be_captured(capturable, tensorrt_backend):
     engine = Engine(RTXContext)
     engine.capturable = capturable
     device = torch.device("cuda", 0)
@@ -374,7 +382,7 @@ def test_tensorrt_rtx_is_asked_whether_it_can_be_captured(capturable):
 
 
 @two_devices
-def test_an_engine_is_read_and_run_on_its_device(tmp_path, monkeypatch):
+def test_an_engine_is_read_and_run_on_its_device(tmp_path, monkeypatch, tensorrt_backend):
     engine = Engine()
     read = []
 
@@ -509,6 +517,26 @@ def test_a_run_with_much_work_is_compiled_by_all_who_join_it(tmp_path, monkeypat
     # full batches through compiled code from the first one on, the others never: so bytes depend on nothing else
     assert {(count, compiled) for count, compiled, _ in seen} == {(16, True), (4, False)}
     assert off(np.load(tmp_path / "out.npy"), np.load(tmp_path / "eager.npy")) <= 1
+
+
+def test_the_residual_blocks_implementation_is_the_runs(tmp_path, monkeypatch, small):
+    """Whoever joins takes the one that the run began with, and the op gets float32 features and 16-bit weights."""
+    path = make(tmp_path)
+    np.save(tmp_path / "in.npy", noise(40, 8, 9))
+    job = Job(path, tmp_path / "in.npy", tmp_path / "out.npy", device="cuda", precision="float16", **small)
+    assert workers.start(replace(job, block="reference"))[0].identity["residual block"] == "reference"
+    seen = set()
+    block = network.residual_block
+
+    def look(features, weight1, bias1, weight2, bias2, impl):
+        seen.add((impl, features.dtype, weight1.dtype, torch.get_autocast_dtype("cuda")))
+        return block(features, weight1, bias1, weight2, bias2, impl)
+
+    monkeypatch.setattr(network, "residual_block", look)
+    refine(job)
+    assert seen == {("reference", torch.float32, torch.float16, torch.float16)}
+    with pytest.raises(InputError, match="its residual block is reference, here it is None"):
+        workers.start(replace(job, block="auto"))
 
 
 def test_files_are_not_compiled_for(tmp_path):
