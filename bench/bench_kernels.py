@@ -8,6 +8,7 @@ they cannot do without as a share of a copy. Gaze networks of the paper, batch 5
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 import warnings
@@ -117,8 +118,8 @@ def refining(device: torch.device) -> None:
             torch.randint(0, 256, (BATCH, 1, *SIZE), dtype=torch.uint8, device=device)
             for _ in range(limits.copies(2 * BATCH * SIZE[0] * SIZE[1], device))
         ]
-        for precision in ("float32", "float16"):
-            refiner = load_refiner(folder, device="cuda", precision=precision)  # type: ignore[arg-type]
+        for precision, compiled in itertools.product(("float32", "float16"), (False, True)):
+            refiner = load_refiner(folder, device="cuda", precision=precision, compiled=compiled)  # type: ignore[arg-type]
             turns = limits.Turns([partial(refiner, images, BATCH) for images in sets])
             for _ in range(4):
                 turns()

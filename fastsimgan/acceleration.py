@@ -1,4 +1,4 @@
-"""`torch.compile` of both networks, and an iteration of Algorithm 1 as one CUDA graph."""
+"""R's blocks by a race, `torch.compile` of both networks, and an iteration of Algorithm 1 as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from fastsimgan.algorithm import Metrics, OneTensor, SimGAN
+from fastsimgan.cuda_graphs import Captured, capture, first_line
 from fastsimgan.errors import UnavailableError
+from fastsimgan.ops import residual_block
+from fastsimgan.ops._shared import INTERPRETED
+from fastsimgan.ops.residual_block_race import race
 from fastsimgan.pools import Pools
-from fastsimgan.precision import autocast
+from fastsimgan.precision import DTYPES, autocast
 
 MODE = "default"
 """`torch.compile`'s. Not "reduce-overhead": the whole iteration is one CUDA graph of ours."""
@@ -22,7 +26,31 @@ VARIANTS = 64
 """Of one network that `torch.compile` may keep: each batch size, with and without gradients. Its own limit, 8, is
 passed by the third batch size in one process, and what is beyond it runs uncompiled."""
 
+IMPLS = ("reference", "triton")
+"""Of `residual_block`, that a race can name."""
+
 _ORDINARY = 3  # iterations before a graph is captured: cuDNN chooses and kernels are loaded in them
+
+
+def choose_blocks(trainer: SimGAN, say: Callable[[str], None]) -> None:
+    """On CUDA, have R's residual blocks take the implementation that is fastest there, by a race at training's sizes.
+
+    Not with --deterministic, since a race is decided by timing, nor with --impl reference. Of several ranks the first
+    one's answer holds for all.
+
+    Args:
+        trainer: its refiner's ``impl`` is changed.
+        say: told the times and the winner.
+    """
+    config, device = trainer.config, trainer.device
+    if device.type != "cuda" or config.impl != "auto" or config.deterministic or not config.blocks or INTERPRETED:
+        return
+    if residual_block.implementations()["triton"] is not None:
+        return
+    shape = trainer.batch // config.accumulate, config.width, *trainer.image_size
+    result = race(shape, DTYPES[trainer.precision], True, device, compiled=config.compile != "off")
+    trainer.refiner.impl = IMPLS[trainer.ranks.largest(IMPLS.index(result.impl) if trainer.ranks.first else 0)]
+    say(str(result))
 
 
 def compile_networks(trainer: SimGAN, choice: str, say: Callable[[str], None]) -> None:
@@ -50,7 +78,7 @@ def compile_networks(trainer: SimGAN, choice: str, say: Callable[[str], None]) -
     except Exception as error:  # Dynamo's, Inductor's, the C++ compiler's, Triton's: there is no common class
         for network in networks:
             network._compiled_call_impl = None  # what `Module.compile` sets
-        reason = _first_line(error)
+        reason = first_line(error)
         if choice == "on":
             raise UnavailableError(f"--compile on: torch.compile failed: {reason}") from error
         say(f"warning: torch.compile failed, so the networks run uncompiled ({reason})")
@@ -96,10 +124,6 @@ class _LimitHit(logging.Handler):
             self._say(f"warning: torch.compile goes on uncompiled: {' '.join(text.split())}")
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
 def why_no_graph(trainer: SimGAN, pools: Pools) -> str:
     """Why an iteration of ``trainer`` cannot be one CUDA graph; "" where it can."""
     if trainer.device.type != "cuda":
@@ -114,10 +138,9 @@ def why_no_graph(trainer: SimGAN, pools: Pools) -> str:
 
 @dataclass
 class _Graph:
-    """An iteration with one K_g: the graph, what it gives, what it draws, and where in memory it works."""
+    """An iteration with one K_g: the graph, which gives its metrics, what it draws, and where in memory it works."""
 
-    graph: torch.cuda.CUDAGraph
-    metrics: Metrics
+    captured: Captured[Metrics]
     drawn: dict[str, int]
     addresses: tuple[int, ...]
     proved: bool = False  # that a replay does something
@@ -161,13 +184,13 @@ class GraphedIterations:
         if graph is None or not self._replay(graph):
             return self()
         trainer.done["train"] += 1
-        return graph.metrics
+        return graph.captured.result
 
     def _replay(self, graph: _Graph) -> bool:
         """The updates of an iteration; False, and nothing has changed, if the graph holds none."""
         self._trainer.set_schedule()
         before = {} if graph.proved else self._pools.cursors()
-        graph.graph.replay()
+        graph.captured.replay()
         if not graph.proved and self._pools.cursors() == before:
             self._give_up("what was captured does nothing")
             return False
@@ -179,23 +202,21 @@ class GraphedIterations:
         """Record an iteration, running nothing of it; None if that fails."""
         pools = self._pools
         before = pools.positions()
-        graph, failure = torch.cuda.CUDAGraph(), None
+        reason = ""
+
+        def updates() -> Metrics:
+            return OneTensor(self._trainer.updates(pools.draw_synthetic, pools.draw_real))
+
         try:
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
-                try:
-                    metrics = OneTensor(self._trainer.updates(pools.draw_synthetic, pools.draw_real))
-                except Exception as error:  # what ends the capture then says less
-                    failure = error
-                    raise
-        except Exception as error:  # CUDA's, Triton's, autograd's: there is no common class
-            failure = failure or error
+            captured = capture(updates, self._trainer.device, warm_ups=0, pool=self._memory)
+        except UnavailableError as error:
+            reason = str(error)
         drawn = {name: position - before[name] for name, position in pools.positions().items()}
         pools.drawn_by_a_graph({name: -images for name, images in drawn.items()})
-        if failure is not None:
-            _end_recording(self._trainer.device, self._memory)
-            self._give_up(_first_line(failure))
+        if reason:
+            self._give_up(reason)
             return None
-        self._graphs[self._trainer.k_g] = _Graph(graph, metrics, drawn, where)
+        self._graphs[self._trainer.k_g] = _Graph(captured, drawn, where)
         return self._graphs[self._trainer.k_g]
 
     def _give_up(self, reason: str) -> None:
@@ -204,16 +225,6 @@ class GraphedIterations:
             network.zero_grad(set_to_none=True)  # what a capture left there was never computed
         self._graphs.clear()
         self._ordinary = float("inf")
-
-
-def _end_recording(device: torch.device, memory: tuple[int, int]) -> None:
-    """Have the allocator leave a capture that failed, as torch does itself from some version between 2.11 and 2.14."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    try:
-        torch._C._cuda_endAllocateToPool(index, memory)
-    except (AttributeError, RuntimeError):  # it has left it
-        return
-    torch._C._cuda_releasePool(index, memory)
 
 
 @contextmanager

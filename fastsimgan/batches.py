@@ -1,7 +1,7 @@
-"""How many images a run of refinement takes at a time, and whether R is compiled for them.
+"""How many images a run of refinement takes at a time, whether R is compiled for them, and what its blocks are run by.
 
-Decided when a run begins and kept in its ``run.json``: on a GPU both decide about rounding. Imports torch only where
-there is a CUDA driver.
+Decided when a run begins and kept in its ``run.json``: on a GPU all of it decides about rounding. Imports torch only
+where there is a CUDA driver.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from warnings import warn
+
+if TYPE_CHECKING:
+    import torch
 
 BATCH_SIZE = 64
 """Images at a time, at most, on a CPU."""
@@ -48,17 +52,19 @@ class Shape:
     weights: int = 0  # 0: unknown
 
 
-def choose(device: str, refiner: Path, images: tuple[int, int, int] | None) -> Choice:
+def choose(device: str, refiner: Path, images: tuple[int, int, int] | None, precision: str = "float32") -> Choice:
     """What a new run takes on this machine.
 
     On CUDA, as many pixels as keep every multiprocessor of the smallest device at work for `PIXELS_PER_PROCESSOR` of
     them, as a power of two from `PIXELS_PER_BATCH` to `MOST_PIXELS`, and no more than `SHARE_OF_MEMORY` holds; and R is
-    compiled where all images have one size and there is work of `COMPILE_FROM`.
+    compiled where all images have one size and there is work of `COMPILE_FROM`. In 16 bits there is a race then, whose
+    times are printed: the implementation of R's residual blocks that wins on the first device is taken on all of them.
 
     Args:
         device: as `choose_device` takes it.
         refiner: the refiner's file or its run's folder.
         images: count, height and width, where all are of one size and nothing is to be encoded; else None.
+        precision: what R computes in.
 
     Raises InputError and UnavailableError as `choose_device` does.
     """
@@ -82,7 +88,23 @@ def choose(device: str, refiner: Path, images: tuple[int, int, int] | None) -> C
     if importlib.util.find_spec("triton") is None:
         warn("R is not compiled, although there is work enough: triton is not installed", stacklevel=2)
         return Choice(BATCH_SIZE_CUDA, pixels)
-    return Choice(BATCH_SIZE_CUDA, pixels, compiled=True)
+    count, height, width = images
+    batch = min(count, fitting(BATCH_SIZE_CUDA, pixels, height, width))
+    block = _fastest_block((batch, shape.width, height, width), precision, chosen)
+    return Choice(BATCH_SIZE_CUDA, pixels, compiled=True, block=block)
+
+
+def _fastest_block(shape: tuple[int, int, int, int], precision: str, device: torch.device) -> str:
+    from fastsimgan.ops import residual_block
+    from fastsimgan.ops._shared import INTERPRETED
+    from fastsimgan.ops.residual_block_race import race
+    from fastsimgan.precision import DTYPES
+
+    if precision == "float32" or INTERPRETED or residual_block.implementations()["triton"] is not None:
+        return BLOCK
+    result = race(shape, DTYPES[precision], False, device)
+    print(result, file=sys.stderr)
+    return result.impl
 
 
 def useful_pixels(processors: int, memory: int, width: int) -> int:

@@ -26,7 +26,8 @@ class TrainConfig:
     """Defaults that other flags override: `gaze` (two folders on a small machine), `quick` (built-in eyes, minutes on
     two cores), `paper` (§3.1's schedule, batch 512: for a GPU), `hand` (§3.2). Without data: quick; with data: gaze."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in --out."""
+    """Go on from the newest whole checkpoint in --out: as if it had never stopped, to the bit; on CUDA so with
+    --deterministic only."""
     dry_run: bool = False
     """Read the data, build everything, run one iteration, write nothing."""
 

@@ -66,17 +66,17 @@ def capture(
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph(keep_graph=True)  # so that its nodes can be counted
         pool = torch.cuda.graph_pool_handle() if pool is None else pool
-        reason: RuntimeError | None = None  # the end of a failed capture raises another error on top of it
+        reason: Exception | None = None  # the end of a failed capture raises another error on top of it
         try:
             # In "thread_local" mode another thread (a loader that pins memory, NCCL's watchdog) cannot spoil a capture.
             # The outer context puts the stream back: `torch.cuda.graph` leaves its own set if the capture fails.
             with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream, "thread_local"):
                 try:
                     result = call()
-                except RuntimeError as error:
+                except Exception as error:  # CUDA's, Triton's, autograd's: there is no common class
                     reason = error
                     raise
-        except RuntimeError as error:
+        except Exception as error:
             _abandon(pool)
             raise UnavailableError(f"it cannot be captured as a CUDA graph: {first_line(reason or error)}") from error
         nodes = count_nodes(graph)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastsimgan.acceleration import GraphedIterations, compile_networks, why_no_graph
+from fastsimgan.acceleration import GraphedIterations, choose_blocks, compile_networks, why_no_graph
 from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.ragged import Images, RaggedImages, pack
@@ -108,6 +108,7 @@ def _fit(
         with stop.ending_within((lambda: "before the first step; --resume goes on") if alone else None):
             if config.profile:
                 say(profile_iterations(trainer, pools, config.profile, run.folder))
+            choose_blocks(trainer, say)
             compile_networks(trainer, config.compile, say)
         graphs = _graphs(config, trainer, pools, say)
         reports = Reports(run, trainer, pools, say)
@@ -129,17 +130,16 @@ def _fit(
                 else:
                     metrics = trainer.advance(pools.draw_synthetic, pools.draw_real)
 
-                # Report: this step; on CUDA the one before, while this one is computed, unless this one's state is
-                # wanted as it now is. After a number that is not finite training goes on from a checkpoint.
+                # Report: this step; on CUDA the one before, while this one is computed, unless R is to be looked at as
+                # this one left it. After a number that is not finite training goes on from a checkpoint.
                 reports.add(phase, step, metrics, before, looks)
-                due = step % config.checkpoint_every == 0 or trainer.phase != phase
-                if not reports.settle(everything=looks or due):
+                if not reports.settle(everything=looks):
                     continue
             seconds[phase] = time.monotonic() - began
 
             # Save.
             stopped_by = ranks.largest(stop.signal)
-            due = due or run.drifted
+            due = step % config.checkpoint_every == 0 or trainer.phase != phase or run.drifted
             if due or stopped_by:
                 if not reports.settle():
                     continue

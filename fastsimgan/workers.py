@@ -225,7 +225,7 @@ def _settle(job: Job, source: Input) -> Job:
     images = None
     if isinstance(source, ArraysInput) and not isinstance(source, UnpackedInput):
         images = len(source.arrays), *source.arrays.shape[1:]
-    choice = batches.choose(job.device, job.refiner, images)
+    choice = batches.choose(job.device, job.refiner, images, job.precision)
     return replace(
         job,
         batch_size=choice.batch_size if job.batch_size is None else job.batch_size,

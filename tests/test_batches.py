@@ -14,6 +14,8 @@ from fastsimgan import batches
 from fastsimgan.batches import Choice, choose, fitting, read_shape, useful_pixels
 from fastsimgan.config import TrainConfig
 from fastsimgan.models.refiner import Refiner
+from fastsimgan.ops import _shared, residual_block, residual_block_race
+from fastsimgan.ops.residual_block_race import RaceResult
 from fastsimgan.runtime import save_refiner
 from fastsimgan.workers import Job, refine, start
 
@@ -82,6 +84,29 @@ def test_compiling_is_for_much_work_alone(
     monkeypatch.setattr(batches.importlib.util, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="R is not compiled, although there is work enough: triton is not installed"):
         assert not choose("cuda:0", refiner, (enough, 35, 55)).compiled
+
+
+def test_with_much_work_in_16_bits_a_race_names_the_residual_blocks(
+    refiner: Path, gpu: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raced = []
+
+    def race(shape, dtype, backward, device):
+        raced.append((shape, dtype, backward, device))
+        return RaceResult("the race", "triton", {"triton": 1.0, "reference": 2.0})
+
+    monkeypatch.setattr(residual_block_race, "race", race)
+    monkeypatch.setattr(_shared, "INTERPRETED", False)
+    monkeypatch.setattr(residual_block, "implementations", lambda: {"triton": None})
+    enough = 10**8
+    assert choose("cuda:0", refiner, (enough, 35, 55), "float16").block == "triton"
+    assert raced == [((544, 64, 35, 55), torch.float16, False, torch.device("cuda:0"))]
+    assert "the race: triton won (triton 1 ms; reference 2 ms)" in capsys.readouterr().err
+    for precision, images in [("float32", (enough, 35, 55)), ("float16", (100, 35, 55)), ("float16", None)]:
+        assert choose("cuda:0", refiner, images, precision).block == batches.BLOCK
+    monkeypatch.setattr(residual_block, "implementations", lambda: {"triton": "triton is not installed"})
+    assert choose("cuda:0", refiner, (enough, 35, 55), "float16").block == batches.BLOCK
+    assert len(raced) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"weights", b"\xff" * 16, b"\x02\0\0\0\0\0\0\0{}"])

@@ -238,7 +238,7 @@ def test_another_inputs_output_is_refused_by_the_inputs_names(state: str, model:
 @pytest.mark.parametrize("change", ["model", "batch_size", "link", "names"])
 def test_another_runs_output_is_refused(state: str, change: str, model: Path, tmp_path: Path) -> None:
     source = make_folder(tmp_path / "in", 10)
-    job = Job(model, source, tmp_path / "out")
+    job = Job(model, source, tmp_path / "out", batch_size=64)  # a GPU has another default
     if state == "complete":
         refine(job, loader=load_invert)
     else:

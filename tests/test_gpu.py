@@ -49,6 +49,16 @@ def test_an_unknown_part_is_answered_with_the_list(capsys):
     assert all(f"  {part} " in said for part in gpu.PARTS)
 
 
+def test_the_json_is_there_after_every_step(results):
+    """Whatever may end the session itself, SIGKILL too."""
+    look = (
+        f"import glob, json; (file,) = glob.glob({str(results)!r} + '/*.json'); print(*json.load(open(file))['steps'])"
+    )
+    steps = [Step("first", python(""), 1), Step("second", python("import sys; sys.exit(1)"), 1)]
+    gpu.run_part("ops", results, steps=[*steps, Step("third", python(look), 1)])
+    assert read(results)["steps"]["third"]["last_line"] == "first second"
+
+
 @pytest.mark.parametrize("part", gpu.PARTS)
 def test_every_part_names_files_that_are_there(part):
     steps = gpu.steps_of(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastsimgan import ranks
 from fastsimgan.algorithm import SimGAN
 from fastsimgan.checkpoint import list_checkpoints, load_checkpoint
 from fastsimgan.config import TrainConfig
-from fastsimgan.errors import InputError
+from fastsimgan.errors import InputError, TrainingError
 from fastsimgan.history import HistoryBuffer
 from fastsimgan.pools import open_pools
-from fastsimgan.ranks import TIMEOUT, Ranks
+from fastsimgan.ranks import TIMEOUT, Ranks, join_ranks
 from fastsimgan.training import _check_shares
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +149,56 @@ def test_sigterm_stops_all_after_the_same_step_and_the_job_resumes_exactly(two, 
 def test_each_rank_has_its_own_history_and_all_the_rest_in_common():
     assert Ranks(0, 2).seed(5) == 5 != Ranks(1, 2).seed(5) != Ranks(2, 3).seed(5)
     assert Ranks(1, 2).seed(5) == Ranks(1, 4).seed(5)
+
+
+class Never:
+    """A device's event behind gradients that do not come."""
+
+    asked = 0
+
+    def query(self) -> bool:
+        self.asked += 1
+        assert self.asked < 10_000, "it is waited for without end"
+        return False
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_gradients_that_do_not_come_are_told_by_our_message():
+    Ranks(0, 1, patience=0.01).wait(Never())  # alone: the device's own matter
+    with pytest.raises(
+        TrainingError, match=r"rank 1 of 2 lost another rank \(none of its gradients in 0.01 s\).*--resume"
+    ):
+        Ranks(1, 2, patience=0.01).wait(Never())
+
+
+def test_on_cuda_gradients_go_through_nccl_by_device_and_agreement_through_gloo(monkeypatch):
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(ranks, "_control_group", ranks._control_group.__wrapped__)
+    for name in ("init_process_group", "new_group", "all_reduce", "destroy_process_group"):
+        monkeypatch.setattr(
+            ranks.dist, name, lambda *args, name=name, **kwargs: (calls.append((name, args, kwargs)), "control")[1]
+        )
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: bool(calls))
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
+    monkeypatch.setattr(ranks.atexit, "register", lambda function: calls.append(("at exit", function)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    joined, device = join_ranks("cuda")
+    (_, chosen), (_, backends, options), (_, leave), (_, _, control) = calls
+    assert device == chosen == "cuda:1" and backends == ("nccl",) and control["backend"] == "gloo"
+    assert options["device_id"] == torch.device("cuda:1")
+    # a rank that still compiles is not gone, and NCCL's watchdog is later than our message
+    assert options["timeout"] > control["timeout"] > timedelta(seconds=TIMEOUT)
+    joined.largest(3)
+    name, (shared, _), where = calls[-1]
+    assert name == "all_reduce" and not shared.is_cuda and where == {"group": "control"}
+    leave()
+    assert calls[-1][0] == "destroy_process_group"
+    assert copy.deepcopy(joined) is joined  # as a profile's copy of a trainer needs
 
 
 def test_shares_must_be_even():

@@ -308,9 +308,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = pytest.mark.parametrize("products", [torch.float16, torch.bfloat16], ids=str)
 FEATURES = pytest.mark.parametrize("features", ["float32", "16 bits"])
 
-# the paper's eye; one image of one row, one pixel; widths that are no power of two, tiles that are cut, two depths
-TRITON_SHAPES = [(1, 32, 35, 55), (1, 64, 11, 13), (3, 32, 9, 7), (1, 16, 1, 33), (2, 16, 1, 1), (1, 48, 5, 3)]
-TRITON_SHAPES += [(1, 128, 7, 9), (1, 144, 3, 5)]
+# the paper's eye, narrow; its width; one row, one pixel; no power of two; several steps a tap, two tiles of maps
+TRITON_SHAPES = [(1, 16, 35, 55), (1, 64, 11, 13), (3, 32, 9, 7), (1, 16, 1, 33), (2, 16, 1, 1), (1, 48, 5, 3)]
+TRITON_SHAPES += [(1, 128, 7, 9), (1, 160, 2, 3)]
 
 
 def slack(products: torch.dtype) -> float:
@@ -390,6 +390,65 @@ def test_triton_sums_in_float32_and_rounds_only_operands(maps, features, product
             torch.testing.assert_close(one.double(), true, rtol=torch.finfo(products).eps, atol=0)
         else:
             assert torch.equal(one.double(), true), name
+
+
+@needs_triton
+@HALVES
+def test_triton_rounds_nothing_that_goes_through_the_skip_connection(products) -> None:
+    """A refiner that began at the identity carries the image as small differences of large features."""
+    features, *layers = (torch.zeros_like(tensor) for tensor in arguments((1, 16, 9, 9)))
+    features.normal_(generator=torch.Generator().manual_seed(0))
+    grad = torch.randn(features.shape, generator=torch.Generator().manual_seed(9))
+    out, through, *_ = run_half([features, *layers], "triton", products, "float32", grad)
+    assert torch.equal(out.cpu(), features.relu())
+    assert torch.equal(through.cpu(), torch.where(features > 0, grad, 0.0))
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE != "cpu", reason="it watches the interpreter")
+@pytest.mark.parametrize("shape", [(1, 16, 5, 7), (2, 48, 9, 9), (1, 160, 3, 3)])
+def test_triton_touches_nothing_outside_its_tensors(monkeypatch, shape) -> None:
+    """Values that are read there and dropped again would show in no result, and end a GPU's process."""
+    from triton.runtime import interpreter
+
+    from fastsimgan.kernels import residual_block as kernels
+
+    bounds: list[tuple[int, int]] = []
+    seen = []
+
+    class Watched:
+        def __init__(self, kernel) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
+                bounds[:] = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+                self.kernel[grid](*args, **kwargs)
+
+            return launch
+
+    def check(pointers, mask) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        touched = pointers.data[mask.data].astype("int64").reshape(-1)
+        inside = sum(((touched >= low) & (touched + size <= high)).astype("int64") for low, high in bounds)
+        assert inside.all(), f"{(inside == 0).sum()} addresses outside of all tensors"
+        seen.append(touched.size)
+
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+    monkeypatch.setattr(
+        builder, "create_masked_load", lambda self, p, mask, *r: check(p, mask) or load(self, p, mask, *r)
+    )
+    monkeypatch.setattr(
+        builder,
+        "create_masked_store",
+        lambda self, p, value, mask, *r: check(p, mask) or store(self, p, value, mask, *r),
+    )
+    for name in ("convolution_kernel", "gate_kernel"):
+        monkeypatch.setattr(kernels, name, Watched(getattr(kernels, name)))
+    run_half(arguments(shape), "triton", torch.float16, "float32", torch.ones(shape))
+    assert len(seen) > 50  # or the interpreter is no longer watched
 
 
 @needs_triton

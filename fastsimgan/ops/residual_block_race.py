@@ -20,6 +20,8 @@ from fastsimgan.errors import InputError
 from fastsimgan.ops import residual_block as op
 
 ROUNDS = 5
+MILLISECONDS = 5.0
+"""How long a round of one side takes at least, about: a call is replayed as often as that needs."""
 _RESULTS = ("the result", *(f"the gradient of {name}" for name in ("features", "weight1", "bias1", "weight2", "bias2")))
 _CLOSE, _FAR = 4, 32  # tolerances, in units of the products' precision
 
@@ -222,8 +224,8 @@ def _one_line(error: Exception) -> str:
 class _GraphedStopwatch:
     """Times replays of a CUDA graph between events: no Python, no launch gaps; as engines run it."""
 
-    def __init__(self, device: torch.device, least: float = 5.0) -> None:
-        self._device, self._least = device, least  # milliseconds that a measurement lasts at least, about
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()  # one for all sides: no result is read again
 
@@ -239,7 +241,7 @@ class _GraphedStopwatch:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 call()
-            replays = max(1, round(self._least / max(self._time(graph, 2), 1e-3)))
+            replays = max(1, round(MILLISECONDS / max(self._time(graph, 2), 1e-3)))
         return lambda: self._time(graph, replays)
 
     def _time(self, graph: torch.cuda.CUDAGraph, replays: int) -> float:
