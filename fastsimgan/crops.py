@@ -79,7 +79,7 @@ def choose_crop(sets: Mapping[str, Images], config: TrainConfig, device: torch.d
                 )
         whole = one and config.crop == (height, width)
         return Crop(config.crop, whole, "" if whole else f"{_text(config.crop)} at random places (--crop)")
-    if one and height * width <= SMALL:
+    if one and (height * width <= SMALL or config.resume):  # a run that chose crops says so, see `RunFolder`
         return Crop((height, width), True, "")
     if min(height, width) < least:
         name = next(name for name, found in sizes.items() if int(found.min()) < least)
@@ -96,7 +96,7 @@ def choose_crop(sets: Mapping[str, Images], config: TrainConfig, device: torch.d
     high = _rounded(min(height, max(least, int(pixels**0.5), pixels // width)), height, least)
     wide = _rounded(min(width, max(least, pixels // high)), width, least)
     if one and (high, wide) == (height, width):
-        return Crop((height, width), True, "")
+        return Crop((height, width), True, f"images whole, {_text((high, wide))}: they fit {limits} (--crop H W)")
     among = ", ".join(f"{name} {sizes_text(found)}" for name, found in sizes.items())
     reason = f"{_text((high, wide))} at random places of images ({among}): the largest that fits every image and "
     return Crop((high, wide), False, reason + f"{limits} (--crop H W)")

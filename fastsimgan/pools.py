@@ -181,10 +181,10 @@ class Pools:
     """Synthetic and real images as the networks want them: ``[n, C, H, W]`` in [-1, 1] on the device.
 
     Made by `open_pools`. Attributes: ``image_shape`` (C, H, W); ``crop``, that (H, W), of the images or of the random
-    crops of them; ``arrays``, both sets in one size: as given, or the middle of each image; ``histogram``, "keep" or
-    "equalise", what R is to do with images; ``drawn_histogram``, what is still to be done with those of ``arrays`` and
-    those drawn (crops come from images that were equalised whole); ``resident``, whether drawing needs nothing from
-    the host; ``hashes``, sha256 of each set.
+    crops of them; ``crop_chosen``, whether it was chosen by the memory there is; ``arrays``, both sets in one size: as
+    given, or the middle of each image; ``histogram``, "keep" or "equalise", what R is to do with images;
+    ``drawn_histogram``, what is still to be done with those of ``arrays`` and those drawn (crops come from images that
+    were equalised whole); ``resident``, whether drawing needs nothing from the host; ``hashes``, sha256 of each set.
     """
 
     synthetic: Pool
@@ -195,6 +195,7 @@ class Pools:
     device: torch.device
     hashes: dict[str, str]
     crop: Size
+    crop_chosen: bool
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -330,7 +331,7 @@ def open_pools(
         batches = min(4096 // config.batch_size, _AHEAD // (_image_bytes(images, crop.size) * config.batch_size))
         ahead = max(1, batches) * config.batch_size
         pools.append(HostImages(RaggedImages.of(images) if size else _whole(images), sampler, device, ahead, size))
-    return Pools(pools[0], pools[1], arrays, histogram, drawn_histogram, device, hashes, crop.size)
+    return Pools(pools[0], pools[1], arrays, histogram, drawn_histogram, device, hashes, crop.size, bool(crop.reason))
 
 
 def _whole(images: Images) -> NDArray[Any]:

@@ -36,7 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     command = functools.partial(train, width_given=any(each.split("=")[0] == "--width" for each in arguments))
     return cli.run(
-        command, TrainConfig, prog="python -m fastsimgan.train", description=DESCRIPTION, argv=arguments, default=default
+        command,
+        TrainConfig,
+        prog="python -m fastsimgan.train",
+        description=DESCRIPTION,
+        argv=arguments,
+        default=default,
     )
 
 

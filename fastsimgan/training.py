@@ -50,8 +50,8 @@ def fit(
     with the same arguments.
 
     Args:
-        synthetic, real: ``[N, H, W]`` or ``[N, H, W, C]``, or a list of ``[H, W]`` or ``[H, W, C]`` of any sizes; uint8,
-            uint16, or float32 in [0, 1]; same channels.
+        synthetic, real: ``[N, H, W]`` or ``[N, H, W, C]``, or a list of ``[H, W]`` or ``[H, W, C]`` of any sizes;
+            uint8, uint16, or float32 in [0, 1]; same channels.
         config: settings; the defaults if None.
         say: called with each line meant for a person.
 
@@ -86,7 +86,8 @@ def _fit(
     if config.resume and config.crop is None:
         config = dataclasses.replace(config, crop=saved_crop(config.out))
     pools = open_pools(synthetic, real, config, device, say, rank=ranks.rank, ranks=ranks.count)
-    config = dataclasses.replace(config, crop=pools.crop)  # a resumed run takes what was chosen
+    if pools.crop_chosen:
+        config = dataclasses.replace(config, crop=pools.crop)  # a resumed run takes it from there
     precision, reason = choose_precision(config.precision, device)
     if config.precision != "auto" or precision != "float32":
         say(f"precision: {precision} ({reason})")

@@ -143,8 +143,8 @@ class FolderImages:
     def load_set(self) -> Images:
         """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, in the order of ``images`` (see `room_for`).
 
-        With ``reading.any_size``, and if there are several sizes, they come as `RaggedImages`. With ``reading.on_error``
-        "skip", images that cannot be read are left out, see ``left_out``.
+        With ``reading.any_size`` several sizes come as `RaggedImages`. With ``reading.on_error`` "skip", images that
+        cannot be read are left out, see ``left_out``.
 
         Raises InputError naming the files if images are bad or damaged, or the first two that differ in size or kind.
         """

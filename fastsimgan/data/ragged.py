@@ -183,6 +183,7 @@ class Packer:
         """One more ``[H, W]`` or ``[H, W, C]``, of the first one's type and channels. Raises InputError: disk full."""
         self._sizes.append((image.shape[0], image.shape[1]))
         self._parts.append(image)
+        self._last = image  # says what kind they are
         self._held += image.nbytes
         if self._held > self._most or self._file is not None:
             self._spill()
@@ -198,12 +199,11 @@ class Packer:
                 f"{printable(self._path)}: images must fit a quarter of the memory or the disk of "
                 f"{printable(tempfile.gettempdir())} (TMPDIR): {error.strerror}"
             ) from error
-        del self._parts[:-1]  # the last one says what kind they are
-        self._held = 0
+        self._parts, self._held = [], 0
 
     def finish(self) -> Images:
         """The set: an array where all have one size."""
-        last = self._parts[-1]
+        last = self._last
         channels = last.shape[2] if last.ndim == 3 else 1
         if self._file is not None:
             length = os.fstat(self._file.fileno()).st_size // last.itemsize
@@ -211,7 +211,7 @@ class Packer:
             self._file.close()
         else:
             flat = np.concatenate([np.ascontiguousarray(part).reshape(-1) for part in self._parts])
-        self._parts = []
+        self._parts.clear()
         if len(set(self._sizes)) == 1:
             return flat.reshape(len(self._sizes), *last.shape)
         return RaggedImages(flat, np.array(self._sizes, np.int64), channels)

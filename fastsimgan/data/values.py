@@ -116,7 +116,7 @@ def as_images(images: Any, name: str = "images") -> np.ndarray:
         array = array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
     else:
         try:
-            array = np.asarray(images)
+            array = images if isinstance(images, np.ndarray) else np.asarray(images)  # a mapped file stays one
         except ValueError as error:
             raise InputError(f"{name} must be arrays of one size and kind: {error}") from None
     if array.dtype.hasobject or array.dtype.kind not in "uf" or array.ndim not in (3, 4):
