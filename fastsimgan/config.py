@@ -116,6 +116,25 @@ class TrainConfig:
     """Iterations between checkpoints."""
     keep: int = 2
     """Checkpoints kept, the newest."""
+    images: str | None = None
+    """Glob of the files that are images ('rgb/*.png'), where masks or the like lie beside them; '*': all that have an
+    image's suffix. In --real it counts only if some name matches."""
+    real_images: str | None = None
+    """The same for --real alone."""
+    key: str | None = None
+    """Name of the array, dataset or group that holds the images, where it is not `images` and there are others."""
+    colour: Literal["auto", "grey", "rgb"] = "auto"
+    """Make both sides grey or RGB. auto: the real images are made what the synthetic ones are."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """At images that cannot be read: stop, or leave them out and say so, if they are at most 1 % of a side."""
+    follow_links: bool = False
+    """Follow links in a folder wherever they lead; without it, only those that stay in the same folder."""
+
+    def __post_init__(self) -> None:
+        """A path may be given as text."""
+        for name in ("synthetic", "real", "out"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
 
     def validate(self) -> None:
         """Raise InputError on the first setting that breaks its rule."""

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastsimgan import cli
 from fastsimgan.config import PRESETS, TrainConfig, preset
@@ -36,27 +37,98 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: TrainConfig) -> None:
     """The command itself, on parsed settings."""
+    from fastsimgan.data.source import refuse_inside
+
     config.validate()
+    refuse_inside(config.out, "--out", config.synthetic, config.real)
     if config.resume:
         _check_unchanged(config)
     elif config.out.exists() and not config.dry_run:
         raise InputError(f"{config.out}: --out must not exist yet, or --resume goes on with it")
 
     from fastsimgan.data.builtin import builtin_pair
-    from fastsimgan.data.source import open_images
 
     if config.synthetic is None or config.real is None:
         synthetic, real = (part["images"] for part in builtin_pair(config.seed))
         print(f"built-in eyes: {len(synthetic)} synthetic, {len(real)} of the stand-in for real ones (simulated too)")
     else:
-        sources = open_images(config.synthetic), open_images(config.real)
-        for name, source in zip(("synthetic", "real"), sources, strict=True):
-            print(f"{name}: {source.describe()}")
-        synthetic, real = (source.load() for source in sources)
+        synthetic, real = _both_sides(config, config.synthetic, config.real)
 
     from fastsimgan.training import fit
 
     fit(synthetic, real, config)
+
+
+def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, Any]:
+    """Both sets of images, after saying what was found.
+
+    Synthetic images are read as stored: labels belong to them. Real ones carry none, so they are turned upright and
+    made grey or RGB, as the synthetic ones are.
+    """
+    from fastsimgan.data.reading import Reading, grey_in_colour, in_the_colour
+    from fastsimgan.data.source import open_images
+    from fastsimgan.data.values import mismatch, value_range
+
+    reading = Reading(
+        images=config.images,
+        key=config.key,
+        links="all" if config.follow_links else "inside",
+        on_error=config.on_error,
+        colour="as stored" if config.colour == "auto" else config.colour,
+    )
+    ours = open_images(synthetic, reading)
+    print(f"synthetic: {ours.describe()}")
+    theirs = _open_real(
+        real, dataclasses.replace(reading, upright=True, images=config.real_images or config.images), config
+    )
+    print(f"real: {theirs.describe()}")
+    colour = config.colour
+    images = in_the_colour(ours.load(), colour)
+    _say_left_out("synthetic", ours, len(images), config)
+    if colour == "auto":
+        colour = "rgb" if images.ndim == 4 and images.shape[3] == 3 else "grey" if images.ndim == 3 else "auto"
+    if hasattr(theirs, "reading"):
+        theirs.reading = dataclasses.replace(theirs.reading, colour="as stored" if colour == "auto" else colour)
+    stored = theirs.load()
+    photos = in_the_colour(stored, colour)
+    _say_left_out("real", theirs, len(photos), config)
+    if converted := getattr(theirs, "converted", 0) or (len(photos) if photos is not stored else 0):
+        of = "--colour says" if config.colour != "auto" else "the synthetic ones are"
+        print(f"real: {converted} of {len(photos)} images made {'RGB' if colour == 'rgb' else 'grey'}, as {of}")
+    if grey_in_colour(images):
+        print("synthetic: RGB with R = G = B in all that were looked at; --colour grey trains on one channel")
+    ranges = value_range(images), value_range(photos)
+    for name, found in zip(("synthetic", "real"), ranges, strict=True):
+        print(f"{name}: values {found}")
+    if warning := mismatch(*ranges):
+        print(f"warning: {warning}")
+    return images, photos
+
+
+def _open_real(path: Path, reading: Any, config: TrainConfig) -> Any:
+    """The real side; a glob that was given for both sides and that nothing matches here is left aside."""
+    from fastsimgan.data.reading import real_images_flag
+    from fastsimgan.data.source import matches, open_images
+
+    reading = dataclasses.replace(reading, flag=real_images_flag)
+    if config.images is not None and config.real_images is None and not matches(path, reading):
+        print(f"real: no name matches --images {config.images!r}: judged without it")
+        reading = dataclasses.replace(reading, images=None)
+    return open_images(path, reading)
+
+
+def _say_left_out(name: str, source: Any, kept: int, config: TrainConfig) -> None:
+    """Name what was left out. Raises InputError if it is too much."""
+    from fastsimgan.refine import BAD_SHARE
+
+    left_out: list[str] = getattr(source, "left_out", [])
+    for reason in left_out:
+        print(f"left out: {reason}")
+    if len(left_out) > BAD_SHARE * (kept + len(left_out)):
+        raise InputError(
+            f"{config.synthetic if name == 'synthetic' else config.real}: at most {BAD_SHARE:.0%} of the images may be "
+            f"bad, got {len(left_out)} of {kept + len(left_out)}"
+        )
 
 
 def _default(arguments: Sequence[str]) -> TrainConfig:

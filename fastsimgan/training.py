@@ -12,6 +12,7 @@ from tqdm import tqdm
 from fastsimgan.acceleration import GraphedIterations, choose_blocks, compile_networks, why_no_graph
 from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
+from fastsimgan.data.values import as_images
 from fastsimgan.device import choose_device, current, keep_freed_memory
 from fastsimgan.errors import InputError, Stopped
 from fastsimgan.pools import Images, Pools, open_pools
@@ -62,6 +63,7 @@ def fit(
     """
     config = config or TrainConfig()
     config.validate()
+    synthetic, real = as_images(synthetic, "synthetic images"), as_images(real, "real images")
 
     # Device, data, networks.
     ranks, device_name = join_ranks(config.device)
