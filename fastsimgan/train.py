@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ Give --synthetic and --real (folders of images, .npz, .npy or HDF5 files, .tar s
 procedural eyes. What comes out, in --out: refiner.safetensors, contact_sheet.png, metrics.jsonl, config.json,
 checkpoints/ and pictures/."""
 
+RGB_WIDTH = 64
+"""Feature maps of R for RGB images where none are asked for: it starts at the identity with 20 a channel or more."""
+
 #: What a resumed run may change without ceasing to be the same run.
 _FREE_ON_RESUME = {"out", "resume", "dry_run", "device", "picture_every", "checkpoint_every", "keep", "data", "profile"}
 
@@ -30,13 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FastSimGANError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    command = functools.partial(train, width_given=any(each.split("=")[0] == "--width" for each in arguments))
     return cli.run(
-        train, TrainConfig, prog="python -m fastsimgan.train", description=DESCRIPTION, argv=arguments, default=default
+        command,
+        TrainConfig,
+        prog="python -m fastsimgan.train",
+        description=DESCRIPTION,
+        argv=arguments,
+        default=default,
     )
 
 
-def train(config: TrainConfig) -> None:
-    """The command itself, on parsed settings."""
+def train(config: TrainConfig, *, width_given: bool = True) -> None:
+    """The command itself, on parsed settings.
+
+    Args:
+        config: settings.
+        width_given: whether ``config.width`` is the user's, and no default.
+    """
     from fastsimgan.data.source import refuse_inside
 
     config.validate()
@@ -53,6 +68,8 @@ def train(config: TrainConfig) -> None:
         print(f"built-in eyes: {len(synthetic)} synthetic, {len(real)} of the stand-in for real ones (simulated too)")
     else:
         synthetic, real = _both_sides(config, config.synthetic, config.real)
+    if not width_given and not config.resume:
+        config = _wide_enough(config, synthetic)
 
     from fastsimgan.training import fit
 
@@ -66,6 +83,7 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     made grey or RGB, as the synthetic ones are.
     """
     from fastsimgan.data.reading import Reading, grey_in_colour, in_the_colour
+    from fastsimgan.data.resizing import rescale
     from fastsimgan.data.source import open_images
     from fastsimgan.data.values import mismatch, value_range
 
@@ -74,6 +92,7 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
         key=config.key,
         links="all" if config.follow_links else "inside",
         on_error=config.on_error,
+        any_size=True,
         colour="as stored" if config.colour == "auto" else config.colour,
     )
     ours = open_images(synthetic, reading)
@@ -83,13 +102,22 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     )
     print(f"real: {theirs.describe()}")
     colour = config.colour
-    images = in_the_colour(ours.load(), colour)
+    images = in_the_colour(_set_of(ours), colour)
     _say_left_out("synthetic", ours, len(images), config)
     if colour == "auto":
         colour = "rgb" if images.ndim == 4 and images.shape[3] == 3 else "grey" if images.ndim == 3 else "auto"
     if hasattr(theirs, "reading"):
         theirs.reading = dataclasses.replace(theirs.reading, colour="as stored" if colour == "auto" else colour)
-    stored = theirs.load()
+    scale = _scale(config, images)
+    if hasattr(theirs, "reading"):
+        theirs.reading = dataclasses.replace(theirs.reading, scale=scale)
+        stored = _set_of(theirs)
+        resized = theirs.resized
+    else:
+        stored = rescale(as_found := _set_of(theirs), scale)
+        resized = 0 if stored is as_found else len(stored)
+    if resized:
+        print(f"real: {resized} of {len(stored)} images {_scale_text(config, scale)}")
     photos = in_the_colour(stored, colour)
     _say_left_out("real", theirs, len(photos), config)
     if converted := getattr(theirs, "converted", 0) or (len(photos) if photos is not stored else 0):
@@ -103,6 +131,35 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     if warning := mismatch(*ranges):
         print(f"warning: {warning}")
     return images, photos
+
+
+def _wide_enough(config: TrainConfig, synthetic: Any) -> TrainConfig:
+    """For RGB images, as many feature maps as it takes to start at the identity."""
+    from fastsimgan.data.ragged import channels_of
+
+    if not config.identity_init or channels_of(synthetic) != 3 or config.width >= RGB_WIDTH:
+        return config
+    print(f"width: {RGB_WIDTH} feature maps, so that R starts at the identity in RGB (--width {config.width}: fewer)")
+    return dataclasses.replace(config, width=RGB_WIDTH)
+
+
+def _set_of(source: Any) -> Any:
+    return source.load_set() if hasattr(source, "load_set") else source.load()
+
+
+def _scale(config: TrainConfig, synthetic: Any) -> Any:
+    """What --resize-real means for the real images."""
+    from fastsimgan.data.resizing import Scale, median_height
+
+    if config.resize_real == "auto":
+        return Scale(height=median_height(synthetic))
+    return Scale(factor=1.0 if isinstance(config.resize_real, str) else config.resize_real)
+
+
+def _scale_text(config: TrainConfig, scale: Any) -> str:
+    if config.resize_real == "auto":
+        return f"brought to {scale.height} pixels' height, the synthetic ones' median (--resize-real none: not)"
+    return f"resized by {scale.factor:g} (--resize-real)"
 
 
 def _open_real(path: Path, reading: Any, config: TrainConfig) -> Any:

@@ -14,6 +14,7 @@ from fastsimgan.data.files import printable
 from fastsimgan.data.images import ARRAY_FORMATS, FORMATS, Header, read_header, read_image
 from fastsimgan.data.labels import Labels, is_label_file
 from fastsimgan.data.listing import list_units, stems
+from fastsimgan.data.ragged import Images, RaggedImages
 from fastsimgan.data.reading import Reading, in_colour
 from fastsimgan.data.room import room_for
 from fastsimgan.data.threads import in_threads
@@ -52,6 +53,8 @@ class FolderImages:
         """``NAME: REASON`` of what `load` has left out."""
         self.converted = 0
         """Images that `load` has made grey or RGB."""
+        self.resized = 0
+        """Images that `load` has brought to another size."""
 
     def _list(self, formats: Container[str]) -> None:
         self.images: list[Path] = []
@@ -130,9 +133,18 @@ class FolderImages:
         return text
 
     def load(self) -> np.ndarray:
+        """`load_set` of images that have one size. Raises InputError as that does, and if ``reading.any_size``."""
+        if self.reading.any_size:
+            raise InputError(f"{printable(self.path)}: images of any size are given by load_set")
+        images = self.load_set()
+        assert not isinstance(images, RaggedImages)
+        return images
+
+    def load_set(self) -> Images:
         """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, in the order of ``images`` (see `room_for`).
 
-        With ``reading.on_error`` "skip", images that cannot be read are left out, see ``left_out``.
+        With ``reading.any_size`` several sizes come as `RaggedImages`. With ``reading.on_error`` "skip", images that
+        cannot be read are left out, see ``left_out``.
 
         Raises InputError naming the files if images are bad or damaged, or the first two that differ in size or kind.
         """
@@ -147,18 +159,26 @@ class FolderImages:
             header = self.headers[i]
             assert isinstance(header, Header)
             kinds.append((in_colour(header.shape, colour), header))
-            if (kinds[-1][0], header.dtype) != (kinds[0][0], kinds[0][1].dtype):
+            if self.reading.differ((kinds[-1][0], kinds[0][0])) or header.dtype != kinds[0][1].dtype:
+                one = "kind" if self.reading.any_size else "size and kind"
                 raise InputError(
-                    f"{printable(self.path)}: images must be of one size and kind, "
+                    f"{printable(self.path)}: images must be of one {one}, "
                     f"{printable(self.images[good[0]])} is {kinds[0][1]} and {printable(self.images[i])} is {header}"
                 )
         self.converted = sum(shape != header.shape for shape, header in kinds)
-        images = room_for((len(good), *kinds[0][0]), kinds[0][1].dtype, self.path)
+        shapes = [self.reading.size_of(shape) for shape, _ in kinds]
+        self.resized = sum(now != was for now, (was, _) in zip(shapes, kinds, strict=True))
+        images: Images
+        if len(set(shapes)) == 1:
+            images = room_for((len(good), *shapes[0]), kinds[0][1].dtype, self.path)
+        else:
+            sizes = [(shape[0], shape[1]) for shape in shapes]
+            images = RaggedImages.room(sizes, 3 if shapes[0][2:] else 1, kinds[0][1].dtype, self.path)
 
         def decode(index: int) -> str | None:
             try:
                 image = read_image(self.path / self.images[good[index]], self.reading.upright, self.reading.key)
-                images[index] = self.reading.coloured(image.pixels, colour)
+                images[index][...] = self.reading.scaled(self.reading.coloured(image.pixels, colour))
             except InputError as error:
                 if self.reading.on_error == "fail":
                     raise
@@ -172,10 +192,12 @@ class FolderImages:
             raise InputError(
                 f"{printable(self.path)}: must hold at least one image that can be read; {self.left_out[0]}"
             )
+        self._names = [str(self.images[good[i]]) for i in kept]
+        if isinstance(images, RaggedImages):
+            return images.only(kept)
         if len(kept) < len(good):
             for to, of in enumerate(kept):
                 images[to] = images[of]
-        self._names = [str(self.images[good[i]]) for i in kept]
         return images[: len(kept)]
 
     def labels(self) -> dict[str, np.ndarray]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 
 from fastsimgan.data.listing import Links
+from fastsimgan.data.ragged import Images, RaggedImages, channels_of
+from fastsimgan.data.resizing import Scale, resize
 
 
 def images_flag(glob: str) -> str:
@@ -37,6 +40,10 @@ class Reading:
     """Turn pictures as their EXIF orientation has it: for images without labels."""
     colour: Literal["as stored", "auto", "grey", "rgb"] = "as stored"
     """Make all images grey or RGB; "auto": RGB where grey ones are among them."""
+    scale: Scale | None = None
+    """Bring images to another size; None: as they are."""
+    any_size: bool = False
+    """Whether images may be of several sizes: ``load`` gives `RaggedImages` then."""
     flag: Callable[[str], str] = images_flag
     """The command's way to say ``images``, for messages."""
 
@@ -45,6 +52,19 @@ class Reading:
         if self.colour != "auto":
             return "" if self.colour == "as stored" else self.colour
         return "rgb" if len(set(rgb)) > 1 else ""
+
+    def scaled(self, pixels: np.ndarray) -> np.ndarray:
+        """One image at the size that ``scale`` gives it."""
+        return pixels if self.scale is None else resize(pixels, self.scale.of(*pixels.shape[:2]))
+
+    def size_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What `scaled` makes of an image's shape."""
+        return shape if self.scale is None else (*self.scale.of(*shape[:2]), *shape[2:])
+
+    def differ(self, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
+        """Whether two images' shapes cannot be in one set."""
+        one, other = shapes
+        return one[2:] != other[2:] if self.any_size else one != other
 
     @staticmethod
     def coloured(pixels: np.ndarray, colour: str) -> np.ndarray:
@@ -67,8 +87,20 @@ def to_grey(pixels: np.ndarray) -> np.ndarray:
     return grey if pixels.dtype == np.float32 else np.rint(grey).astype(pixels.dtype)
 
 
-def in_the_colour(images: np.ndarray, colour: str) -> np.ndarray:
-    """``[N, H, W]`` or ``[N, H, W, C]`` made "grey" or "rgb"; the array itself where it is that, or C is 2 or 4."""
+@overload
+def in_the_colour(images: np.ndarray, colour: str) -> np.ndarray: ...
+@overload
+def in_the_colour(images: Images, colour: str) -> Images: ...
+def in_the_colour(images: Images, colour: str) -> Images:
+    """A set made "grey" or "rgb"; the set itself where it is that, or has 2 or 4 channels."""
+    if isinstance(images, RaggedImages):
+        if (images.channels, colour) not in ((1, "rgb"), (3, "grey")):
+            return images
+        sizes = [(height, width) for height, width in images.sizes.tolist()]
+        found = RaggedImages.room(sizes, 3 if colour == "rgb" else 1, images.dtype, Path("images made " + colour))
+        for i in range(len(images)):
+            found[i][...] = Reading.coloured(images[i], colour)
+        return found
     if colour == "rgb" and (images.ndim == 3 or images.shape[3] == 1):
         return np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=3)
     if colour == "grey" and images.ndim == 4 and images.shape[3] == 3:
@@ -79,9 +111,9 @@ def in_the_colour(images: np.ndarray, colour: str) -> np.ndarray:
     return images
 
 
-def grey_in_colour(images: np.ndarray) -> bool:
+def grey_in_colour(images: Images) -> bool:
     """Whether RGB images are grey: of those looked at, 64 spread over the set, all have R = G = B."""
-    if images.ndim != 4 or images.shape[3] != 3:
+    if channels_of(images) != 3:
         return False
-    some = images[:: max(1, len(images) // 64)]
+    some = (images[i] for i in range(0, len(images), max(1, len(images) // 64)))
     return all(bool((image == image[..., :1]).all()) for image in some)

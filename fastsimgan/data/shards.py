@@ -24,6 +24,7 @@ from fastsimgan.data.files import natural_key, printable
 from fastsimgan.data.images import FORMATS, MAX_FILE_BYTES, Header, StoredImage, decode_image
 from fastsimgan.data.labels import Labels, is_label_file
 from fastsimgan.data.listing import ALL, is_image, is_junk
+from fastsimgan.data.ragged import Images, Packer, RaggedImages
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.room import room_for
 from fastsimgan.data.threads import in_threads
@@ -57,6 +58,8 @@ class ShardImages:
         self.census = look_into(path, self.shards, self.reading)
         self.left_out: list[str] = []
         """``NAME: REASON`` of what `load` has left out."""
+        self.resized = 0
+        """Images that `load` has brought to another size."""
 
     def describe(self) -> str:
         """What was found, in one line. Opens nothing."""
@@ -67,7 +70,15 @@ class ShardImages:
         )
 
     def load(self) -> np.ndarray:
-        """All images, ``[N, H, W]`` or ``[N, H, W, 3]`` (see `room_for`).
+        """`load_set` of images that have one size. Raises InputError as that does, and if ``reading.any_size``."""
+        if self.reading.any_size:
+            raise InputError(f"{printable(self.path)}: images of any size are given by load_set")
+        images = self.load_set()
+        assert not isinstance(images, RaggedImages)
+        return images
+
+    def load_set(self) -> Images:
+        """All images, ``[N, H, W]`` or ``[N, H, W, 3]`` (see `room_for`), or, with ``reading.any_size``, of any sizes.
 
         Raises InputError if a shard breaks a rule of `read_samples`, if an image is bad, naming it, or if two differ in
         size or kind, or if there is none.
@@ -89,28 +100,39 @@ class ShardImages:
                 return found[1], error
 
         images: np.ndarray | None = None
+        packer = Packer(self.path) if self.reading.any_size else None
         first: tuple[Path, Header] | None = None
         count = 0
         colour = self.reading.colour if self.reading.colour in ("grey", "rgb") else ""
-        self.left_out = []
+        self.left_out, self.resized = [], 0
         for where, image in in_threads(decode, encoded()):
             if isinstance(image, InputError):
                 self.left_out.append(str(image))
                 continue
-            pixels = self.reading.coloured(image.pixels, colour)
-            if images is None or first is None:
+            pixels = self.reading.scaled(self.reading.coloured(image.pixels, colour))
+            self.resized += pixels.shape[:2] != image.pixels.shape[:2]
+            if first is None:
                 first = where, image.header
-                most = sum(_count_images(shard, self.reading.images) for shard in self.shards)
-                images = room_for((most, *pixels.shape), image.header.dtype, self.path)
-            if (pixels.shape, image.header.dtype) != (images.shape[1:], first[1].dtype):
+                shape = pixels.shape
+            if self.reading.differ((pixels.shape, shape)) or image.header.dtype != first[1].dtype:
+                one = "kind" if self.reading.any_size else "size and kind"
                 raise InputError(
-                    f"{printable(self.path)}: images must be of one size and kind, {printable(first[0])} is {first[1]} "
+                    f"{printable(self.path)}: images must be of one {one}, {printable(first[0])} is {first[1]} "
                     f"and {printable(where)} is {image.header}"
                 )
-            images[count] = pixels
             count += 1
-        if images is None:
+            if packer is not None:
+                packer.add(pixels)
+                continue
+            if images is None:
+                most = sum(_count_images(shard, self.reading.images) for shard in self.shards)
+                images = room_for((most, *pixels.shape), image.header.dtype, self.path)
+            images[count - 1] = pixels
+        if not count:
             raise InputError(f"{printable(self.path)}: must hold at least one image ({' '.join(FORMATS)}), got none")
+        if packer is not None:
+            return packer.finish()
+        assert images is not None
         return images[:count]
 
     def labels(self) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from fastsimgan.data.ragged import Images, RaggedImages
 from fastsimgan.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def as_images(images: Any, name: str = "images") -> np.ndarray:
         array = array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
     else:
         try:
-            array = np.asarray(images)
+            array = images if isinstance(images, np.ndarray) else np.asarray(images)  # a mapped file stays one
         except ValueError as error:
             raise InputError(f"{name} must be arrays of one size and kind: {error}") from None
     if array.dtype.hasobject or array.dtype.kind not in "uf" or array.ndim not in (3, 4):
@@ -144,10 +145,13 @@ class ValueRange:
         )
 
 
-def value_range(images: np.ndarray) -> ValueRange:
+def value_range(images: Images) -> ValueRange:
     """The range of stored values, of at most 256 images spread over the set."""
-    some = np.ascontiguousarray(images[:: max(1, len(images) // 256)])
-    values = some.reshape(-1)
+    step = max(1, len(images) // 256)
+    if isinstance(images, RaggedImages):
+        values = np.concatenate([images[i].reshape(-1) for i in range(0, len(images), step)])
+    else:
+        values = np.ascontiguousarray(images[::step]).reshape(-1)
     low, high = np.percentile(values[:: max(1, values.size // 1_000_000)], (1, 99))
     return ValueRange(float(values.min()), float(values.max()), float(low), float(high), _white(images.dtype))
 
