@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from fastsimgan.pipeline import Progress
     from fastsimgan.workers import Report
 
-DESCRIPTION = """Refine every image of a dataset: a folder (PNG, JPEG, TIFF; 8, 16 bits or float32; any colour), WebDataset .tar
-shards, an .npz, .npy or HDF5 file. Pictures that seem to be labels (masks, depth maps) among the images are refused
-before anything is written, until --images tells which files are images.
+DESCRIPTION = """Refine every image of a dataset: a folder (PNG, JPEG, TIFF; 8, 16 bits or float32; any colour),
+WebDataset .tar shards, an .npz, .npy or HDF5 file. Pictures that seem to be labels (masks, depth maps) among the
+images are refused before anything is written, until --images tells which files are images.
 
 The output has the same names, sizes, bit depths and order. Everything else (sidecars, other files, other arrays) is
 copied byte for byte. PNG, TIFF and arrays are written without loss; JPEG is written as JPEG of quality 95. Nothing is

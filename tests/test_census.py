@@ -113,6 +113,7 @@ HONEST = {
     "1 bit alone": {f"{i}.png": png(Image.fromarray(photo(i) > 128)) for i in range(4)},
     "some empty frames": {f"{i}.png": png(photo(i) if i % 4 else np.zeros(SIZE, np.uint8)) for i in range(16)},
     "one dark frame of many": {f"{i}.png": png(photo(i) if i else photo(i) // 128) for i in range(16)},
+    "two sets in one folder": pairs("day{}.png", "night{}.png", many_levels),
     "sidecars": pairs("{:04d}.png", "{:04d}.mask.png"),
     "words that hold others": {f"abnormal_flowers/unlabeled{i}.png": png(photo(i)) for i in range(4)}
     | {f"masked/{i}.png": png(photo(i)) for i in range(3)},

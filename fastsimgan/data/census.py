@@ -166,7 +166,8 @@ class Census:
         return found
 
     def _share_names(self, first: str, second: str) -> bool:
-        one, other = ({_identity(name) for name in self._groups[pattern].first} for pattern in (first, second))
+        beside = first.rpartition("/")[0] == second.rpartition("/")[0]
+        one, other = ({_identity(name, beside) for name in self._groups[pattern].first} for pattern in (first, second))
         return len(one & other) >= max(2, min(len(one), len(other)) / 2)
 
 
@@ -181,11 +182,17 @@ def _label_word(name: str) -> str:
     return ""
 
 
-def _identity(name: str) -> str:
-    """What a picture and its mask have in common: the last number in the name, or else the name itself."""
-    base = name.rpartition("/")[2]
+def _identity(name: str, beside: bool) -> str:
+    """What a picture and its mask have in common.
+
+    In one folder (``beside``) they differ in what follows the number (``a12_rgb``, ``a12_m``); in two, the number may
+    be all that they share.
+    """
+    base = name.rpartition("/")[2].partition(".")[0]
+    if beside:
+        return re.sub(r"(?<=\d)[^0-9]+$", "", base)
     numbers = _NUMBERS.findall(base)
-    return numbers[-1] if numbers else base.partition(".")[0]
+    return numbers[-1] if numbers else base
 
 
 def _see(image: StoredImage) -> _Seen:

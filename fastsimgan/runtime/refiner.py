@@ -21,9 +21,9 @@ from fastsimgan.data.values import as_images, from_float
 from fastsimgan.device import choose_device
 from fastsimgan.errors import InputError
 from fastsimgan.models import refiner as network
-from fastsimgan.runtime import tiles
 from fastsimgan.runtime.backend import Backend, Precision, TorchBackend, equalised, prepare
 from fastsimgan.runtime.form import check_settings
+from fastsimgan.runtime.tiles import in_tiles, margin, pixels
 
 FILE, BEST = "refiner.safetensors", "best.safetensors"
 _FORMAT = "fastsimgan.refiner/1"
@@ -128,7 +128,7 @@ class Refiner:
             )
 
     def _refine(self, images: Tensor) -> Tensor:
-        whole = images.shape[2] * images.shape[3] <= tiles.pixels(self.settings)
+        whole = images.shape[2] * images.shape[3] <= pixels(self.settings)
         if self.backend.dtype == torch.uint8:
             # such a file equalises inside, over all that it is given
             if whole or self.settings["histogram"] == "equalise":
@@ -141,8 +141,8 @@ class Refiner:
         return self._in_tiles(lambda part: from_float(self.backend(prepare(part, "keep")), dtype), levels, dtype)
 
     def _in_tiles(self, call: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype) -> Tensor:
-        around, most = tiles.margin(self.settings), tiles.pixels(self.settings)
-        return tiles.in_tiles(call, images, margin=around, most=most, dtype=dtype)
+        around, most = margin(self.settings), pixels(self.settings)
+        return in_tiles(call, images, margin=around, most=most, dtype=dtype)
 
 
 def describe(module: network.Refiner, histogram: str) -> dict[str, Any]:

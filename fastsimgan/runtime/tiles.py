@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BYTES = 1 << 27
+BYTES = 3 << 25
 """Of one layer's features in float32, about which a tile has; three or four layers are alive at a time."""
 ALIGNED = 48
 """Tiles begin at multiples of this many rows and columns: Winograd's own tiles then lie as they do in the whole."""
