@@ -2,9 +2,9 @@
 
 ``python -m tests.killed_runs FOLDER moments COUNT SEED`` kills COUNT times at random moments (as many runs as that
 takes), ``... steps FROM STEP`` kills at every STEP-th call that changes the disk. ``... stops COUNT SEED`` sends
-SIGTERM instead, once in each call of `STUCK` and COUNT times at random moments. With one word more, ``ragged``, on
-crops out of images of many sizes, and ``mapped``, out of a file that they are packed in. Each run that ended must have left the
-files of the run that nobody killed. Prints one JSON object, and on standard error how far it is.
+SIGTERM instead, once in each call of `STUCK` and COUNT times at random moments. With ``ragged`` behind it they are runs
+on crops out of images of many sizes, with ``mapped`` out of a file that these are packed in. Each run that ended must
+have left the files of the run that nobody killed. Prints one JSON object, and on standard error how far it is.
 """
 
 from __future__ import annotations
