@@ -265,9 +265,13 @@ def test_corners_are_everywhere_equally_often_and_unrelated() -> None:
     assert float(((cells - expected) ** 2 / expected).sum()) < 140  # chi square with 79 degrees: 1 in 30,000
     following = torch.bincount(top[:-1] * 10 + top[1:], minlength=100)
     assert float(((following - (count - 1) / 100) ** 2 / ((count - 1) / 100)).sum()) < 170
-    assert not torch.equal(
-        sampler.corners(positions, rows, columns)[0], Sampler(3, 1).corners(positions, rows, rows)[0]
-    )
+    for others in (
+        Sampler(3, 1).corners(positions, rows, columns),
+        sampler.corners(positions + 2**32, rows, columns),
+    ):
+        assert not torch.equal(top, others[0])
+    sampler.restart(0, 1)
+    assert not torch.equal(top, sampler.corners(positions, rows, columns)[0])
     one = torch.ones(5, dtype=torch.int64)
     assert sampler.corners(torch.arange(5), one, one)[0].tolist() == [0] * 5
 

@@ -105,3 +105,7 @@ def test_a_large_picture_is_equalised_in_pieces(dtype: torch.dtype, monkeypatch:
     whole = equalise(images)
     monkeypatch.setattr(histogram, "LARGE", 1000)
     assert torch.equal(equalise(images), whole)
+
+
+def test_narrow_refiners_have_tiles_no_larger_than_others() -> None:
+    assert tiles.pixels({"width": 8}) == tiles.pixels({"width": 32}) == 2 * tiles.pixels({"width": 64})

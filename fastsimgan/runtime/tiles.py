@@ -10,6 +10,8 @@ from torch import Tensor
 
 BYTES = 3 << 25
 """Of one layer's features in float32, about which a tile has; three or four layers are alive at a time."""
+NARROW = 32
+"""Feature maps that a narrower refiner is counted as: libraries pad to whole vectors, and a pixel has other costs."""
 ALIGNED = 48
 """Tiles begin at multiples of this many rows and columns: Winograd's own tiles then lie as they do in the whole."""
 
@@ -21,7 +23,7 @@ def margin(settings: Mapping[str, Any]) -> int:
 
 def pixels(settings: Mapping[str, Any]) -> int:
     """Pixels of a picture up to which it is refined whole."""
-    return BYTES // (4 * int(settings["width"]))
+    return BYTES // (4 * max(NARROW, int(settings["width"])))
 
 
 def in_tiles(call: Callable[[Tensor], Tensor], images: Tensor, *, margin: int, most: int, dtype: torch.dtype) -> Tensor:
