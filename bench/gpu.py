@@ -136,7 +136,7 @@ def steps_of(part: str) -> list[Step]:
     def on_cuda(name: str, share: float) -> Step:
         """Tests of tests/cuda that are for real devices as well."""
         command = (sys.executable, *PYTEST, *(() if limits.PRETEND else ("-m", "not pretend")))
-        return Step(f"tests/cuda, {name}", (*command, f"tests/cuda/test_{name}.py"), share)
+        return Step(f"tests/cuda, {name}", (*command, f"tests/cuda/test_{name}_on_cuda.py"), share)
 
     def benchmark(name: str, share: float, *flags: str) -> Step:
         options = ("--benchmark-columns=median,iqr", *flags, *(("-m", "not large") if small else ()))
