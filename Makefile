@@ -9,9 +9,8 @@ PYTHON := .venv/bin/python
 # A machine with a GPU may have no network, and with it no .venv: then the Python that has torch with CUDA.
 PYTHON_GPU ?= $(if $(wildcard $(PYTHON)),$(PYTHON),python3)
 PART ?= ops
-# Each with one thread for torch (tests/conftest.py). A file's tests stay together until a process has none left, so
-# that what they share is made once.
-TWO_PROCESSES := -n 2 --dist worksteal
+# Each with one thread for torch (tests/conftest.py). A file's tests stay together: what they share is made once.
+TWO_PROCESSES := -n 2 --dist loadfile
 
 help:
 	@echo "make install      .venv with fastsimgan in it, editable (every target below does this first)"

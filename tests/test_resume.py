@@ -57,6 +57,7 @@ def finished(tmp_path_factory):
     return finish
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
