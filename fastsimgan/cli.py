@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -61,6 +62,8 @@ def run(
         choices: list[Any] = [Annotated[each, tyro.conf.subcommand(word)] for word, each in config.items()]
         parsed_as = functools.reduce(operator.or_, choices)
     given: dict[str, Any] = {} if default is None else {"default": default}
+    # Pillow's, from half of the size on at which it refuses a picture: such pictures are refined in tiles
+    warnings.filterwarnings("ignore", message=".*could be decompression bomb DOS attack")
     parsed = tyro.cli(parsed_as, prog=prog, description=description, args=argv, **given)
     try:
         return command(parsed) or 0

@@ -17,7 +17,14 @@ from fastsimgan.checkpoint import write_atomically
 from fastsimgan.data.histogram import equalise
 from fastsimgan.device import choose_device, keep_freed_memory
 from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.metrics.downstream import Judge, Labelled, constant_prediction, summarise, train_and_predict
+from fastsimgan.metrics.downstream import (
+    Judge,
+    Labelled,
+    constant_prediction,
+    number_classes,
+    summarise,
+    train_and_predict,
+)
 from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
 from fastsimgan.metrics.intervals import difference_interval
 
@@ -68,7 +75,8 @@ def compare(
     _check(sets, real, seeds, judge)
     place = choose_device(device)
     keep_freed_memory()
-    classes = 0 if real.task == "gaze" else 1 + int(max(part.labels.max() for part in (real, *sets.values())))
+    sets, real, names = number_classes(sets, real)
+    classes = len(names)
     constant = constant_prediction(sets["synthetic"], len(real.images), classes)
     rows: dict[str, Any] = {"constant": statistics([summarise(real.task, constant, real.labels)])}
     predictions = {"constant": constant}
@@ -96,6 +104,7 @@ def compare(
         "steps": judge.steps,
         "batch_size": judge.batch_size,
         "test_images": len(real.images),
+        **({"classes": names} if names else {}),
     }
     return result, predictions
 

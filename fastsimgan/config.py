@@ -81,6 +81,13 @@ class TrainConfig:
     blocks: int = 4
     """Residual blocks in R."""
 
+    crop: tuple[int, int] | None = None
+    """Height and width of the random crops that training sees. auto: images whole where all have one size of at most
+    65,536 pixels; else the largest crops that fit every image and 0.5 GiB a step (on CUDA 8 GiB)."""
+    resize_real: Literal["auto", "none"] | float = "auto"
+    """Bring real images to the synthetic ones' pixel scale, by an antialiased filter: by this factor; auto: those more
+    than a quarter higher than the synthetic ones' median get that height; none: none."""
+
     histogram: Literal["auto", "keep", "equalise"] = "auto"
     """Equalise each grey image's histogram before refining; auto does so where the real images are equalised."""
 
@@ -116,6 +123,25 @@ class TrainConfig:
     """Iterations between checkpoints."""
     keep: int = 2
     """Checkpoints kept, the newest."""
+    images: str | None = None
+    """Glob of the files that are images ('rgb/*.png'), where masks or the like lie beside them; '*': all that have an
+    image's suffix. In --real it counts only if some name matches."""
+    real_images: str | None = None
+    """The same for --real alone."""
+    key: str | None = None
+    """Name of the array, dataset or group that holds the images, where it is not `images` and there are others."""
+    colour: Literal["auto", "grey", "rgb"] = "auto"
+    """Make both sides grey or RGB. auto: the real images are made what the synthetic ones are."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """At images that cannot be read: stop, or leave them out and say so, if they are at most 1 % of a side."""
+    follow_links: bool = False
+    """Follow links in a folder wherever they lead; without it, only those that stay in the same folder."""
+
+    def __post_init__(self) -> None:
+        """A path may be given as text."""
+        for name in ("synthetic", "real", "out"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
 
     def validate(self) -> None:
         """Raise InputError on the first setting that breaks its rule."""
@@ -152,6 +178,11 @@ class TrainConfig:
             raise InputError(f"--lambda must be at least 0, got {self.lam}")
         if not 0 <= self.ema < 1:
             raise InputError(f"--ema must be at least 0 and below 1, got {self.ema}")
+        if self.crop is not None and min(self.crop) < 1:
+            raise InputError(f"--crop must be at least 1x1, got {self.crop[0]}x{self.crop[1]}")
+        factor = self.resize_real
+        if factor not in ("auto", "none") and (isinstance(factor, str) or not 0 < factor <= 4):
+            raise InputError(f"--resize-real must be auto, none or a factor above 0 and up to 4, got {factor}")
         if (self.synthetic is None) != (self.real is None):
             given, missing = ("synthetic", "real") if self.real is None else ("real", "synthetic")
             raise InputError(f"--{given} needs --{missing} beside it (or give neither for the built-in eyes)")
@@ -170,6 +201,8 @@ class TrainConfig:
         for name in ("synthetic", "real", "out"):
             if values.get(name) is not None:
                 values[name] = Path(values[name])
+        if values.get("crop") is not None:
+            values["crop"] = tuple(values["crop"])
         return cls(**values)
 
 

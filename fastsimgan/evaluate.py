@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """Train the same task network on the synthetic and on the refined images, test both on labelled real
 images, and print a table: mean ± standard deviation over the seeds, and the prediction averaged over them.
 
-The arrays are .npz files with `images` and `pitch_yaw` (radians: the paper's gaze network) or `label` (classes)."""
+The sets carry `pitch_yaw` (radians: the paper's gaze network) or `label` (classes): as arrays beside `images` in an
+.npz or HDF5 file; or, in folders and shards, in JSON sidecars, a metadata.jsonl or .csv, or as one folder a class."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class EvaluateConfig:
     """Settings of an evaluation."""
 
     synthetic: Path | None = None
-    """Labelled synthetic images (.npz). Left out with the others: the built-in eyes, refined by --refiner."""
+    """Labelled synthetic images. Left out with the others: the built-in eyes, refined by --refiner."""
     refined: Path | None = None
-    """The same images refined (.npz), or give --refiner."""
+    """The same images refined, or give --refiner."""
     real: Path | None = None
-    """Labelled real images to test on (.npz); nothing is trained on them."""
+    """Labelled real images to test on; nothing is trained on them."""
     refiner: Path | None = None
     """Refine --synthetic with this run or file, in place of --refined."""
     equalised: bool = False
@@ -57,6 +58,11 @@ class EvaluateConfig:
     """Draw the share of test images within d degrees, for every d (Fig. 7), here (PNG; needs matplotlib)."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
+    images: str | None = None
+    """Glob of the files that are images ('rgb/*.png'), where masks or the like lie beside them; '*': all that have an
+    image's suffix."""
+    key: str | None = None
+    """Name of the array, dataset or group that holds the images, where it is not `images` and there are others."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,14 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate_command(config: EvaluateConfig) -> None:
     """The command itself, on parsed settings."""
-    for path in (config.json, config.plot, config.worst):
+    from fastsimgan.data.source import refuse_inside
+
+    for flag, path in (("--json", config.json), ("--plot", config.plot), ("--worst", config.worst)):
         if path is not None:
             refuse_existing(path)
+            refuse_inside(path, flag, config.synthetic, config.refined, config.real)
     if config.refined is not None and config.refiner is not None:
         raise InputError(f"give --refined or --refiner, not both: got {config.refined} and {config.refiner}")
 
     from fastsimgan.comparison import compare, draw, equalised, pyplot, table
-    from fastsimgan.metrics.downstream import Judge
+    from fastsimgan.metrics.downstream import Judge, number_classes, unseen_classes
 
     if config.plot is not None:
         pyplot()  # missing matplotlib is better said now than after the training
@@ -90,6 +99,9 @@ def evaluate_command(config: EvaluateConfig) -> None:
             f"--drift needs each synthetic image refined, got {list(synthetic.images.shape)} and "
             f"{list(refined.images.shape)}"
         )
+    if unseen := unseen_classes({**sets, "refined": refined}, real):
+        print(f"warning: {unseen}: no network can answer with these")
+    number_classes(sets, real)  # refuses what cannot be classes
     judge = Judge() if config.steps is None else Judge(steps=config.steps)
     result, predictions = compare(sets, real, seeds=config.seeds, judge=judge, device=config.device)
     print(table(result))
@@ -146,9 +158,10 @@ def _realism(
 def _task_features(synthetic: Labelled, judge: Judge, device: str) -> Callable[[Any], Any]:
     """Stored images to what the last layer of a task network sees, which was trained on the synthetic set."""
     from fastsimgan.device import choose_device
-    from fastsimgan.metrics.downstream import run_network, train_network
+    from fastsimgan.metrics.downstream import number_classes, run_network, train_network
 
     place = choose_device(device)
+    synthetic = number_classes({}, synthetic)[1]
     classes = 0 if synthetic.task == "gaze" else 1 + int(synthetic.labels.max())
     network = train_network(synthetic, classes=classes, seed=0, judge=judge, device=place)
     return lambda images: run_network(network, images, place, hidden=True).double().numpy()
@@ -174,12 +187,19 @@ def _drift(synthetic: Labelled, refined: Labelled, worst: Path | None) -> dict[s
 
 def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
     from fastsimgan.data.builtin import builtin_pair, builtin_validation
+    from fastsimgan.data.reading import Reading
     from fastsimgan.data.source import open_images
+    from fastsimgan.data.values import mismatch, value_range
     from fastsimgan.metrics.downstream import Labelled
 
-    def read(path: Path) -> dict[str, Any]:
-        source = open_images(path)
-        return {"images": source.load(), **source.labels()}
+    def read(name: str, path: Path) -> dict[str, Any]:
+        source = open_images(path, Reading(images=config.images, key=config.key, links="inside"))
+        print(f"{name}: {source.describe()}")
+        if short := {"pitch_yaw", "label"} & set(getattr(source, "other_names", ())):
+            raise InputError(f"{path}: array {short.pop()} must have one row an image")
+        images = source.load()
+        print(f"{name}: values {value_range(images)}")
+        return {"images": images, **source.labels()}
 
     if config.synthetic is None and config.real is None and config.refined is None:
         if config.refiner is None:
@@ -189,20 +209,22 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
     elif config.synthetic is None or config.real is None or (config.refined is None and config.refiner is None):
         raise InputError("give --synthetic, --real and one of --refined and --refiner")
     else:
-        arrays, real = read(config.synthetic), read(config.real)
+        arrays, real = read("synthetic", config.synthetic), read("real", config.real)
     if config.refiner is not None:
         from fastsimgan.runtime import load_refiner
 
         refined = {**arrays, "images": load_refiner(config.refiner, config.device)(arrays["images"])}
     else:
         assert config.refined is not None
-        refined = read(config.refined)
+        refined = read("refined", config.refined)
     names = [
         str(path) for path in (config.synthetic or "built-in", config.refined or "refined", config.real or "built-in")
     ]
     synthetic, refined_set, real_set = (
         Labelled.from_arrays(part, name) for part, name in zip((arrays, refined, real), names, strict=True)
     )
+    if warning := mismatch(value_range(synthetic.images), value_range(real_set.images)):
+        print(f"warning: {warning}")
     return synthetic, refined_set, real_set
 
 

@@ -25,8 +25,11 @@ class ExportConfig:
     out: Path
     """Folder to write; it must not exist."""
     images: Path | None = None
-    """Synthetic images like those to be refined, to compare (64) and calibrate (64) on: folder, .npz or .npy. Left out:
-    the built-in eyes."""
+    """Synthetic images like those to be refined, to compare (64) and calibrate (64) on: folder, shards or arrays. Where
+    masks or the like lie among them, a quoted glob tells which are images: 'renders/rgb/*.png'. Left out: the built-in
+    eyes."""
+    key: str | None = None
+    """Name of the array, dataset or group in --images that holds them, where it is not `images`."""
     quantise: tuple[Literal["int8-cpu", "int8-tensorrt", "fp8"], ...] = ()
     """8-bit files to write too; a refiner that began at the identity may lose too much for fp8."""
     min_psnr: float = 50.0
@@ -46,9 +49,11 @@ class ExportConfig:
 def export_command(config: ExportConfig) -> None:
     """The command itself, on parsed settings."""
     from fastsimgan.data.files import printable, refuse_existing
+    from fastsimgan.data.source import refuse_inside
     from fastsimgan.errors import InputError
 
     refuse_existing(config.out)
+    refuse_inside(config.out, "--out", config.images)
     if config.sm is not None and config.engine != "tensorrt-rtx":
         raise InputError(f"--sm goes with --engine tensorrt-rtx, got {config.sm}")
 
@@ -61,6 +66,7 @@ def export_command(config: ExportConfig) -> None:
         config.refiner,
         config.out,
         images=config.images,
+        key=config.key,
         quantise=config.quantise,
         min_psnr=config.min_psnr,
         batch=config.batch,

@@ -20,6 +20,7 @@ from fastsimgan import __version__
 from fastsimgan.checkpoint import newest_checkpoint
 from fastsimgan.data.builtin import builtin_pair
 from fastsimgan.data.files import printable, staged
+from fastsimgan.data.reading import Reading
 from fastsimgan.data.source import open_images
 from fastsimgan.data.values import from_float
 from fastsimgan.errors import FastSimGANError, InputError
@@ -91,6 +92,7 @@ def export(
     out: Path,
     *,
     images: Path | None = None,
+    key: str | None = None,
     quantise: Sequence[str] = (),
     min_psnr: float = 50.0,
     batch: tuple[int, int, int] = (1, 512, 512),
@@ -104,6 +106,7 @@ def export(
         out: a folder that does not exist.
         images: images like those to be refined, to compare and to calibrate on; left out, the built-in eyes for one
             channel, and noise for others.
+        key: which array of that file holds them, see `Reading`.
         quantise: any of `QUANTISED`.
         min_psnr: below this a quantised file is not written, in dB.
         batch: smallest, usual and largest batch in the trtexec command.
@@ -122,7 +125,7 @@ def export(
             "quantise must be for refiners of at least 2 blocks, as the last stays in floats, "
             f"got {file.settings['blocks']}"
         )
-    stored, what = _images(images, file.settings["channels"])
+    stored, what = _images(images, file.settings["channels"], key)
     compared, calibration = stored[:COMPARED], stored[COMPARED : 2 * COMPARED]
     if quantise and not len(calibration):
         calibration = compared
@@ -279,14 +282,19 @@ def _as_array(images: Tensor) -> Any:
     return (images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)).numpy()
 
 
-def _images(path: Path | None, channels: int) -> tuple[Tensor, str]:
+def _images_in(path: Path) -> Callable[[str], str]:
+    """How to say which files of a folder are the images to compare on: the folder and a glob, as one path."""
+    return lambda glob: f"--images '{printable(path)}/{glob}'"
+
+
+def _images(path: Path | None, channels: int, key: str | None) -> tuple[Tensor, str]:
     """uint8 ``[N, C, H, W]`` to compare and calibrate on, and what they are."""
     if path is None:
         if channels == 1:
             return torch.from_numpy(builtin_pair(0)[0]["images"][: 2 * COMPARED])[:, None], "the built-in eyes"
         noise = torch.randint(0, 256, (2 * COMPARED, channels, 32, 32), generator=torch.Generator().manual_seed(0))
         return noise.to(torch.uint8), "noise, for want of --images"
-    source = open_images(path)
+    source = open_images(path, Reading(key=key, links="inside", flag=_images_in(path)))
     array = source.load()
     if array.dtype == np.uint16:
         array = np.rint(array / 257).astype(np.uint8)

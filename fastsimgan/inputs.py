@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -15,12 +15,15 @@ from tarfile import TarInfo
 from typing import Any
 
 from fastsimgan.data.arrays import ArrayImages
+from fastsimgan.data.census import Census
 from fastsimgan.data.files import hash_file, printable
-from fastsimgan.data.hdf5 import HDF5Images, is_hdf5
-from fastsimgan.data.images import FORMATS, read_bytes, read_header
-from fastsimgan.data.listing import STATE, Unit, is_image, list_units
-from fastsimgan.data.shards import find_shards, read_samples
-from fastsimgan.data.source import holds_shards
+from fastsimgan.data.folder import no_image
+from fastsimgan.data.hdf5 import HDF5Images
+from fastsimgan.data.images import ARRAY_FORMATS, FORMATS, lost_of, read_bytes, read_header, read_image
+from fastsimgan.data.listing import STATE, Links, Unit, is_image, list_units
+from fastsimgan.data.reading import Reading
+from fastsimgan.data.shards import find_shards, is_shard, look_into, read_samples, shard_stem
+from fastsimgan.data.source import holds_shards, open_arrays
 from fastsimgan.errors import InputError
 
 FILES_PER_BLOCK = 1024  # units; a kill loses a few seconds' work, and ten million files make ten thousand manifests
@@ -64,12 +67,15 @@ class FolderInput:
 
     kind = "folder"
 
-    def __init__(self, path: Path, images: str | None = None) -> None:
+    def __init__(self, path: Path, images: str | None = None, links: Links = "files", key: str | None = None) -> None:
         self.path = path
         self.images = images
+        self.links = links
+        self.key = key
         self.identity: dict[str, Any] = {"input": _absolute(path), "input kind": self.kind}
         self._offsets: list[int] = []
         self._listing = Path()
+        self._unread = ""
         self.counts = (0, 0)  # images, other files
 
     @property
@@ -78,8 +84,22 @@ class FolderInput:
         return len(self._offsets) - 1
 
     def prepare(self, state: Path) -> None:
-        """List the folder into ``state``. Raises InputError if it holds no image, or breaks `list_units`'s rules."""
-        facts = self._list(state / "listing.jsonl")
+        """List the folder into ``state``.
+
+        Raises InputError if it holds no image, breaks `list_units`'s rules, or, without ``images``, if some of its
+        images seem to be labels or pictures among them would come out unrefined (`Census`).
+        """
+        census = Census()
+        facts = self._list(state / "listing.jsonl", census, FORMATS)
+        if not facts["images"] and census.arrays:
+            census = Census()
+            facts = self._list(state / "listing.jsonl", census, ARRAY_FORMATS)
+        if not facts["images"]:
+            raise InputError(no_image(self.path, self.images, facts["others"], census))
+        if self.images is None:
+            census.check(printable(self.path), lambda name: read_image(self.path / name, key=self.key), Reading.flag)
+            refuse_unread(self.path, census)
+        facts["unread"] = census.unread_text()
         (state / "listing.json").write_text(json.dumps(facts))
         self._take(state, facts)
 
@@ -90,7 +110,7 @@ class FolderInput:
         except (OSError, ValueError) as error:
             raise InputError(f"{printable(state)}: the listing of the input cannot be read: {error}") from error
         if any(_mtime(self.path / folder) != mtime for folder, mtime in facts["folders"]):
-            again = self._list(None)
+            again = self._list(None, Census(), facts["formats"])
             if again["sha256"] != facts["sha256"]:
                 raise InputError(
                     f"{printable(self.path)}: files must be those of the run's start ({facts['images']} images, "
@@ -125,12 +145,14 @@ class FolderInput:
     def describe(self) -> str:
         """What was found, in one line; sizes, depths and sidecars are those of the first hundred images."""
         kinds: Counter[str] = Counter()
+        lost: Counter[str] = Counter()
         sidecars: Counter[str] = Counter()
         units = (unit for block in range(self.blocks) for unit in self.units(block) if unit.image is not None)
         for unit in islice(units, LOOKED_AT):
             try:
-                header = read_header(unit.where)
+                header = read_header(unit.where, key=self.key)
                 kinds[f"{header} {header.format}"] += 1
+                lost.update(lost_of(unit.where))
             except InputError:
                 kinds["not readable"] += 1
             stem = len(unit.parts[0].name.rpartition(".")[0])
@@ -141,15 +163,18 @@ class FolderInput:
         return (
             f"{printable(self.path)}: folder, {self.counts[0]} images, {looked}{listed}, {self.counts[1]} other files"
             + (f" (sidecars {beside})" if beside else "")
+            + (f"; {self._unread}" if self._unread else "")
+            + _lost_text(lost, looked)
         )
 
-    def _list(self, target: Path | None) -> dict[str, Any]:
+    def _list(self, target: Path | None, census: Census, formats: Iterable[str]) -> dict[str, Any]:
         digest = hashlib.sha256()
         folders: list[tuple[str, int]] = []
         offsets, size, images, others = [0], 0, 0, 0
         file = None if target is None else target.open("wb")
         try:
-            units = list_units(self.path, self.images, lambda folder, mtime: folders.append((folder, mtime)))
+            visited = lambda folder, mtime: folders.append((folder, mtime))  # noqa: E731
+            units = list_units(self.path, self.images, visited, links=self.links, formats=set(formats))
             while chunk := list(islice(units, FILES_PER_BLOCK)):
                 data = b"".join(_line(unit) for unit in chunk)
                 digest.update(data)
@@ -159,13 +184,16 @@ class FolderInput:
                 offsets.append(size)
                 images += sum(unit.image is not None for unit in chunk)
                 others += sum(len(unit.others) for unit in chunk)
+                for unit in chunk:
+                    if unit.image is not None:
+                        census.image(unit.image)
+                    else:
+                        census.alone(unit.others[0])
         finally:
             if file is not None:
                 file.close()
-        if not images:
-            of = " ".join(FORMATS) + (f", matching {self.images}" if self.images else "")
-            raise InputError(f"{printable(self.path)}: must hold at least one image ({of}), got {others} other files")
         return {
+            "formats": sorted(formats),
             "images": images,
             "others": others,
             "sha256": digest.hexdigest(),
@@ -177,8 +205,11 @@ class FolderInput:
         self._listing = (state / "listing.jsonl").absolute()
         self._offsets = facts["offsets"]
         self.counts = facts["images"], facts["others"]
+        self._unread = facts.get("unread", "")
         self.identity |= {
             "images": self.images,
+            "links": self.links,
+            "array": self.key,
             "units in a block": FILES_PER_BLOCK,
             "listing sha256": facts["sha256"],
         }
@@ -214,7 +245,10 @@ class ShardsInput:
         return len(self.shards) + -(-len(self.beside) // FILES_PER_BLOCK)
 
     def prepare(self, state: Path) -> None:
-        """Nothing to do: the shards are listed."""
+        """Look into the shards. Raises InputError as `look_into` does, and at pictures that would stay unrefined."""
+        census = look_into(self.path, self.shards, Reading(images=self.images))
+        if self.images is None:
+            refuse_unread(self.path, census)
 
     def attach(self, state: Path) -> None:
         """Nothing to do: a change shows in the identity."""
@@ -225,7 +259,7 @@ class ShardsInput:
 
     def shard_name(self, block: int) -> str | None:
         """Of the shard that a block is to become; None for a block of files beside the shards."""
-        return self.shards[block].name if block < len(self.shards) else None
+        return f"{shard_stem(self.shards[block])}.tar" if block < len(self.shards) else None
 
     def units(self, block: int) -> Iterator[RawUnit]:
         """The samples of one shard, read as they come, or files beside the shards, not read yet.
@@ -243,6 +277,11 @@ class ShardsInput:
             parts = tuple(Part(info.name, None, data, info) for info, data in sample.members)
             where = shard if sample.image is None else shard / parts[sample.image].name
             count += sample.image is not None
+            if sample.image is None and self.images is None:
+                census = Census()
+                for part in parts:
+                    census.alone(part.name)
+                refuse_unread(shard, census)
             yield RawUnit(position, parts, sample.image, where)
         ours = self._ours.get(shard.name)
         if ours is not None and self.images is None and ours["images"] != count:
@@ -261,7 +300,7 @@ class ShardsInput:
 
     def refuse_shared_names(self) -> None:
         """Raise InputError if a file beside the shards is called as the folder to which a shard's members would go."""
-        stems = {shard.stem for shard in self.shards}
+        stems = {shard_stem(shard) for shard in self.shards}
         for name in self.beside:
             if (first := name.partition("/")[0]) in stems:
                 raise InputError(
@@ -299,7 +338,7 @@ def _beside(folder: Path, shards: set[str]) -> list[str]:
         folder, images="", skip=shards.__contains__
     ):  # a glob that no name matches: none is an image
         (name,) = unit.others
-        if name.endswith(".tar"):
+        if is_shard(name):
             raise InputError(
                 f"{printable(folder)}: shards must lie in the folder itself, or in one folder below it alone, got "
                 f"{printable(name)} too: give that folder, or a quoted glob that matches all"
@@ -325,6 +364,7 @@ class ArraysInput:
             "input kind": self.kind,
             "input size and time": [status.st_size, status.st_mtime_ns],
             "images in a block": self.per_block,
+            "array": arrays.key,
         }
 
     @property
@@ -350,7 +390,9 @@ class ArraysInput:
 Input = FolderInput | ShardsInput | ArraysInput
 
 
-def open_input(path: Path, *, batch_size: int, images: str | None = None) -> Input:
+def open_input(
+    path: Path, *, batch_size: int, images: str | None = None, key: str | None = None, links: Links = "files"
+) -> Input:
     """Find out what ``path`` holds. Reads names and headers only.
 
     Raises InputError if there is nothing, if it is nothing that can be refined, or if its headers break a rule.
@@ -358,12 +400,28 @@ def open_input(path: Path, *, batch_size: int, images: str | None = None) -> Inp
     if holds_shards(path):
         return ShardsInput(path, images)
     if path.is_dir():
-        return FolderInput(path, images)
+        return FolderInput(path, images, links, key)
     if not path.exists():
         raise InputError(f"{printable(path)}: must exist (a folder of images, .tar shards, an .npz, .npy or HDF5 file)")
     if images is not None:
         raise InputError(f"images must be given for folders and shards only, got {images!r} for {printable(path)}")
-    return ArraysInput(HDF5Images(path) if is_hdf5(path) else ArrayImages(path), batch_size)
+    return ArraysInput(open_arrays(path, key), batch_size)
+
+
+def refuse_unread(where: Path, census: Census) -> None:
+    """Raise InputError if pictures of kinds that are not read would come out as they are among refined ones."""
+    if unread := census.unread_text():
+        raise InputError(
+            f"{printable(where)}: {unread}: they would come out unrefined among refined ones; convert them (magick "
+            "mogrify -format png), or --images 'GLOB' tells which files are images and leaves these as they are"
+        )
+
+
+def _lost_text(lost: Counter[str], looked: str) -> str:
+    if not lost:
+        return ""
+    listed = ", ".join(f"{printable(what)} ({count})" for what, count in lost.most_common(5))
+    return f"; not kept in the output, {looked}{listed}"
 
 
 def _line(unit: Unit) -> bytes:

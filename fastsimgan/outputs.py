@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from fastsimgan.blocks import Run, read_lines, rename, writing
-from fastsimgan.data.arrays import ArrayImages
+from fastsimgan.data.arrays import IMAGES, ArrayImages
 from fastsimgan.data.files import printable
-from fastsimgan.data.hdf5 import HDF5Images, is_hdf5
-from fastsimgan.data.images import Header, StoredImage, decode_image, encode_image
-from fastsimgan.data.label_table import LabelTable, parse, rows_by_name
+from fastsimgan.data.hdf5 import HDF5Images
+from fastsimgan.data.images import ARRAY_FORMATS, FORMATS, Header, StoredImage, decode_image, encode_image
+from fastsimgan.data.labels import Labels
 from fastsimgan.data.listing import STATE
 from fastsimgan.data.packed import WRITERS
-from fastsimgan.data.shards import read_members, sample_key
+from fastsimgan.data.shards import read_members, sample_key, shard_stem
+from fastsimgan.data.source import open_arrays
 from fastsimgan.errors import InputError
 from fastsimgan.inputs import ArraysInput, FolderInput, Part, RawUnit, ShardsInput
 from fastsimgan.unpacking import UnpackedInput
@@ -100,7 +101,7 @@ class FolderBlock:
             if full in self._names:
                 raise InputError(
                     f"{printable(self.shard)}: members must differ in name, got "
-                    f"{printable(full.removeprefix(f'{self.shard.stem}/'))} twice"
+                    f"{printable(full.removeprefix(f'{shard_stem(self.shard)}/'))} twice"
                 )
             self._names.add(full)
         return full
@@ -111,7 +112,7 @@ def name_in_tree(shard: Path, part: Part) -> str:
     name = PurePosixPath(part.name)
     if name.is_absolute() or ".." in name.parts or STATE in name.parts[:1] or "\0" in part.name:
         raise InputError(f"{printable(shard)}: names must stay inside the output, got {printable(part.name)}")
-    return f"{shard.stem}/{name}"  # two shards may hold members of one name
+    return f"{shard_stem(shard)}/{name}"  # two shards may hold members of one name
 
 
 def carry(run: Run, part: Part, target: Path, link: bool) -> str:
@@ -188,6 +189,10 @@ class ShardBlock:
             self._add(unit.position, [])
             return [{"name": part.name, "beside": True, "sha256": digest}]
         if unit.image is not None and unit.parts[unit.image].info is None:
+            if PurePosixPath(unit.parts[unit.image].name).suffix.lower() in ARRAY_FORMATS:
+                raise InputError(
+                    f"{printable(unit.where)}: images must be {' '.join(FORMATS)} for shards; --to folder keeps others"
+                )
             key = sample_key(unit.parts[unit.image].name)
             with self._lock:
                 if key in self._keys:
@@ -257,7 +262,7 @@ class ArraysOutput:
         self.kind = kind
         arrays = source.arrays
         self.shape: tuple[int, ...] = arrays._shape
-        self.row = int(np.prod(self.shape[1:])) * arrays.dtype.itemsize
+        self.row = int(np.prod(self.shape[1:])) * arrays.stored_dtype.itemsize
         self.header = b""
         if kind == "npy":
             buffer = io.BytesIO()
@@ -280,7 +285,7 @@ class ArraysOutput:
         final = run.partial / run.output.name
         with writing(run.output):
             if not self.raw.exists():  # it is put together, and perhaps published, already
-                return open_arrays(final if final.exists() else run.output).label_sha256()
+                return open_arrays(final if final.exists() else run.output, self._key).label_sha256()
             temporary = run.temporary()
             temporary.parent.mkdir(exist_ok=True)
             if self.kind == self.source.kind:
@@ -289,7 +294,7 @@ class ArraysOutput:
                 self._convert(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-        written = open_arrays(temporary)
+        written = open_arrays(temporary, self._key)
         labels = written.label_sha256()
         same = labels == arrays.label_sha256() if self.kind == self.source.kind else _same_labels(written, arrays)
         if not same:
@@ -300,9 +305,14 @@ class ArraysOutput:
 
     def _convert(self, path: Path) -> None:
         arrays = self.source.arrays
+        if IMAGES in (*arrays.label_names, *arrays.other_names):
+            raise InputError(
+                f"{printable(arrays.path)}: --key {printable(arrays.key)} must stay in a file of the same kind, as "
+                "another array is called images"
+            )
         with WRITERS[self.kind](path, self.run.output) as new:
             new.images(self.shape, arrays.stored_dtype, self._pieces())
-            for name, array in arrays.labels().items():
+            for name, array in (arrays.labels() | arrays.others()).items():
                 new.array(name, array)
             for name, data in arrays.files():
                 new.file(name, data)
@@ -316,8 +326,13 @@ class ArraysOutput:
         return flat.reshape(end - first, *self.shape[1:])
 
     @property
+    def _key(self) -> str | None:
+        """What the array of images is called in the output."""
+        return self.source.arrays.key if self.kind == self.source.kind else None
+
+    @property
     def _item(self) -> int:
-        return self.source.arrays.dtype.itemsize
+        return self.source.arrays.stored_dtype.itemsize
 
     def _pieces(self) -> Iterator[np.ndarray]:
         for block in range(self.source.blocks):
@@ -372,7 +387,7 @@ class PackedOutput:
     A block leaves two pieces: its images' pixels, and a tar of its other files. At the end they become
 
     - ``images`` ``[N, H, W]`` or ``[N, H, W, 3]`` and ``name`` ``[N]``, in the input's order;
-    - an array for each key that all images have in their JSON sidecars or in a ``metadata.jsonl``, see `LabelTable`;
+    - an array for each key that all images have in their JSON sidecars or in a table, see `Labels`;
     - ``files/NAME``: every file that is not refined, byte for byte.
     """
 
@@ -389,7 +404,17 @@ class PackedOutput:
         return PackedBlock(self, block, self.source.shard(block))
 
     def check(self, header: Header, where: Path) -> None:
-        """Raise InputError if an image is not of the run's size and kind."""
+        """Raise InputError if an image is not of the run's size and kind, or has alpha, which would be lost."""
+        if header.alpha:
+            raise InputError(
+                f"{printable(where)}: images must have no alpha for {self.kind}, where it has no place, got {header}; "
+                "--to folder and --to shards keep it"
+            )
+        if header.format == "HDF5":
+            raise InputError(
+                f"{printable(where)}: a file of arrays must stay one, as it may hold labels beside the picture, for "
+                f"which {self.kind} has no place; --to folder keeps them"
+            )
         with self._lock:
             if self._first is None:
                 self._first = self._find_first(len(header.shape))
@@ -406,7 +431,8 @@ class PackedOutput:
             for unit in self.source.units(block):
                 if unit.image is not None:
                     with suppress(InputError):
-                        header = decode_image(unit.parts[unit.image].read(), unit.where).header
+                        data = unit.parts[unit.image].read()
+                        header = decode_image(data, unit.where, key=getattr(self.source, "key", None)).header
                         if len(header.shape) == dimensions:
                             return header, unit.where
         raise AssertionError("an image of these dimensions was decoded")
@@ -448,7 +474,7 @@ class PackedOutput:
         with WRITERS[self.kind](path, self.run.output) as new:
             new.images(shape, dtype, self._pixels(shape, dtype))
             new.array("name", np.array(names))
-            labels = _Labels(names, inside=isinstance(self.source, ShardsInput))
+            labels = Labels(names, inside=isinstance(self.source, ShardsInput))
             for block in range(self.source.blocks):
                 for info, data in read_members(self.piece(block, "tar")):
                     labels.take(info.name, data)
@@ -549,58 +575,13 @@ class PackedBlock(ShardBlock):
         return name
 
 
-class _Labels:
-    """What the images' JSON sidecars, or else the ``metadata.jsonl`` of their folders, say of every image.
-
-    ``inside``: the images were members of shards, and the first part of their names is their shard's. What lies beside
-    the shards knows them without it.
-    """
-
-    def __init__(self, names: list[str], inside: bool) -> None:
-        self._names = names
-        self._inside = inside
-        self._table = LabelTable()
-        self._sidecars = 0
-        self._rows: dict[str, bytes] = {}
-
-    def take(self, name: str, data: bytes) -> None:
-        """Look at one carried file; those of images come in the images' order."""
-        folder, slash, base = name.rpartition("/")
-        if base == "metadata.jsonl":
-            self._rows |= {folder + slash + key: row for key, row in rows_by_name(data).items()}
-        elif self._sidecars < len(self._names):
-            image = self._names[self._sidecars]
-            if name == f"{image[: image.rindex('.')]}.json":
-                self._table.add(parse(data))
-                self._sidecars += 1
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays; none of sidecars, or none of ``metadata.jsonl``, where one image has none."""
-        found = {}
-        keys = self._names
-        if self._inside and not all(name in self._rows for name in keys):
-            members = [name.partition("/")[2] for name in keys]
-            keys = members if len(set(members)) == len(members) else keys
-        if all(name in self._rows for name in keys):
-            table = LabelTable()
-            for name in keys:
-                table.add(parse(self._rows[name]))
-            found = table.arrays()
-        return found | (self._table.arrays() if self._sidecars == len(self._names) else {})
-
-
-def open_arrays(path: Path) -> ArrayImages | HDF5Images:
-    """A packed file, of whichever kind it is. Raises InputError if it breaks a rule."""
-    return HDF5Images(path) if is_hdf5(path) else ArrayImages(path)
-
-
 def _same_labels(one: ArrayImages | HDF5Images, other: ArrayImages | HDF5Images) -> bool:
     """Whether two files of different kinds hold the same labels and files; text may be encoded in two ways."""
 
     def values(arrays: ArrayImages | HDF5Images) -> dict[str, Any]:
         return {
             name: array.tolist() if array.dtype.kind in "US" else (array.dtype, array.shape, array.tobytes())
-            for name, array in arrays.labels().items()
+            for name, array in (arrays.labels() | arrays.others()).items()
         }
 
     return values(one) == values(other) and one.file_sha256() == other.file_sha256()

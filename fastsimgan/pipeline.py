@@ -343,7 +343,7 @@ class Worker:
                 piece = np.ascontiguousarray(images[start : start + size])
                 digest.update(piece.reshape(-1).view(np.uint8).data)
                 piece = np.array(piece, dtype=arrays.dtype)  # torch wants memory that it may write to
-                check_range(piece, arrays.path, first + start)
+                piece = check_range(piece, arrays.path, first + start)
                 units = None
                 if isinstance(self.source, UnpackedInput):
                     piece = piece.reshape(len(piece), *self.source.shape)
@@ -457,7 +457,7 @@ class Worker:
         try:
             data = unit.parts[unit.image].read()
             digest = sha256(data)
-            image = decode_image(data, unit.where)
+            image = decode_image(data, unit.where, key=getattr(self.source, "key", None))
             channels = image.pixels.shape[2] if image.pixels.ndim == 3 else 1
             if channels != self.refiner.channels:
                 raise InputError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsimgan.config import TrainConfig
+from fastsimgan.crops import Crop, choose_crop
 from fastsimgan.data.histogram import non_uniformity
+from fastsimgan.data.ragged import CentreCrops, Images, RaggedImages, Size, channels_of, crop_of
 from fastsimgan.data.room import available_memory
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import InputError
-from fastsimgan.runtime.backend import prepare
+from fastsimgan.runtime.backend import equalised, prepare
 
-Images = NDArray[Any]
 _EQUALISED = 0.06  # below this `non_uniformity`, images are taken for equalised
 _LOOKED_AT = 500  # images of each set that this is judged by
+_AHEAD = 1 << 28  # bytes that are gathered at a time, at most
 
 
 class ResidentImages:
@@ -34,7 +38,7 @@ class ResidentImages:
         device: where.
     """
 
-    def __init__(self, images: Images, sampler: Sampler, device: torch.device) -> None:
+    def __init__(self, images: NDArray[Any], sampler: Sampler, device: torch.device) -> None:
         if isinstance(images, np.memmap) or not images.flags.writeable:
             images = np.array(images)  # torch wants memory that it may write to
         self._stored = _planes(torch.from_numpy(images)).contiguous().to(device)
@@ -46,20 +50,57 @@ class ResidentImages:
         return self._stored.index_select(0, self.sampler.draw(count))
 
 
+class ResidentCrops:
+    """Images of any sizes, packed on the device as they are stored; random crops of one size are gathered there.
+
+    Args:
+        images: the set.
+        sampler: on ``device``.
+        device: where.
+        size: (height, width) of the crops, at most each image's.
+    """
+
+    def __init__(self, images: RaggedImages, sampler: Sampler, device: torch.device, size: Size) -> None:
+        pixels = images.flat.reshape(-1, images.channels)
+        if isinstance(pixels, np.memmap) or not pixels.flags.writeable:
+            pixels = np.array(pixels)
+        self._pixels = torch.from_numpy(pixels).to(device)
+        # of each image: its first pixel, its width, and how many rows and columns a crop may begin at
+        table = np.column_stack([images.starts // images.channels, images.sizes[:, 1], images.sizes - size + 1])
+        self._table = torch.from_numpy(table).to(device)
+        self._rows = torch.arange(size[0], device=device)[:, None]
+        self._columns = torch.arange(size[1], device=device)
+        self._size = size
+        self.sampler = sampler
+
+    def draw(self, count: int) -> Tensor:
+        """The next ``[count, C, h, w]``, as stored."""
+        indices, positions = self.sampler.draw_at(count)
+        first, width, rows, columns = self._table.index_select(0, indices).unbind(1)
+        top, left = self.sampler.corners(positions, rows, columns)
+        corner, width = (values.view(-1, 1, 1) for values in (first + top * width + left, width))
+        places = corner + self._rows * width + self._columns  # [count, h, w]
+        crops = self._pixels.index_select(0, places.view(-1))
+        return crops.view(count, *self._size, -1).permute(0, 3, 1, 2)
+
+
 class HostImages:
     """Images that stay in host memory or in a memory-mapped file; a thread gathers the next ones meanwhile.
 
     What is gathered goes through pinned memory to a CUDA device while that computes.
 
     Args:
-        images: ``[N, H, W]`` or ``[N, H, W, C]``, perhaps a ``numpy.memmap``.
+        images: ``[N, H, W]`` or ``[N, H, W, C]``, perhaps a ``numpy.memmap``, or of any sizes.
         sampler: on the CPU; it is read ahead of what has been drawn.
         device: where the batches go.
         ahead: images gathered at a time.
+        size: (height, width) of the random crops that are gathered, if images are of any sizes.
     """
 
-    def __init__(self, images: Images, sampler: Sampler, device: torch.device, ahead: int) -> None:
-        self._images, self._device, self._ahead = images, device, ahead
+    def __init__(
+        self, images: Images, sampler: Sampler, device: torch.device, ahead: int, size: Size | None = None
+    ) -> None:
+        self._images, self._device, self._ahead, self._size = images, device, ahead, size
         self._reader = sampler
         #: says how far *drawing* has come; setting it starts reading anew from there
         self.sampler = _Consumed(sampler, self._forget)
@@ -82,11 +123,21 @@ class HostImages:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _gather(self) -> Tensor:
-        indices = self._reader.draw(self._ahead).numpy()
-        shape = (len(indices), *self._images.shape[1:])
-        pin = self._device.type == "cuda"
-        chunk = torch.empty(shape, dtype=getattr(torch, self._images.dtype.name), pin_memory=pin)
-        np.take(self._images, indices, axis=0, out=chunk.numpy())
+        indices, positions = self._reader.draw_at(self._ahead)
+        images, pin = self._images, self._device.type == "cuda"
+        dtype = getattr(torch, images.dtype.name)
+        if not isinstance(images, RaggedImages):
+            chunk = torch.empty((len(indices), *images.shape[1:]), dtype=dtype, pin_memory=pin)
+            np.take(images, indices.numpy(), axis=0, out=chunk.numpy())
+            return chunk
+        assert self._size is not None
+        chosen = indices.tolist()
+        rows, columns = torch.from_numpy(images.sizes[chosen] - self._size + 1).unbind(1)
+        tops, lefts = (found.tolist() for found in self._reader.corners(positions, rows, columns))
+        chunk = torch.empty((len(indices), *self._size, images.channels), dtype=dtype, pin_memory=pin)
+        planes = chunk.numpy()
+        for to, (of, top, left) in enumerate(zip(chosen, tops, lefts, strict=True)):
+            planes[to] = crop_of(images[of], (top, left), self._size).reshape(planes.shape[1:])
         return chunk
 
     def _forget(self) -> None:
@@ -122,20 +173,29 @@ class _Consumed:
         return self._reader.indices(start, stop)
 
 
+Pool = ResidentImages | ResidentCrops | HostImages
+
+
 @dataclass
 class Pools:
     """Synthetic and real images as the networks want them: ``[n, C, H, W]`` in [-1, 1] on the device.
 
-    Made by `open_pools`. Attributes: ``image_shape`` (C, H, W); ``histogram``, "keep" or "equalise", what happens to
-    synthetic images; ``resident``, whether drawing needs nothing from the host; ``hashes``, sha256 of each set.
+    Made by `open_pools`. Attributes: ``image_shape`` (C, H, W); ``crop``, that (H, W), of the images or of the random
+    crops of them; ``crop_chosen``, whether it was chosen by the memory there is; ``arrays``, both sets in one size: as
+    given, or the middle of each image; ``histogram``, "keep" or "equalise", what R is to do with images;
+    ``drawn_histogram``, what is still to be done with those of ``arrays`` and those drawn (crops come from images that
+    were equalised whole); ``resident``, whether drawing needs nothing from the host; ``hashes``, sha256 of each set.
     """
 
-    synthetic: ResidentImages | HostImages
-    real: ResidentImages | HostImages
-    arrays: dict[str, Images]
+    synthetic: Pool
+    real: Pool
+    arrays: dict[str, NDArray[Any] | CentreCrops]
     histogram: str
+    drawn_histogram: str
     device: torch.device
     hashes: dict[str, str]
+    crop: Size
+    crop_chosen: bool
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -144,21 +204,26 @@ class Pools:
 
     @property
     def resident(self) -> bool:
-        return isinstance(self.synthetic, ResidentImages) and isinstance(self.real, ResidentImages)
+        return not isinstance(self.synthetic, HostImages) and not isinstance(self.real, HostImages)
 
     def draw_synthetic(self, count: int) -> Tensor:
-        return prepare(self.synthetic.draw(count), self.histogram)
+        return prepare(self.synthetic.draw(count), self.drawn_histogram)
 
     def draw_real(self, count: int) -> Tensor:
         return prepare(self.real.draw(count), "keep")
 
     def some(self, name: str, count: int) -> Tensor:
-        """``count`` images spread evenly over a set ("synthetic" or "real"), as stored; always the same."""
+        """``count`` images spread evenly over a set ("synthetic" or "real"), as stored; always the same.
+
+        Of images of several sizes, or larger than the crops, it is the middle, and no more than fit `_AHEAD`.
+        """
         array = self.arrays[name]
+        if isinstance(array, CentreCrops):
+            count = min(count, max(1, _AHEAD // (4 * math.prod(array.shape[1:]))))
         spread = np.linspace(0, len(array) - 1, min(count, len(array))).astype(np.int64)
         return self.stored(array[spread])
 
-    def stored(self, images: Images) -> Tensor:
+    def stored(self, images: NDArray[Any]) -> Tensor:
         """An array ``[n, H, W]`` or ``[n, H, W, C]`` as ``[n, C, H, W]`` on the device."""
         return _planes(torch.from_numpy(images)).to(self.device)
 
@@ -191,7 +256,7 @@ class Pools:
 
     def _resident(self, name: str) -> Sampler:
         pool = getattr(self, name)
-        assert isinstance(pool, ResidentImages)
+        assert isinstance(pool, ResidentImages | ResidentCrops)
         return pool.sampler
 
     def drawn_between(self, before: dict[str, int], after: dict[str, int]) -> dict[str, list[int]]:
@@ -212,8 +277,9 @@ def open_pools(
     """Check both sets, choose where they live, and say why.
 
     Args:
-        synthetic, real: ``[N, H, W]`` or ``[N, H, W, C]``, uint8, uint16, or float32 in [0, 1]; same size and channels.
-        config: its ``seed``, ``batch_size``, ``histogram`` and ``data``.
+        synthetic, real: ``[N, H, W]`` or ``[N, H, W, C]``, or of any sizes; uint8, uint16, or float32 in [0, 1]; same
+            channels.
+        config: its ``seed``, ``batch_size``, ``histogram``, ``data``, ``crop`` and what decides about memory.
         device: of the batches.
         say: called with each line meant for a person.
         rank, ranks: see `Sampler`.
@@ -221,39 +287,84 @@ def open_pools(
     Raises:
         InputError: images break a rule.
     """
-    arrays = {"synthetic": synthetic, "real": real}
-    for name, images in arrays.items():
-        if images.ndim not in (3, 4) or images.dtype not in (np.uint8, np.uint16, np.float32) or not len(images):
+    sets = {"synthetic": synthetic, "real": real}
+    for name, images in sets.items():
+        shaped = isinstance(images, RaggedImages) or images.ndim in (3, 4)
+        if not shaped or images.dtype not in (np.uint8, np.uint16, np.float32) or not len(images):
+            shape = repr(images) if isinstance(images, RaggedImages) else f"{images.dtype} {list(images.shape)}"
             raise InputError(
-                f"{name} images must be [N, H, W] or [N, H, W, C], uint8, uint16 or float32 in [0, 1], "
-                f"got {images.dtype} {list(images.shape)}"
+                f"{name} images must be [N, H, W] or [N, H, W, C], uint8, uint16 or float32 in [0, 1], got {shape}"
             )
-    if _size(synthetic) != _size(real):
+    if channels_of(synthetic) != channels_of(real):
         raise InputError(
-            f"synthetic and real images must have one size and number of channels, "
-            f"got {_size(synthetic)} and {_size(real)}"
+            "synthetic and real images must have one number of channels, "
+            f"got {channels_of(synthetic)} and {channels_of(real)}"
         )
-    resident, reason = _placement(arrays, config.data, device)
+    crop = choose_crop(sets, config, device)
+    if crop.reason:
+        say(f"crop: {crop.reason}")
+    hashes = {name: _sha256(images) for name, images in sets.items()}
+    arrays = {name: _in_one_size(images, crop) for name, images in sets.items()}
+    resident, reason = _placement(sets, config.data, device)
     if reason:
         say(f"data: {reason}")
-    histogram = _histogram(synthetic, real, config, say)
+    histogram = drawn_histogram = _histogram(synthetic, real, config, say)
+    if histogram == "equalise" and not crop.whole:
+        # a crop has another histogram than the picture that R will be given
+        sets["synthetic"] = _equalised(RaggedImages.of(synthetic))
+        arrays["synthetic"] = _in_one_size(sets["synthetic"], crop)
+        drawn_histogram = "keep"
     seeds = np.random.SeedSequence(config.seed).generate_state(2)
-    pools: list[ResidentImages | HostImages] = []
-    for images, seed in zip((synthetic, real), seeds, strict=True):
+    pools: list[Pool] = []
+    for name, seed in zip(("synthetic", "real"), seeds, strict=True):
+        images = sets[name]
         home = device if resident else "cpu"
         sampler = Sampler(len(images), int(seed), home, rank=rank, ranks=ranks)
-        ahead = max(config.batch_size, 4096 // config.batch_size * config.batch_size)
-        pools.append(
-            ResidentImages(images, sampler, device) if resident else HostImages(images, sampler, device, ahead)
-        )
-    hashes = {name: _sha256(images) for name, images in arrays.items()}
-    return Pools(pools[0], pools[1], arrays, histogram, device, hashes)
+        size = crop.size if not crop.whole else None
+        if resident:
+            pools.append(
+                ResidentCrops(RaggedImages.of(images), sampler, device, size)
+                if size
+                else ResidentImages(_whole(images), sampler, device)
+            )
+            continue
+        batches = min(4096 // config.batch_size, _AHEAD // (_image_bytes(images, crop.size) * config.batch_size))
+        ahead = max(1, batches) * config.batch_size
+        pools.append(HostImages(RaggedImages.of(images) if size else _whole(images), sampler, device, ahead, size))
+    return Pools(pools[0], pools[1], arrays, histogram, drawn_histogram, device, hashes, crop.size, bool(crop.reason))
+
+
+def _whole(images: Images) -> NDArray[Any]:
+    """A set of one size as an array."""
+    if not isinstance(images, RaggedImages):
+        return images
+    return np.stack([images[i] for i in range(len(images))])
+
+
+def _in_one_size(images: Images, crop: Crop) -> NDArray[Any] | CentreCrops:
+    return _whole(images) if crop.whole else CentreCrops(RaggedImages.of(images), crop.size)
+
+
+def _image_bytes(images: Images, size: Size) -> int:
+    return math.prod(size) * channels_of(images) * images.dtype.itemsize
+
+
+def _equalised(images: RaggedImages) -> RaggedImages:
+    """Each grey image equalised as a whole, in integers."""
+    dtype = np.dtype("uint16") if images.dtype == np.float32 else images.dtype
+    done = RaggedImages.room([(h, w) for h, w in images.sizes.tolist()], 1, dtype, Path("equalised images"))
+    for i in range(len(images)):
+        done[i][...] = equalised(torch.from_numpy(np.array(images[i]))[None, None], "equalise")[0, 0].numpy()
+    return done
 
 
 def _placement(arrays: dict[str, Images], choice: str, device: torch.device) -> tuple[bool, str]:
     """Whether the images live on the device, and why; "" where there is no choice."""
     size = sum(images.nbytes for images in arrays.values())
-    mapped = any(isinstance(images, np.memmap) for images in arrays.values())
+    mapped = any(
+        images.mapped if isinstance(images, RaggedImages) else isinstance(images, np.memmap)
+        for images in arrays.values()
+    )
     where = "memory-mapped" if mapped else "in host memory"
     if choice == "device":
         return True, f"{_bytes(size)} on {device} (--data device)"
@@ -273,17 +384,14 @@ def _placement(arrays: dict[str, Images], choice: str, device: torch.device) -> 
 
 def _histogram(synthetic: Images, real: Images, config: TrainConfig, say: Callable[[str], None]) -> str:
     """ "keep" or "equalise", as the settings or the images say."""
-    grey = synthetic.ndim == 3 or synthetic.shape[3] == 1
+    grey = channels_of(synthetic) == 1
     if config.histogram == "equalise" and not grey:
-        raise InputError(f"--histogram equalise needs grey images, got {synthetic.shape[3]} channels")
+        raise InputError(f"--histogram equalise needs grey images, got {channels_of(synthetic)} channels")
     if config.histogram != "auto":
         return config.histogram
     if not grey or np.float32 in (synthetic.dtype, real.dtype):
         return "keep"
-    theirs, ours = (
-        non_uniformity(_planes(torch.from_numpy(np.array(images[:: max(1, len(images) // _LOOKED_AT)]))))
-        for images in (real, synthetic)
-    )
+    theirs, ours = (_mean_non_uniformity(images) for images in (real, synthetic))
     if not theirs < _EQUALISED <= ours:
         return "keep"
     say(
@@ -293,13 +401,18 @@ def _histogram(synthetic: Images, real: Images, config: TrainConfig, say: Callab
     return "equalise"
 
 
+def _mean_non_uniformity(images: Images) -> float:
+    """Of images spread over a set, each as a whole."""
+    step = max(1, len(images) // _LOOKED_AT)
+    if not isinstance(images, RaggedImages):
+        return non_uniformity(_planes(torch.from_numpy(np.array(images[::step]))))
+    found = [non_uniformity(torch.from_numpy(np.array(images[i]))[None, None]) for i in range(0, len(images), step)]
+    return sum(found) / len(found)
+
+
 def _planes(images: Tensor) -> Tensor:
     """``[N, H, W]`` or ``[N, H, W, C]`` as ``[N, C, H, W]``, without a copy."""
     return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-
-
-def _size(images: Images) -> str:
-    return f"{images.shape[1]}x{images.shape[2]} with {images.shape[3] if images.ndim == 4 else 1} channel(s)"
 
 
 def _bytes(size: int) -> str:
@@ -307,8 +420,13 @@ def _bytes(size: int) -> str:
 
 
 def _sha256(images: Images) -> str:
-    """Of the values in order; a file that is memory-mapped is never whole in memory."""
+    """Of the values in order, and of the sizes where there are several; a mapped file is never whole in memory."""
     digest = hashlib.sha256()
+    if isinstance(images, RaggedImages):
+        digest.update(images.sizes.astype("<i8").tobytes())
+        for index in range(len(images)):
+            digest.update(np.ascontiguousarray(images[index]).data)
+        return digest.hexdigest()
     step = max(1, (1 << 26) // max(1, images[:1].nbytes))
     for start in range(0, len(images), step):
         digest.update(np.ascontiguousarray(images[start : start + step]).data)

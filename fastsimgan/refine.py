@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from fastsimgan.pipeline import Progress
     from fastsimgan.workers import Report
 
-DESCRIPTION = """Refine every image of a dataset: a folder (PNG, JPEG, TIFF; 8 or 16 bits; grey or RGB), WebDataset .tar
-shards, an .npz, .npy or HDF5 file.
+DESCRIPTION = """Refine every image of a dataset: a folder (PNG, JPEG, TIFF; 8, 16 bits or float32; any colour),
+WebDataset .tar shards, an .npz, .npy or HDF5 file. Pictures that seem to be labels (masks, depth maps) among the
+images are refused before anything is written, until --images tells which files are images.
 
 The output has the same names, sizes, bit depths and order. Everything else (sidecars, other files, other arrays) is
 copied byte for byte. PNG, TIFF and arrays are written without loss; JPEG is written as JPEG of quality 95. Nothing is
@@ -43,7 +44,12 @@ class RefineConfig:
     """Whatever the input is, write a folder of files, WebDataset shards or, where all images have one size, one .npz
     or HDF5 file."""
     images: str | None = None
-    """Glob of the files that are images ('rgb/*.png'); all others travel as labels."""
+    """Glob of the files that are images ('rgb/*.png'); all others travel as labels. '*': all that have an image's
+    suffix."""
+    key: str | None = None
+    """Name of the array, dataset or group that holds the images, where it is not `images` and there are others."""
+    follow_links: bool = False
+    """Follow links in a folder wherever they lead; without it, only those to files in the same folder."""
     link: bool = False
     """Hard-link the labels instead of copying them."""
     batch_size: int | None = None
@@ -105,9 +111,14 @@ def refine(config: RefineConfig) -> int:
         to=config.to,
         link=config.link,
         trust_engine=config.trust_engine,
+        key=config.key,
+        follow_links=config.follow_links,
     )
     run, source, _ = workers.start(job)
     print(source.describe())
+    packs = config.to in ("npz", "hdf5") and source.kind in ("folder", "shards")
+    if packs:
+        print("not kept in a packed file: what image files carry beside their pixels (EXIF, colour profiles, text)")
     if run.complete:
         totals = run.totals()
         print(f"{printable(config.output)}: complete already, {totals['images']} images, {totals['failed']} skipped")
@@ -139,6 +150,11 @@ def refine(config: RefineConfig) -> int:
         f"loaded, {by}mean |R(x) - x| {report.mean_change:.2f} grey levels of 255, "
         f"refiner sha256 {run.identity['refiner sha256']}"
     )
+    if packs:
+        from fastsimgan.data.source import open_arrays
+
+        arrays = [name for name in open_arrays(config.output).label_names if name != "name"]
+        print(f"labels that became arrays: {', '.join(map(printable, arrays)) or 'none'}")
     return _judge(report.images, report.failed)
 
 

@@ -28,6 +28,7 @@ from fastsimgan.checkpoint import (
     write_atomically,
 )
 from fastsimgan.config import TrainConfig
+from fastsimgan.data.ragged import Size
 from fastsimgan.data.values import to_float
 from fastsimgan.errors import InputError, TrainingError
 from fastsimgan.models.refiner import Refiner as Network
@@ -102,6 +103,11 @@ class RunFolder:
         if self.writes:
             for folder in (self.folder, self.folder / "pictures", self.folder / "checkpoints"):
                 remove_unfinished(folder)
+        if (saved := saved_crop(self.folder)) is not None and saved != self.pools.crop:
+            raise InputError(
+                f"--crop must stay {saved[0]}x{saved[1]} when resuming {self.folder}, "
+                f"got {self.pools.crop[0]}x{self.pools.crop[1]}"
+            )
         path = self._load()
         if self.writes:
             self._write_config()
@@ -169,7 +175,7 @@ class RunFolder:
         if self.writes:
             synthetic = self.pools.some("synthetic", _SHOWN)
             with torch.no_grad():
-                refined = self.trainer.average(prepare(synthetic, self.pools.histogram))
+                refined = self.trainer.average(prepare(synthetic, self.pools.drawn_histogram))
             real = self.pools.some("real", _NEIGHBOURS)
             save_contact_sheet(path, to_float(synthetic), refined, to_float(real))
         return path
@@ -274,6 +280,15 @@ class RunFolder:
             self.say(f"contact sheet: {self.folder / 'contact_sheet.png'}")
         self.trainer.ranks.largest(0)  # the others read only what is finished
         return load_refiner(self.folder, str(self.trainer.device))
+
+
+def saved_crop(folder: Path) -> Size | None:
+    """The crops of the run in a folder; None if it is none, or from before there were any."""
+    try:
+        crop = json.loads((folder / "config.json").read_bytes()).get("crop")
+    except (OSError, ValueError):
+        return None
+    return None if crop is None else (int(crop[0]), int(crop[1]))
 
 
 def _name(trainer: SimGAN) -> str:

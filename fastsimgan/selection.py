@@ -12,17 +12,20 @@ from torch import Tensor
 
 from fastsimgan.algorithm import SimGAN
 from fastsimgan.checkpoint import flatten, select
+from fastsimgan.data.ragged import CentreCrops
 from fastsimgan.data.values import from_float
 from fastsimgan.errors import TrainingError
 from fastsimgan.metrics.label_drift import describe, label_drift
 from fastsimgan.metrics.realism import kernel_distance, random_features
 from fastsimgan.models.refiner import Refiner as Network
-from fastsimgan.pools import Images, Pools
+from fastsimgan.pools import Pools
 from fastsimgan.runtime.backend import prepare
 from fastsimgan.runtime.refiner import Refiner
 
 _REAL = 2000  # real images that refined ones are compared with
 _BATCH = 64
+
+Array = np.ndarray[Any, Any]
 
 
 class Selection:
@@ -75,12 +78,12 @@ class Selection:
         return numbers
 
     @torch.no_grad()
-    def _refined(self, images: Images) -> Images:
+    def _refined(self, images: Array) -> Array:
         # by the network itself, not a `Refiner`: on CUDA that would record a graph for each look
         parts = []
         for first in range(0, len(images), _BATCH):
             stored = self._pools.stored(images[first : first + _BATCH])
-            refined = self._trainer.average(prepare(stored, self._pools.histogram))
+            refined = self._trainer.average(prepare(stored, self._pools.drawn_histogram))
             parts.append(from_float(refined.cpu().numpy(), images.dtype).reshape(-1, *images.shape[1:]))
         return np.concatenate(parts)
 
@@ -109,13 +112,13 @@ class Selection:
             self.network.load_state_dict(select("best", tensors))
 
 
-def some_synthetic(images: Images) -> Images:
+def some_synthetic(images: Array | CentreCrops) -> Array:
     """A sample of ``images`` spread evenly over them, that takes a second or two to look at: 400 eyes."""
     count = max(16, min(400, 800_000 // math.prod(images.shape[1:3])))
     return np.array(images[:: max(1, len(images) // count)][:count])  # a copy: the images may be a mapped file
 
 
-def drift_line(synthetic: Images, refiner: Refiner) -> str:
+def drift_line(synthetic: Array | CentreCrops, refiner: Refiner) -> str:
     """A line on how far R moved what labels speak of."""
     sample = some_synthetic(synthetic)
     return f"{describe(label_drift(sample, refiner(sample)))}; of {len(sample)} images"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastsimgan import cli
 from fastsimgan.config import PRESETS, TrainConfig, preset
@@ -16,6 +18,9 @@ DESCRIPTION = """Train a SimGAN refiner: a network that makes synthetic images l
 Give --synthetic and --real (folders of images, .npz, .npy or HDF5 files, .tar shards), or neither for the built-in
 procedural eyes. What comes out, in --out: refiner.safetensors, contact_sheet.png, metrics.jsonl, config.json,
 checkpoints/ and pictures/."""
+
+RGB_WIDTH = 64
+"""Feature maps of R for RGB images where none are asked for: it starts at the identity with 20 a channel or more."""
 
 #: What a resumed run may change without ceasing to be the same run.
 _FREE_ON_RESUME = {"out", "resume", "dry_run", "device", "picture_every", "checkpoint_every", "keep", "data", "profile"}
@@ -29,34 +34,158 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FastSimGANError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    command = functools.partial(train, width_given=any(each.split("=")[0] == "--width" for each in arguments))
     return cli.run(
-        train, TrainConfig, prog="python -m fastsimgan.train", description=DESCRIPTION, argv=arguments, default=default
+        command,
+        TrainConfig,
+        prog="python -m fastsimgan.train",
+        description=DESCRIPTION,
+        argv=arguments,
+        default=default,
     )
 
 
-def train(config: TrainConfig) -> None:
-    """The command itself, on parsed settings."""
+def train(config: TrainConfig, *, width_given: bool = True) -> None:
+    """The command itself, on parsed settings.
+
+    Args:
+        config: settings.
+        width_given: whether ``config.width`` is the user's, and no default.
+    """
+    from fastsimgan.data.source import refuse_inside
+
     config.validate()
+    refuse_inside(config.out, "--out", config.synthetic, config.real)
     if config.resume:
         _check_unchanged(config)
     elif config.out.exists() and not config.dry_run:
         raise InputError(f"{config.out}: --out must not exist yet, or --resume goes on with it")
 
     from fastsimgan.data.builtin import builtin_pair
-    from fastsimgan.data.source import open_images
 
     if config.synthetic is None or config.real is None:
         synthetic, real = (part["images"] for part in builtin_pair(config.seed))
         print(f"built-in eyes: {len(synthetic)} synthetic, {len(real)} of the stand-in for real ones (simulated too)")
     else:
-        sources = open_images(config.synthetic), open_images(config.real)
-        for name, source in zip(("synthetic", "real"), sources, strict=True):
-            print(f"{name}: {source.describe()}")
-        synthetic, real = (source.load() for source in sources)
+        synthetic, real = _both_sides(config, config.synthetic, config.real)
+    if not width_given and not config.resume:
+        config = _wide_enough(config, synthetic)
 
     from fastsimgan.training import fit
 
     fit(synthetic, real, config)
+
+
+def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, Any]:
+    """Both sets of images, after saying what was found.
+
+    Synthetic images are read as stored: labels belong to them. Real ones carry none, so they are turned upright and
+    made grey or RGB, as the synthetic ones are.
+    """
+    from fastsimgan.data.reading import Reading, grey_in_colour, in_the_colour
+    from fastsimgan.data.resizing import rescale
+    from fastsimgan.data.source import open_images
+    from fastsimgan.data.values import mismatch, value_range
+
+    reading = Reading(
+        images=config.images,
+        key=config.key,
+        links="all" if config.follow_links else "inside",
+        on_error=config.on_error,
+        any_size=True,
+        colour="as stored" if config.colour == "auto" else config.colour,
+    )
+    ours = open_images(synthetic, reading)
+    print(f"synthetic: {ours.describe()}")
+    theirs = _open_real(
+        real, dataclasses.replace(reading, upright=True, images=config.real_images or config.images), config
+    )
+    print(f"real: {theirs.describe()}")
+    colour = config.colour
+    images = in_the_colour(_set_of(ours), colour)
+    _say_left_out("synthetic", ours, len(images), config)
+    if colour == "auto":
+        colour = "rgb" if images.ndim == 4 and images.shape[3] == 3 else "grey" if images.ndim == 3 else "auto"
+    if hasattr(theirs, "reading"):
+        theirs.reading = dataclasses.replace(theirs.reading, colour="as stored" if colour == "auto" else colour)
+    scale = _scale(config, images)
+    if hasattr(theirs, "reading"):
+        theirs.reading = dataclasses.replace(theirs.reading, scale=scale)
+        stored = _set_of(theirs)
+        resized = theirs.resized
+    else:
+        stored = rescale(as_found := _set_of(theirs), scale)
+        resized = 0 if stored is as_found else len(stored)
+    if resized:
+        print(f"real: {resized} of {len(stored)} images {_scale_text(config, scale)}")
+    photos = in_the_colour(stored, colour)
+    _say_left_out("real", theirs, len(photos), config)
+    if converted := getattr(theirs, "converted", 0) or (len(photos) if photos is not stored else 0):
+        of = "--colour says" if config.colour != "auto" else "the synthetic ones are"
+        print(f"real: {converted} of {len(photos)} images made {'RGB' if colour == 'rgb' else 'grey'}, as {of}")
+    if grey_in_colour(images):
+        print("synthetic: RGB with R = G = B in all that were looked at; --colour grey trains on one channel")
+    ranges = value_range(images), value_range(photos)
+    for name, found in zip(("synthetic", "real"), ranges, strict=True):
+        print(f"{name}: values {found}")
+    if warning := mismatch(*ranges):
+        print(f"warning: {warning}")
+    return images, photos
+
+
+def _wide_enough(config: TrainConfig, synthetic: Any) -> TrainConfig:
+    """For RGB images, as many feature maps as it takes to start at the identity."""
+    from fastsimgan.data.ragged import channels_of
+
+    if not config.identity_init or channels_of(synthetic) != 3 or config.width >= RGB_WIDTH:
+        return config
+    print(f"width: {RGB_WIDTH} feature maps, so that R starts at the identity in RGB (--width {config.width}: fewer)")
+    return dataclasses.replace(config, width=RGB_WIDTH)
+
+
+def _set_of(source: Any) -> Any:
+    return source.load_set() if hasattr(source, "load_set") else source.load()
+
+
+def _scale(config: TrainConfig, synthetic: Any) -> Any:
+    """What --resize-real means for the real images."""
+    from fastsimgan.data.resizing import Scale, median_height
+
+    if config.resize_real == "auto":
+        return Scale(height=median_height(synthetic))
+    return Scale(factor=1.0 if isinstance(config.resize_real, str) else config.resize_real)
+
+
+def _scale_text(config: TrainConfig, scale: Any) -> str:
+    if config.resize_real == "auto":
+        return f"brought to {scale.height} pixels' height, the synthetic ones' median (--resize-real none: not)"
+    return f"resized by {scale.factor:g} (--resize-real)"
+
+
+def _open_real(path: Path, reading: Any, config: TrainConfig) -> Any:
+    """The real side; a glob that was given for both sides and that nothing matches here is left aside."""
+    from fastsimgan.data.reading import real_images_flag
+    from fastsimgan.data.source import matches, open_images
+
+    reading = dataclasses.replace(reading, flag=real_images_flag)
+    if config.images is not None and config.real_images is None and not matches(path, reading):
+        print(f"real: no name matches --images {config.images!r}: judged without it")
+        reading = dataclasses.replace(reading, images=None)
+    return open_images(path, reading)
+
+
+def _say_left_out(name: str, source: Any, kept: int, config: TrainConfig) -> None:
+    """Name what was left out. Raises InputError if it is too much."""
+    from fastsimgan.refine import BAD_SHARE
+
+    left_out: list[str] = getattr(source, "left_out", [])
+    for reason in left_out:
+        print(f"left out: {reason}")
+    if len(left_out) > BAD_SHARE * (kept + len(left_out)):
+        raise InputError(
+            f"{config.synthetic if name == 'synthetic' else config.real}: at most {BAD_SHARE:.0%} of the images may be "
+            f"bad, got {len(left_out)} of {kept + len(left_out)}"
+        )
 
 
 def _default(arguments: Sequence[str]) -> TrainConfig:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -12,14 +14,16 @@ from tqdm import tqdm
 from fastsimgan.acceleration import GraphedIterations, choose_blocks, compile_networks, why_no_graph
 from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
+from fastsimgan.data.ragged import Images, RaggedImages, pack
+from fastsimgan.data.values import as_images
 from fastsimgan.device import choose_device, current, keep_freed_memory
 from fastsimgan.errors import InputError, Stopped
-from fastsimgan.pools import Images, Pools, open_pools
+from fastsimgan.pools import Pools, open_pools
 from fastsimgan.precision import choose_precision, convolutions
 from fastsimgan.profiling import profile_iterations
 from fastsimgan.ranks import Ranks, join_ranks
 from fastsimgan.reports import Numbers, Reports, line
-from fastsimgan.run_folder import RunFolder, State
+from fastsimgan.run_folder import RunFolder, State, saved_crop
 from fastsimgan.runtime.refiner import Refiner
 from fastsimgan.selection import drift_line
 from fastsimgan.signals import StopRequest
@@ -46,7 +50,8 @@ def fit(
     with the same arguments.
 
     Args:
-        synthetic, real: ``[N, H, W]`` or ``[N, H, W, C]``, uint8, uint16, or float32 in [0, 1]; same size and channels.
+        synthetic, real: ``[N, H, W]`` or ``[N, H, W, C]``, or a list of ``[H, W]`` or ``[H, W, C]`` of any sizes;
+            uint8, uint16, or float32 in [0, 1]; same channels.
         config: settings; the defaults if None.
         say: called with each line meant for a person.
 
@@ -62,6 +67,7 @@ def fit(
     """
     config = config or TrainConfig()
     config.validate()
+    synthetic, real = _as_set(synthetic, "synthetic images"), _as_set(real, "real images")
 
     # Device, data, networks.
     ranks, device_name = join_ranks(config.device)
@@ -77,7 +83,11 @@ def fit(
 def _fit(
     synthetic: Images, real: Images, config: TrainConfig, say: Callable[[str], None], ranks: Ranks, device: torch.device
 ) -> Refiner:
+    if config.resume and config.crop is None:
+        config = dataclasses.replace(config, crop=saved_crop(config.out))
     pools = open_pools(synthetic, real, config, device, say, rank=ranks.rank, ranks=ranks.count)
+    if pools.crop_chosen:
+        config = dataclasses.replace(config, crop=pools.crop)  # a resumed run takes it from there
     precision, reason = choose_precision(config.precision, device)
     if config.precision != "auto" or precision != "float32":
         say(f"precision: {precision} ({reason})")
@@ -141,7 +151,7 @@ def _fit(
         reports.close()
         refiner = run.finish()
     if ranks.first and not stop.signal:
-        say(drift_line(synthetic, refiner))
+        say(drift_line(pools.arrays["synthetic"], refiner))
     return refiner
 
 
@@ -173,6 +183,18 @@ def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
         )
     if config.history and config.history // ranks.count < config.batch_size // ranks.count // 2:
         raise InputError(f"--history must hold half a batch in each process, got {config.history}")
+
+
+def _as_set(images: Any, name: str) -> Images:
+    """What a caller has as a set of images. Raises InputError if it is none."""
+    if isinstance(images, RaggedImages):
+        return images
+    if isinstance(images, list | tuple) and len({getattr(image, "shape", ())[:2] for image in images}) > 1:
+        try:
+            return pack([as_images(image[None], name)[0] for image in images])
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+    return as_images(images, name)
 
 
 def _silent(_: str) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,8 @@ from PIL import Image
 
 from fastsimgan import cli
 from fastsimgan.data.files import printable, refuse_existing, staged
-from fastsimgan.data.source import open_images
+from fastsimgan.data.reading import Reading
+from fastsimgan.data.source import matches, open_images, refuse_inside
 from fastsimgan.errors import InputError
 
 DESCRIPTION = """A visual Turing test: `make` writes one HTML page that needs no network and shows real and refined
@@ -47,6 +48,11 @@ class Make:
     """Of the choice and the order."""
     title: str = "Real or refined?"
     """Heading of the page."""
+    images: str | None = None
+    """Glob of the files that are images ('rgb/*.png'), where masks or the like lie beside them; '*': all that have an
+    image's suffix. Among real images it counts only if some name matches."""
+    key: str | None = None
+    """Name of the array, dataset or group that holds the images, where it is not `images` and there are others."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ def _run(config: Make | Score) -> None:
 def make(config: Make) -> None:
     """Write the page of ``config``; InputError if the images are too few or unequal, or the page is there."""
     refuse_existing(config.out)
+    refuse_inside(config.out, "--out", config.real, config.refined)
     for name in ("count", "at_a_time"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
@@ -82,7 +89,10 @@ def make(config: Make) -> None:
     cards: list[tuple[str, str]] = []
     shapes = []
     for kind, path in (("real", config.real), ("refined", config.refined)):
-        images = open_images(path).load()
+        reading = Reading(images=config.images, key=config.key, links="inside", upright=kind == "real")
+        if kind == "real" and config.images is not None and not matches(path, reading):
+            reading = replace(reading, images=None)
+        images = open_images(path, reading).load()
         if len(images) < config.count:
             raise InputError(f"{printable(path)}: must hold at least --count={config.count} images, got {len(images)}")
         shapes.append(images.shape[1:])

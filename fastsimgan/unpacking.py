@@ -15,12 +15,11 @@ from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.files import printable
 from fastsimgan.data.hdf5 import HDF5Images
 from fastsimgan.data.images import FORMATS, Header
-from fastsimgan.data.label_table import parse, rows_by_name
+from fastsimgan.data.label_table import parse
+from fastsimgan.data.labels import Labels, is_label_file
 from fastsimgan.data.listing import STATE, stems
 from fastsimgan.errors import InputError
 from fastsimgan.inputs import ArraysInput, Part, RawUnit
-
-METADATA = "metadata.jsonl"
 
 
 class UnpackedInput(ArraysInput):
@@ -47,6 +46,11 @@ class UnpackedInput(ArraysInput):
             )
         if isinstance(arrays, HDF5Images):
             arrays.only_arrays(to)
+        if arrays.other_names:
+            raise InputError(
+                f"{printable(self.path)}: array {printable(arrays.other_names[0])} must have length {len(arrays)}, as "
+                "images has, to become files of each image; --to npz or hdf5 keeps it"
+            )
         self.shape = (height, width) if channels == 1 else (height, width, channels)
         labels = arrays.labels()
         self.names = _image_names(labels, len(arrays))
@@ -143,19 +147,20 @@ class UnpackedInput(ArraysInput):
         """What the carried files say of an image."""
         if sidecar is not None:
             yield parse(sidecar)
-        for key in (name, name.partition("/")[2]):  # beside shards, the first part of a name is unknown
-            if key in self._rows:
-                yield parse(self._rows[key])
+        for said in self._said:
+            yield from said.of(name)
 
     @cached_property
-    def _rows(self) -> dict[str, bytes]:
-        """Lines of every ``metadata.jsonl`` among the files, by the name of their image."""
-        found: dict[str, bytes] = {}
-        for name in self.alone:
-            folder, slash, base = name.rpartition("/")
-            if base == METADATA:
-                rows = rows_by_name(self.arrays.read_file(name))
-                found |= {folder + slash + key: row for key, row in rows.items()}
+    def _said(self) -> tuple[Labels, Labels]:
+        """What tables among the files, and the images' folders, say of the images.
+
+        The first part of a name may be that of a shard, which tables and folders do not know.
+        """
+        assert self.names is not None
+        found = Labels(self.names), Labels(self.names, inside=True)
+        for name in filter(is_label_file, self.alone):
+            for said in found:
+                said.take(name, self.arrays.read_file(name))
         return found
 
     def _check_name(self, name: str) -> None:

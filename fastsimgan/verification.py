@@ -15,8 +15,8 @@ from fastsimgan.blocks import FORMAT, partial_of, read_header, read_json, read_l
 from fastsimgan.data.arrays import FILES
 from fastsimgan.data.files import hash_file, printable
 from fastsimgan.data.listing import STATE
+from fastsimgan.data.source import open_arrays
 from fastsimgan.errors import InputError
-from fastsimgan.outputs import open_arrays
 
 
 def verify(output: Path) -> dict[str, Any]:
@@ -35,7 +35,9 @@ def verify(output: Path) -> dict[str, Any]:
     totals = read_json(state / "done.json")
     found: dict[str, Any] = {"blocks": 0, "images": 0, "failed": 0, "others": 0}
     files = 0
-    arrays = open_arrays(output) if is_file else None
+    identity = record["identity"]
+    same = identity["input kind"] == identity["output kind"]  # a new kind of file calls its images so
+    arrays = open_arrays(output, identity.get("array") if same else None) if is_file else None
     first = 0
     carried: dict[str, str] = {}  # into a packed file, by name
     for block in range(record["blocks"]):

@@ -53,6 +53,8 @@ class Job:
     to: Literal["same", "folder", "shards", "npz", "hdf5"] = "same"
     link: bool = False
     trust_engine: bool = False
+    key: str | None = None
+    follow_links: bool = False
 
 
 @dataclass
@@ -115,7 +117,13 @@ def check(job: Job) -> Input:
     batch_size = batches.BATCH_SIZE if job.batch_size is None else job.batch_size
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    source = open_input(job.input, batch_size=batch_size, images=job.images)
+    source = open_input(
+        job.input,
+        batch_size=batch_size,
+        images=job.images,
+        key=job.key,
+        links="all" if job.follow_links else "files",
+    )
     if job.link and not (isinstance(source, FolderInput) and job.to in ("same", "folder")):
         raise InputError("link must be off where labels are not files of a folder both before and after, got --link")
     old, new = Path(os.path.realpath(job.input)), Path(os.path.realpath(job.output))

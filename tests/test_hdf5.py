@@ -62,20 +62,20 @@ def virtual(file: Any) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
-    "none": (lambda file: file.create_dataset("pictures", data=[1]), "must hold a dataset named images, got pictures"),
+    "none": (lambda file: file.create_dataset("pictures", data=[1]), "must hold an array named images, got pictures"),
     "link": (
         lambda file: file.__setitem__("images", h5py.ExternalLink("/etc/passwd", "/x")),
-        "must hold a dataset named images",
+        "must hold an array named images, got ",
     ),
     "virtual": (virtual, "images must lie in the file itself, got external or virtual data"),
     "external": (
         lambda file: file.create_dataset("images", (3, 5, 7), "u1", external=[("/etc/passwd", 0, 105)]),
         "images must lie in the file itself, got external or virtual data",
     ),
-    "group": (lambda file: file.create_group("images"), "images must be a dataset, got a group"),
+    "group": (lambda file: file.create_group("images"), "must hold an array named images, got "),
     "type": (
-        lambda file: file.create_dataset("images", data=np.zeros((3, 5, 7))),
-        "images must be uint8, uint16 or float32 in [0, 1], got float64",
+        lambda file: file.create_dataset("images", data=np.zeros((3, 5, 7), int)),
+        "images must be uint8, uint16 or float32 in [0, 1], got int64: astype(np.uint8)",
     ),
     "shape": (
         lambda file: file.create_dataset("images", data=np.zeros((3, 1, 5, 7), np.uint8)),

@@ -24,7 +24,7 @@ from fastsimgan.data.label_table import LabelTable
 from fastsimgan.data.source import open_images
 from fastsimgan.errors import InputError
 from fastsimgan.verification import verify
-from fastsimgan.workers import Job, refine
+from fastsimgan.workers import Job, refine, start
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
 COUNT = 47
@@ -323,7 +323,7 @@ def test_the_first_good_image_decides(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "0.png").write_bytes(b"no image")
     colour = np.zeros((9, 9, 3), np.uint8)
     Image.fromarray(colour).save(tmp_path / "in" / "1.png")
-    assert len(packed(model, tmp_path / "in", tmp_path / "out.npz", on_error="skip")) == 9
+    assert len(packed(model, tmp_path / "in", tmp_path / "out.npz", on_error="skip", images="*")) == 9
 
 
 def test_names_that_are_not_utf_8_are_refused(model: Path, tmp_path: Path) -> None:
@@ -338,6 +338,7 @@ def test_names_that_are_not_utf_8_are_refused(model: Path, tmp_path: Path) -> No
 def test_members_whose_names_lead_out_are_refused(name: str, model: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, name, png(pixels(0)))
+        add(tar, "0.png", png(pixels(0)))
     with pytest.raises(InputError, match="names must stay inside the output"):
         packed(model, tmp_path / "a.tar", tmp_path / "out.npz")
 
@@ -353,8 +354,6 @@ def test_twins_in_a_shard_are_refused(model: Path, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "attribute": (lambda file: file.attrs.__setitem__("version", 3), "the attribute version of the file"),
     "its attribute": (lambda file: file["images"].attrs.__setitem__("u", 3), "the attribute u of images"),
-    "length": (lambda file: file.create_dataset("m/mean", data=np.zeros((5, 7))), r"m/mean of float64\[5, 7\]"),
-    "scalar": (lambda file: file.create_dataset("n", data=3), r"n of int64\[\]"),
     "link": (lambda file: file.__setitem__("alias", h5py.SoftLink("/images")), "the link alias"),
     "record": (lambda file: file.create_dataset("r", data=np.zeros(3, [("a", "f4")])), "r of .*"),
 }
@@ -368,6 +367,16 @@ def test_what_an_npz_cannot_hold_is_refused_before_any_work(case: str, model: Pa
     with pytest.raises(InputError, match=rf"in\.h5: must hold only .* to become an \.npz, got {REFUSED[case][1]}"):
         refine(Job(model, tmp_path / "in.h5", tmp_path / "out.npz", to="npz"), loader=load_invert)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5", "refiner.safetensors"]
+
+
+def test_datasets_of_other_lengths_go_along_into_an_npz(model: Path, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file["images"] = np.stack([pixels(i) for i in range(3)])
+        file["m/mean"], file["n"] = np.full((5, 7), 2.5), 3
+    found = packed(model, tmp_path / "in.h5", tmp_path / "out.npz")
+    assert np.array_equal(found.others()["m/mean"], np.full((5, 7), 2.5)) and found.others()["n"] == 3
+    with pytest.raises(InputError, match=r"must hold only .* to become files, got m/mean of float64\[5, 7\]"):
+        start(Job(model, tmp_path / "in.h5", tmp_path / "out", to="folder"))
 
 
 @pytest.mark.parametrize("array", [np.array(["2020", "2021"], "M8[Y]"), np.array(["a\0b", "c"])])
@@ -409,7 +418,8 @@ def test_wrong_suffixes_are_told_the_flag(model: Path, tmp_path: Path) -> None:
 def test_shards_and_hdf5_are_sets_to_train_on(model: Path, tmp_path: Path) -> None:
     shards = open_images(make_shards(tmp_path / "in"))
     expected = np.stack([pixels(i) for i in range(COUNT)])
-    assert np.array_equal(shards.load(), expected) and shards.labels() == {}
+    assert np.array_equal(shards.load(), expected)
+    assert np.array_equal(shards.labels()["pitch_yaw"], [gaze(i) for i in range(COUNT)])
     assert shards.describe().startswith(f"{tmp_path}/in: WebDataset, 3 shards, ")
     assert len(open_images(tmp_path / "in" / "s0*.tar").load()) == len(open_images(tmp_path / "in").load())
     assert len(open_images(tmp_path / "in" / "s040.tar").load()) == 7

@@ -9,7 +9,7 @@ import hashlib
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -17,46 +17,47 @@ from typing import IO
 import numpy as np
 
 from fastsimgan.data.files import printable
-from fastsimgan.data.values import WHITE
 from fastsimgan.errors import InputError
 
-IMAGES = "images.npy"  # the member of an .npz that holds the images
+IMAGES = "images"  # the array that holds the images
 FILES = "files/"  # members of an .npz under this name are files that travel along, not arrays
 MAX_CHANNELS = 4  # anything larger in last place is not channels: most likely the array is [N, C, H, W]
+HAIR = 1 / 1024  # by which floats may leave [0, 1], a quarter of an 8-bit level: rounding, which is clipped
+_SMALLEST = 8  # height and width from which on an unnamed array is taken for images
 
 
 class ArrayImages:
     """An ``.npz`` or ``.npy`` file of images ``[N, H, W]`` or ``[N, H, W, C]``, C from 1 to 4.
 
-    Images are uint8, uint16, or float32 in [0, 1]. The other arrays of an ``.npz`` are its labels, each of length N;
-    members under ``files/`` are files, of any kind, that travel along.
+    Images are uint8, uint16, or floats in [0, 1], which are read as float32. One picture, ``[H, W]`` or ``[H, W, 3]``,
+    is a set of one. In an ``.npz`` they are the array ``images``, or ``key``, or the only one that can be images. The
+    other arrays are its labels; those that are not of length N belong to no image (``other_names``) and travel along,
+    and so do members under ``files/``, files of any kind.
     A ``.npy`` is memory-mapped; the images of an ``.npz`` are read into memory the first time that they are asked for.
 
     Raises InputError at once if the file breaks a rule that its headers show, and on reading if its data does.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
         self.archive = _is_archive(path)
         self._images: np.ndarray | None = None
         self._opened: zipfile.ZipFile | None = None
         self.file_names: list[str] = []  # without ``files/``
         headers = self._headers()
-        if IMAGES not in headers:
-            raise InputError(f"{printable(path)}: must hold an array named images, got {_names(headers)}")
-        self._shape, self.stored_dtype = headers.pop(IMAGES)
-        self._check_images()
+        self.key = choose_key(path, {name.removesuffix(".npy"): header for name, header in headers.items()}, key)
+        self.stored_shape, self.stored_dtype = headers.pop(f"{self.key}.npy")
+        self._shape = check_images(path, self.key, self.stored_shape, self.stored_dtype)
+        self.label_names: list[str] = []
+        self.other_names: list[str] = []
         for name, (shape, dtype) in headers.items():
             label = printable(name.removesuffix(".npy"))
             if dtype.hasobject:
                 raise InputError(
                     f"{printable(path)}: array {label} must hold plain values, got Python objects (pickled)"
                 )
-            if shape[:1] != self._shape[:1]:
-                raise InputError(
-                    f"{printable(path)}: array {label} must have length {len(self)}, as images has, got shape {shape}"
-                )
-        self.label_names = [name.removesuffix(".npy") for name in headers]
+            of_each = shape[:1] == self._shape[:1]
+            (self.label_names if of_each else self.other_names).append(name.removesuffix(".npy"))
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -69,20 +70,22 @@ class ArrayImages:
 
     @property
     def dtype(self) -> np.dtype:
-        """The images' type in native byte order: uint8, uint16 or float32."""
-        return self.stored_dtype.newbyteorder("=")
+        """The images' type as they are read: uint8, uint16 or float32, in native byte order."""
+        return read_as(self.stored_dtype)
 
     @property
     def bit_depth(self) -> int:
         """Bits a channel: 8, 16 or 32."""
-        return self.dtype.itemsize * 8
+        return self.stored_dtype.itemsize * 8
 
     def describe(self) -> str:
         """What was found, in one line. Reads no pixels."""
         channels, height, width = self.shape
         labels = f"labels {', '.join(map(printable, self.label_names))}" if self.label_names else "no labels"
         colour = "grey" if channels == 1 else f"{channels} channels"
+        labels += f", carried along: {', '.join(map(printable, self.other_names))}" if self.other_names else ""
         files = f", {len(self.file_names)} other files" if self.file_names else ""
+        files += f" (images: the array {printable(self.key)})" if self.archive and self.key != "images" else ""
         kind = f"{height}x{width} {self.bit_depth}-bit {colour}"
         return f"{printable(self.path)}: {len(self)} images, {kind}, {labels}{files}"
 
@@ -92,8 +95,7 @@ class ArrayImages:
         Raises InputError if the file's data is damaged or a float is outside [0, 1].
         """
         images = self.stored_images().astype(self.dtype, copy=False)
-        check_range(images, self.path, 0)
-        return images
+        return check_range(images, self.path, 0)
 
     def stored_images(self, mapped: bool = False) -> np.ndarray:
         """The images as the file holds them, byte order included; floats unchecked. Raises InputError if damaged.
@@ -105,11 +107,13 @@ class ArrayImages:
                 if self.archive:
                     with zipfile.ZipFile(self.path) as archive:
                         if mapped:
-                            self._images = _map_member(archive, IMAGES)
+                            self._images = _map_member(archive, f"{self.key}.npy")
                         if self._images is None:
-                            self._images = _read_member(archive, IMAGES)
+                            self._images = _read_member(archive, f"{self.key}.npy")
                 else:
                     self._images = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            if len(self._shape) > len(self.stored_shape):
+                self._images = self._images[None]
         return self._images
 
     def read_range(self, first: int, end: int) -> np.ndarray:
@@ -117,11 +121,18 @@ class ArrayImages:
         return self.stored_images(mapped=True)[first:end]
 
     def labels(self) -> dict[str, np.ndarray]:
-        """The other arrays by name, each of length N; none in a ``.npy``. Raises InputError if they are damaged."""
+        """The other arrays of length N by name; none in a ``.npy``. Raises InputError if they are damaged."""
+        return self._read(self.label_names)
+
+    def others(self) -> dict[str, np.ndarray]:
+        """The arrays of other lengths, by name. Raises InputError if they are damaged."""
+        return self._read(self.other_names)
+
+    def _read(self, names: list[str]) -> dict[str, np.ndarray]:
         if not self.archive:
             return {}
         with self._reading(), zipfile.ZipFile(self.path) as archive:
-            return {name: _read_member(archive, f"{name}.npy") for name in self.label_names}
+            return {name: _read_member(archive, f"{name}.npy") for name in names}
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Name and bytes of every file under ``files/``. Raises InputError if one is damaged."""
@@ -146,7 +157,7 @@ class ArrayImages:
             return {}
         found = {}
         with zipfile.ZipFile(self.path) as archive:
-            for name in self.label_names:
+            for name in (*self.label_names, *self.other_names):
                 digest = hashlib.sha256()
                 for chunk in self._chunks(archive, archive.getinfo(f"{name}.npy")):
                     digest.update(chunk)
@@ -173,14 +184,14 @@ class ArrayImages:
                 info.compress_type = member.compress_type
                 info.external_attr = member.external_attr
                 with new.open(info, "w", force_zip64=True) as file:
-                    if member.filename == IMAGES:
+                    if member.filename == f"{self.key}.npy":
                         self._write_images(file, images)
                     else:
                         file.writelines(self._chunks(old, member))
 
     def _write_images(self, file: IO[bytes], images: Iterable[np.ndarray]) -> None:
         descr = np.lib.format.dtype_to_descr(self.stored_dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": self._shape}
+        header = {"descr": descr, "fortran_order": False, "shape": self.stored_shape}
         np.lib.format.write_array_header_1_0(file, header)
         for piece in images:
             file.write(piece.astype(self.stored_dtype, copy=False).tobytes())
@@ -197,7 +208,7 @@ class ArrayImages:
                 with self.path.open("rb") as file:
                     shape, dtype, offset = _read_header(file)
                     self._check_size("images", shape, dtype, self.path.stat().st_size - offset)
-                return {IMAGES: (shape, dtype)}
+                return {f"{IMAGES}.npy": (shape, dtype)}
             headers = {}
             with zipfile.ZipFile(self.path) as archive:
                 seen: set[str] = set()
@@ -219,18 +230,6 @@ class ArrayImages:
                     self._check_memory(member.filename.removesuffix(".npy"), member.file_size)
                     headers[member.filename] = shape, dtype
             return headers
-
-    def _check_images(self) -> None:
-        if self.dtype.name not in WHITE:
-            got = "Python objects (pickled)" if self.dtype.hasobject else self.dtype.name
-            raise InputError(f"{printable(self.path)}: images must be uint8, uint16 or float32 in [0, 1], got {got}")
-        if len(self._shape) not in (3, 4) or (len(self._shape) == 4 and not 1 <= self._shape[3] <= MAX_CHANNELS):
-            raise InputError(
-                f"{printable(self.path)}: images must be [N, H, W] or [N, H, W, C] with C from 1 to {MAX_CHANNELS}, "
-                f"got shape {self._shape}"
-            )
-        if 0 in self._shape:
-            raise InputError(f"{printable(self.path)}: images must not be empty, got shape {self._shape}")
 
     def _check_size(self, name: str, shape: tuple[int, ...], dtype: np.dtype, held: int) -> None:
         """A header may promise more than the file holds, and NumPy would allocate all of it first."""
@@ -272,17 +271,89 @@ def combined_sha256(files: dict[str, str]) -> dict[str, str]:
     return {FILES: digest.hexdigest()} if files else {}
 
 
-def check_range(images: np.ndarray, path: Path, first: int) -> None:
-    """Raise InputError if a float is outside [0, 1] or not a number. ``images[0]`` is image ``first`` of the file."""
+def read_as(stored: np.dtype) -> np.dtype:
+    """The type in which images are read: floats of any length are float32, integers stay what they are."""
+    return np.dtype("float32") if stored.kind == "f" else stored.newbyteorder("=")
+
+
+def choose_key(path: Path, held: Mapping[str, tuple[tuple[int, ...], np.dtype]], key: str | None) -> str:
+    """The name of the array of images among those that a file holds, by name with shape and type.
+
+    Raises InputError if the asked-for one is not there; if nothing was asked for, and there is neither ``images`` nor
+    just one array that can be images.
+    """
+    if key is not None:
+        if key not in held:
+            raise InputError(
+                f"{printable(path)}: must hold an array named {printable(key)} (--key), got {_names(held)}"
+            )
+        return key
+    if IMAGES in held:
+        return IMAGES
+    found = [name for name, (shape, dtype) in held.items() if _may_be_images(shape, dtype)]
+    if len(found) > 1 and len(usual := [name for name in found if name.lower() in _USUAL]) == 1:
+        return usual[0]
+    if len(found) != 1:
+        raise InputError(
+            f"{printable(path)}: must hold an array named images, got {_names(held)}"
+            + (f"; --key NAME tells which: {_names(found)}" if found else "")
+        )
+    return found[0]
+
+
+def _may_be_images(shape: tuple[int, ...], dtype: np.dtype) -> bool:
+    if dtype.hasobject or (dtype.kind, dtype.itemsize) not in _KINDS or len(shape) not in (3, 4):
+        return False
+    height, width = shape[:2] if len(shape) == 3 and shape[2] <= MAX_CHANNELS else shape[1:3]
+    return min(height, width) >= _SMALLEST and (len(shape) == 3 or shape[3] <= MAX_CHANNELS)
+
+
+_USUAL = ("image", "colors", "colours", "color", "colour", "rgb", "arr_0")
+_KINDS = {("u", 1), ("u", 2), ("f", 2), ("f", 4), ("f", 8)}
+
+
+def check_images(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """The shape ``[N, H, W]`` or ``[N, H, W, C]`` of an array of images; of one picture, N is 1.
+
+    Raises InputError if it cannot be images.
+    """
+    if dtype.hasobject or (dtype.kind, dtype.itemsize) not in _KINDS:
+        got = "Python objects (pickled)" if dtype.hasobject else dtype.newbyteorder("=").name
+        way = ": astype(np.uint8), where they are 0 to 255" if dtype.kind == "i" else ""
+        raise InputError(
+            f"{printable(path)}: {printable(name)} must be uint8, uint16 or float32 in [0, 1], got {got}{way}"
+        )
+    if len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4) and min(shape[:2]) >= _SMALLEST):
+        shape = (1, *shape)
+    if len(shape) not in (3, 4) or (len(shape) == 4 and not 1 <= shape[3] <= MAX_CHANNELS):
+        way = ""
+        if len(shape) == 4 and shape[1] in (1, 3, 4):
+            way = "; it looks like [N, C, H, W], which np.moveaxis(images, 1, -1) turns round"
+        raise InputError(
+            f"{printable(path)}: {printable(name)} must be [N, H, W] or [N, H, W, C] with C from 1 to {MAX_CHANNELS}, "
+            f"got shape {shape}{way}"
+        )
+    if 0 in shape:
+        raise InputError(f"{printable(path)}: {printable(name)} must not be empty, got shape {shape}")
+    return shape
+
+
+def check_range(images: np.ndarray, path: Path, first: int) -> np.ndarray:
+    """The images, with floats a hair outside [0, 1] clipped; a copy only where there are such.
+
+    Raises InputError if a float is further outside, or not a number. ``images[0]`` is image ``first`` of the file.
+    """
     if images.dtype.kind != "f":
-        return
-    good = ((images >= 0) & (images <= 1)).reshape(len(images), -1).all(axis=1)
+        return images
+    good = ((images >= -HAIR) & (images <= 1 + HAIR)).reshape(len(images), -1).all(axis=1)
     if not good.all():
         worst = int(np.argmin(good))
+        way = ": divide by 255" if 1 < images[worst].max() <= 255 and images[worst].min() >= 0 else ""
         raise InputError(
             f"{printable(path)}: float32 images must be in [0, 1], image {first + worst} has values from "
-            f"{images[worst].min():g} to {images[worst].max():g}"
+            f"{images[worst].min():g} to {images[worst].max():g}{way}"
         )
+    return np.clip(images, 0, 1) if images.min() < 0 or images.max() > 1 else images
 
 
 def _is_archive(path: Path) -> bool:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fastsimgan.errors import InputError
 
+LARGE = 1 << 22
+"""Pixels of an image beyond which it is equalised in pieces."""
+
 
 def equalise(images: Tensor) -> Tensor:
     """Equalise the histogram of each grey image on its own.
@@ -28,6 +31,8 @@ def equalise(images: Tensor) -> Tensor:
         raise InputError(
             f"images must be uint8 or uint16 of shape [B, 1, H, W], got {images.dtype} {list(images.shape)}"
         )
+    if images.shape[2] * images.shape[3] > LARGE:
+        return torch.cat([_equalise_large(image[None]) for image in images])
     top = 255 if images.dtype == torch.uint8 else 65_535
     values = images.flatten(1).long()
     pixels = values.shape[1]
@@ -38,6 +43,22 @@ def equalise(images: Tensor) -> Tensor:
     table = ((cdf - first) / (pixels - first).clamp_min(1) * top).round().clamp_(0, top)
     flat = torch.where(first == pixels, values.to(table.dtype), table.gather(1, values))
     return flat.to(images.dtype).view_as(images)
+
+
+def _equalise_large(image: Tensor) -> Tensor:
+    """`equalise` of one large picture, piece by piece; counts are exact beyond float32's whole numbers."""
+    top = 255 if image.dtype == torch.uint8 else 65_535
+    flat = image.flatten()
+    pieces = flat.split(LARGE)
+    counts = torch.zeros(top + 1, dtype=torch.float64, device=image.device)
+    for piece in pieces:
+        counts += torch.bincount(piece.long(), minlength=top + 1)
+    cdf = counts.cumsum(0)
+    first = cdf[counts > 0][0]
+    if first == len(flat):
+        return image.clone()
+    table = ((cdf - first) / (len(flat) - first) * top).round().clamp_(0, top)
+    return torch.cat([table[piece.long()].to(image.dtype) for piece in pieces]).view_as(image)
 
 
 def non_uniformity(images: Tensor) -> float:

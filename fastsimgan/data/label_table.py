@@ -65,16 +65,6 @@ class LabelTable:
         return found
 
 
-def rows_by_name(text: bytes) -> dict[str, bytes]:
-    """The lines of a ``metadata.jsonl`` by their ``file_name``; none if it is something else."""
-    found = {}
-    for line in text.splitlines():
-        row = parse(line)
-        if isinstance(row.get("file_name"), str):
-            found[row["file_name"]] = line
-    return found
-
-
 def parse(text: bytes) -> dict[str, Any]:
     """A JSON object; an empty one where the text is something else."""
     try:

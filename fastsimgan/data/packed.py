@@ -37,7 +37,7 @@ class NpzWriter:
     def images(self, shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarray]) -> None:
         """``pieces`` are consecutive ``[n, H, W(, C)]`` that add up to ``shape``."""
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        with self._archive.open(zipfile.ZipInfo(IMAGES), "w", force_zip64=True) as file:
+        with self._archive.open(zipfile.ZipInfo(f"{IMAGES}.npy"), "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for piece in pieces:
                 file.write(piece.astype(dtype, copy=False).tobytes())

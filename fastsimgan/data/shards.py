@@ -7,23 +7,32 @@ The key is a member's path up to the first dot of its base name, the rest is its
 from __future__ import annotations
 
 import glob
+import gzip
+import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
+from fastsimgan.data.census import LOOKED_AT, Census
 from fastsimgan.data.files import natural_key, printable
-from fastsimgan.data.images import FORMATS, MAX_FILE_BYTES, Header, decode_image
-from fastsimgan.data.listing import is_image
+from fastsimgan.data.images import FORMATS, MAX_FILE_BYTES, Header, StoredImage, decode_image
+from fastsimgan.data.labels import Labels, is_label_file
+from fastsimgan.data.listing import ALL, is_image, is_junk
+from fastsimgan.data.ragged import Images, Packer, RaggedImages
+from fastsimgan.data.reading import Reading
 from fastsimgan.data.room import room_for
 from fastsimgan.data.threads import in_threads
 from fastsimgan.errors import InputError
 
 BUFFER = 1 << 20  # bytes read of a shard at a time
+HELD = 1 << 26  # bytes of images, at most, that are looked at before a run
+MOST_SHARDS = 1_000_000  # that a brace pattern may mean
 
 Member = tuple[tarfile.TarInfo, bytes]
 
@@ -37,19 +46,39 @@ class Sample:
 
 
 class ShardImages:
-    """The images of one or more shards, in order, as a set to train on. Raises InputError as `find_shards` does."""
+    """The images of one or more shards, in order, as a set to train on.
 
-    def __init__(self, path: Path) -> None:
+    Raises InputError as `find_shards` and `look_into` do.
+    """
+
+    def __init__(self, path: Path, reading: Reading | None = None) -> None:
         self.path = path
+        self.reading = reading or Reading()
         self.shards = find_shards(path)
+        self.census = look_into(path, self.shards, self.reading)
+        self.left_out: list[str] = []
+        """``NAME: REASON`` of what `load` has left out."""
+        self.resized = 0
+        """Images that `load` has brought to another size."""
 
     def describe(self) -> str:
         """What was found, in one line. Opens nothing."""
         size = sum(shard.stat().st_size for shard in self.shards)
-        return f"{printable(self.path)}: WebDataset, {len(self.shards)} shards, {size / 1e6:.1f} MB"
+        unread = self.census.unread_text()
+        return f"{printable(self.path)}: WebDataset, {len(self.shards)} shards, {size / 1e6:.1f} MB" + (
+            f"; in the first: {unread}" if unread else ""
+        )
 
     def load(self) -> np.ndarray:
-        """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, uint8 or uint16 (see `room_for`).
+        """`load_set` of images that have one size. Raises InputError as that does, and if ``reading.any_size``."""
+        if self.reading.any_size:
+            raise InputError(f"{printable(self.path)}: images of any size are given by load_set")
+        images = self.load_set()
+        assert not isinstance(images, RaggedImages)
+        return images
+
+    def load_set(self) -> Images:
+        """All images, ``[N, H, W]`` or ``[N, H, W, 3]`` (see `room_for`), or, with ``reading.any_size``, of any sizes.
 
         Raises InputError if a shard breaks a rule of `read_samples`, if an image is bad, naming it, or if two differ in
         size or kind, or if there is none.
@@ -57,59 +86,189 @@ class ShardImages:
 
         def encoded() -> Iterator[tuple[bytes, Path]]:
             for shard in self.shards:
-                for sample in read_samples(shard):
+                for sample in read_samples(shard, self.reading.images):
                     if sample.image is not None:
                         info, data = sample.members[sample.image]
                         yield data, shard / info.name
 
+        def decode(found: tuple[bytes, Path]) -> tuple[Path, StoredImage | InputError]:
+            try:
+                return found[1], decode_image(*found, self.reading.upright)
+            except InputError as error:
+                if self.reading.on_error == "fail":
+                    raise
+                return found[1], error
+
         images: np.ndarray | None = None
+        packer = Packer(self.path) if self.reading.any_size else None
         first: tuple[Path, Header] | None = None
         count = 0
-        for where, image in in_threads(lambda found: (found[1], decode_image(*found)), encoded()):
-            if images is None or first is None:
+        colour = self.reading.colour if self.reading.colour in ("grey", "rgb") else ""
+        self.left_out, self.resized = [], 0
+        for where, image in in_threads(decode, encoded()):
+            if isinstance(image, InputError):
+                self.left_out.append(str(image))
+                continue
+            pixels = self.reading.scaled(self.reading.coloured(image.pixels, colour))
+            self.resized += pixels.shape[:2] != image.pixels.shape[:2]
+            if first is None:
                 first = where, image.header
-                most = sum(_count_images(shard) for shard in self.shards)
-                images = room_for((most, *image.header.shape), image.header.dtype, self.path)
-            if (image.header.shape, image.header.dtype) != (first[1].shape, first[1].dtype):
+                shape = pixels.shape
+            if self.reading.differ((pixels.shape, shape)) or image.header.dtype != first[1].dtype:
+                one = "kind" if self.reading.any_size else "size and kind"
                 raise InputError(
-                    f"{printable(self.path)}: images must be of one size and kind, {printable(first[0])} is {first[1]} "
+                    f"{printable(self.path)}: images must be of one {one}, {printable(first[0])} is {first[1]} "
                     f"and {printable(where)} is {image.header}"
                 )
-            images[count] = image.pixels
             count += 1
-        if images is None:
+            if packer is not None:
+                packer.add(pixels)
+                continue
+            if images is None:
+                most = sum(_count_images(shard, self.reading.images) for shard in self.shards)
+                images = room_for((most, *pixels.shape), image.header.dtype, self.path)
+            images[count - 1] = pixels
+        if not count:
             raise InputError(f"{printable(self.path)}: must hold at least one image ({' '.join(FORMATS)}), got none")
+        if packer is not None:
+            return packer.finish()
+        assert images is not None
         return images[:count]
 
     def labels(self) -> dict[str, np.ndarray]:
-        """Empty: labels in a shard only travel along; ``refine --to npz`` makes arrays of them."""
-        return {}
+        """What sidecars, tables beside the shards or class folders say of every image (see `Labels`)."""
+        names = [
+            f"{shard_stem(shard)}/{sample.members[sample.image][0].name}"
+            for shard in self.shards
+            for sample in read_samples(shard, self.reading.images)
+            if sample.image is not None
+        ]
+        found = Labels(names, inside=True)
+        for shard in self.shards:
+            for info, data in read_members(shard):
+                if is_label_file(info.name):
+                    found.take(f"{shard_stem(shard)}/{info.name}", data)
+        if self.path.is_dir():
+            for path in sorted(self.path.iterdir()):
+                if path.is_file() and is_label_file(path.name):
+                    found.take(path.name, path.read_bytes())
+        return found.arrays()
 
 
 def find_shards(path: Path) -> list[Path]:
-    """The shards that ``path`` stands for: one ``.tar``, a folder that holds them, or a glob; in natural order.
+    """The shards that ``path`` stands for: one ``.tar``, a folder that holds them, a glob or a brace pattern
+    (``data-{000..012}.tar``, ``{a,b}.tar``); gzipped ones (``.tar.gz``, ``.tgz``) too. In natural order.
 
-    Raises InputError if there is none, or if two have one name.
+    Raises InputError if there is none, if one of a pattern is missing, or if two have one name.
     """
     if path.is_dir():
-        found = [entry for entry in path.iterdir() if entry.suffix == ".tar"]
+        found = [entry for entry in path.iterdir() if is_shard(entry.name)]
     elif path.exists():
         found = [path]
     else:
-        found = [Path(name) for name in glob.glob(str(path)) if name.endswith(".tar")]
+        named = _braces(str(path))
+        found = [Path(name) for each in named for name in glob.glob(each) if is_shard(name)]
+        if len(named) > 1 and (
+            missing := [name for name in named if not glob.has_magic(name) and not Path(name).exists()]
+        ):
+            raise InputError(
+                f"{printable(path)}: every shard of a pattern must exist, got none at {printable(missing[0])} "
+                f"({len(missing)} of {len(named)} are missing)"
+            )
     if not found:
         raise InputError(f"{printable(path)}: must be, hold or match at least one .tar shard, got none")
-    names = [shard.name for shard in found]
+    names = [shard_stem(shard) for shard in found]
     if len(set(names)) < len(names):
         twin = next(name for name in names if names.count(name) > 1)
         raise InputError(f"{printable(path)}: shards must differ in file name, got {printable(twin)} twice")
     return sorted(found, key=natural_key)
 
 
-def _count_images(path: Path) -> int:
+def is_shard(name: str) -> bool:
+    """Whether a file is called as a shard: ``.tar``, ``.tar.gz`` or ``.tgz``."""
+    return name.endswith((".tar", ".tar.gz", ".tgz")) and not is_junk(PurePosixPath(name).name)
+
+
+def shard_stem(path: Path) -> str:
+    """``a.tar.gz`` -> ``a``: what a shard's members are put under outside it, and its name in an output."""
+    name = path.name.removesuffix(".gz")
+    return name[:-4] if name.endswith((".tar", ".tgz")) else path.stem
+
+
+def _braces(pattern: str) -> list[str]:
+    """``a{0..2}{x,y}`` -> its six names, as a shell has it."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, listed = match.groups()
+    if listed is None:
+        step = 1 if int(last) >= int(first) else -1
+        width = max(len(first), len(last)) if "0" in (first[0], last[0]) and len(first) == len(last) else 0
+        if abs(int(last) - int(first)) > MOST_SHARDS:
+            raise InputError(f"{printable(pattern)}: a pattern must mean at most {MOST_SHARDS} shards")
+        pieces = [f"{i:0{width}d}" for i in range(int(first), int(last) + step, step)]
+    else:
+        pieces = listed.split(",")
+    return [name for piece in pieces for name in _braces(pattern[: match.start()] + piece + pattern[match.end() :])]
+
+
+def look_into(path: Path, shards: list[Path], reading: Reading) -> Census:
+    """Look at the first samples of one shard of each kind of name, and find an image at all.
+
+    Raises InputError if no shard holds an image, naming the first member and why it is none, and, without
+    ``reading.images``, if some images seem to be labels (`Census`).
+    """
+    census = Census()
+    held: dict[str, tuple[bytes, Path]] = {}
+    patterns: set[str] = set()
+    found, first, dotted, room = False, "", "", HELD
+    for shard in shards:
+        pattern = re.sub(r"\d+", "#", shard.name)
+        new = pattern not in patterns and len(patterns) < LOOKED_AT
+        if found and not new:
+            continue
+        patterns.add(pattern)
+        seen = 0
+        for sample in read_samples(shard, reading.images):
+            names = [info.name for info, _ in sample.members if info.isfile()]
+            first = first or (names[0] if names else "")
+            seen += 1
+            if sample.image is None:
+                for name in names:
+                    census.alone(f"{shard_stem(shard)}/{name}")
+                    dotted = dotted or (name if is_image(name, None) else "")
+            else:
+                found = True
+                info, data = sample.members[sample.image]
+                room -= len(data)
+                name = f"{shard_stem(shard)}/{info.name}" if len(shards) > 1 else info.name
+                census.image(name)
+                held[name] = data, shard / info.name
+            if found and (not new or seen >= LOOKED_AT or room < 0):
+                break
+    if not found:
+        why = ""
+        if dotted:
+            key, _, extension = PurePosixPath(dotted).name.partition(".")
+            why = (
+                f": WebDataset takes a name up to its first dot, so {printable(dotted)} is the .{printable(extension)} "
+                f"of {printable(key)}; rename it, or --images 'GLOB' tells which files are images"
+            )
+        elif unread := census.unread_text():
+            why = f": {unread}"
+        elif first:
+            why = f": the first member is {printable(first)}"
+        of = " ".join(FORMATS) + (f", matching {reading.images}" if reading.images else "")
+        raise InputError(f"{printable(path)}: must hold at least one image ({of}), got none{why}")
+    if reading.images is None:
+        census.check(printable(path), lambda name: decode_image(*held[name]), reading.flag)
+    return census
+
+
+def _count_images(path: Path, images: str | None) -> int:
     """Members that are called like images; their bytes are passed over. Raises InputError if it is no tar."""
     with _opened(path) as (_, tar):
-        return sum(info.isfile() and _is_image(info.name, None) for info in tar)
+        return sum(info.isfile() and _is_image(info.name, images) for info in tar)
 
 
 def read_samples(path: Path, images: str | None = None) -> Iterator[Sample]:
@@ -154,21 +313,23 @@ def _sample(path: Path, members: list[Member], images: str | None) -> Sample:
 
 
 def _is_image(name: str, images: str | None) -> bool:
-    if images is not None:
+    if images not in (None, ALL):
         return is_image(name, images)
-    return PurePosixPath(name).name.partition(".")[2].lower() in {suffix[1:] for suffix in FORMATS}
+    extension = PurePosixPath(name).name.partition(".")[2].lower()
+    return extension in {suffix[1:] for suffix in FORMATS} and not is_junk(name)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, tarfile.TarFile]]:
-    """A shard's file and the tar in it; whatever is wrong with either while they are open is an InputError."""
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], tarfile.TarFile]]:
+    """A shard's file, unpacked, and the tar in it; whatever is wrong while they are open is an InputError."""
     try:
-        with (
-            path.open("rb", buffering=BUFFER) as raw,
-            tarfile.open(fileobj=raw, mode="r:", errors="surrogateescape") as tar,
-        ):
-            yield raw, tar
-    except (tarfile.TarError, EOFError) as error:
+        with path.open("rb", buffering=BUFFER) as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            raw: IO[bytes] = gzip.GzipFile(fileobj=file) if packed else file  # type: ignore[assignment]
+            with tarfile.open(fileobj=raw, mode="r:", errors="surrogateescape") as tar:
+                yield raw, tar
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{printable(path)}: cannot be read as tar: {printable(str(error))}") from error
     except OSError as error:
         raise InputError(f"{printable(path)}: cannot be read: {error.strerror or printable(str(error))}") from error

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 from fastsimgan.data.arrays import ArrayImages
 from fastsimgan.data.files import printable
 from fastsimgan.data.folder import FolderImages
 from fastsimgan.data.hdf5 import HDF5Images, is_hdf5
-from fastsimgan.data.images import FORMATS
-from fastsimgan.data.shards import ShardImages
+from fastsimgan.data.listing import is_image, list_units
+from fastsimgan.data.reading import Reading
+from fastsimgan.data.shards import ShardImages, find_shards, is_shard, read_samples
 from fastsimgan.errors import InputError
 
 #: All offer ``path``, ``describe()``, ``load()`` and ``labels()``; all but shards, which would have to be read first,
@@ -18,25 +21,64 @@ from fastsimgan.errors import InputError
 ImageSource = ArrayImages | HDF5Images | FolderImages | ShardImages
 
 
-def open_images(path: str | Path) -> ImageSource:
+def open_images(path: str | Path, reading: Reading | None = None) -> ImageSource:
     """Open a folder of images, ``.tar`` shards, an ``.npz``, ``.npy`` or HDF5 file, told apart by looking.
 
-    No pixel is read yet. Raises InputError if there is nothing at ``path``, if it is none of these, or if it breaks
-    their rules, and UnavailableError for HDF5 without h5py.
+    A folder followed by a glob (``renders/rgb/*.png``) is that folder, in which the glob tells which files are images.
+    Only names and headers are read yet, and a few images.
+
+    Raises InputError if there is nothing at ``path``, if it is none of these, or if it breaks their rules, and
+    UnavailableError for HDF5 without h5py.
     """
-    path = Path(path)
+    path, reading = Path(path), reading or Reading()
     if holds_shards(path):
-        return ShardImages(path)
+        return ShardImages(path, reading)
     if not path.exists():
+        folder, images = _glob(path)
+        if images and folder.is_dir() and reading.images is None:
+            return FolderImages(folder, replace(reading, images=images))
         raise InputError(f"{printable(path)}: must exist (a folder of images, .tar shards, an .npz, .npy or HDF5 file)")
     if path.is_dir():
-        return FolderImages(path)
-    return HDF5Images(path) if is_hdf5(path) else ArrayImages(path)
+        return FolderImages(path, reading)
+    return open_arrays(path, reading.key)
+
+
+def open_arrays(path: Path, key: str | None = None) -> ArrayImages | HDF5Images:
+    """A packed file, of whichever kind it is. Raises InputError if it breaks a rule."""
+    return HDF5Images(path, key) if is_hdf5(path) else ArrayImages(path, key)
 
 
 def holds_shards(path: Path) -> bool:
-    """Whether ``path`` means shards: a ``.tar``, a glob over several, or a folder with some and no images."""
+    """Whether ``path`` means shards: a ``.tar``, a pattern over several, or a folder with some and no images."""
     if path.is_dir():
-        suffixes = {entry.suffix.lower() for entry in path.iterdir()}
-        return ".tar" in suffixes and suffixes.isdisjoint(FORMATS)
-    return path.suffix == ".tar"
+        names = [entry.name for entry in path.iterdir()]
+        return any(map(is_shard, names)) and not any(is_image(name, None) for name in names)
+    return is_shard(path.name) or path.name.endswith(("}", "*")) and ".tar" in path.name
+
+
+def matches(path: Path, reading: Reading) -> bool:
+    """Whether some name in a folder or a shard is that of an image by ``reading.images``."""
+    if holds_shards(path):
+        return any(sample.image is not None for at in find_shards(path) for sample in read_samples(at, reading.images))
+    return path.is_dir() and any(unit.image for unit in list_units(path, reading.images, links=reading.links))
+
+
+def refuse_inside(output: Path, flag: str, *inputs: Path | None) -> None:
+    """Raise InputError if ``output`` lies inside one of ``inputs``, where it would be taken for a part of it."""
+    new = Path(os.path.realpath(output))
+    for path in inputs:
+        if path is None:
+            continue
+        old = Path(os.path.realpath(path if path.exists() else _glob(path)[0]))
+        if new.is_relative_to(old) and old.is_dir():
+            raise InputError(
+                f"{printable(output)}: {flag} must not be inside the input {printable(path)}: what is written there "
+                "would be read as a part of it"
+            )
+
+
+def _glob(path: Path) -> tuple[Path, str]:
+    """The folder before the first part with a wildcard, and the rest."""
+    parts = path.parts
+    first = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
+    return Path(*parts[:first]), "/".join(parts[first:])

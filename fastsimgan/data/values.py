@@ -10,15 +10,20 @@ torch is never imported here: a caller who holds a tensor has imported it alread
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+
+from fastsimgan.data.ragged import Images, RaggedImages
+from fastsimgan.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: The stored types, and the value that stands for white in each.
 WHITE = {"uint8": 255, "uint16": 65535, "float32": 1}
+APART = 4  # times by which one side's bright values may be above the other's before it is told
 
 
 @overload
@@ -91,6 +96,78 @@ def from_float(images: Any, dtype: Any) -> Any:
     if _is_tensor(stored):
         return stored
     return stored[:, 0] if stored.shape[1] == 1 else np.ascontiguousarray(stored.transpose(0, 2, 3, 1))
+
+
+def as_images(images: Any, name: str = "images") -> np.ndarray:
+    """Whatever a caller has as a set of images: an array of any byte order, a list of arrays, or a tensor.
+
+    Args:
+        images: ``[N, H, W]`` or ``[N, H, W, C]``, or a tensor ``[N, C, H, W]`` or ``[N, H, W]``; uint8, uint16 or
+            floats in [0, 1]. float16 and float64 become float32.
+        name: for messages.
+
+    Raises InputError if it is none of these; ranges are not looked at.
+    """
+    if _is_tensor(images):
+        planes = images.detach().cpu()
+        if planes.ndim == 4:
+            planes = planes.permute(0, 2, 3, 1)
+        array = planes.float().numpy() if planes.is_floating_point() else planes.numpy()
+        array = array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
+    else:
+        try:
+            array = images if isinstance(images, np.ndarray) else np.asarray(images)  # a mapped file stays one
+        except ValueError as error:
+            raise InputError(f"{name} must be arrays of one size and kind: {error}") from None
+    if array.dtype.hasobject or array.dtype.kind not in "uf" or array.ndim not in (3, 4):
+        raise InputError(
+            f"{name} must be [N, H, W] or [N, H, W, C], uint8, uint16 or float32 in [0, 1], "
+            f"got {array.dtype} {list(array.shape)}" + (": put one image in a list" if array.ndim == 2 else "")
+        )
+    dtype = np.dtype("float32") if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
+    return array if array.dtype == dtype else array.astype(dtype)
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """Of some images: the least and largest value, where 1 % are below and 1 % above, and what stands for white."""
+
+    least: float
+    largest: float
+    low: float
+    high: float
+    white: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.least:g} to {self.largest:g} (98 % of them {self.low:g} to {self.high:g}) "
+            f"of {'0 to ' + format(self.white, 'd')}"
+        )
+
+
+def value_range(images: Images) -> ValueRange:
+    """The range of stored values, of at most 256 images spread over the set."""
+    step = max(1, len(images) // 256)
+    if isinstance(images, RaggedImages):
+        values = np.concatenate([images[i].reshape(-1) for i in range(0, len(images), step)])
+    else:
+        values = np.ascontiguousarray(images[::step]).reshape(-1)
+    low, high = np.percentile(values[:: max(1, values.size // 1_000_000)], (1, 99))
+    return ValueRange(float(values.min()), float(values.max()), float(low), float(high), _white(images.dtype))
+
+
+def mismatch(synthetic: ValueRange, real: ValueRange) -> str | None:
+    """What is wrong with two sides' ranges, if it is: a scale that one side does not share."""
+    for name, side in (("synthetic", synthetic), ("real", real)):
+        if side.white > 1 and side.largest <= 1 < side.white:
+            return f"{name} values are at most {side.largest:g} of {side.white}: black to the networks"
+    ours, theirs = (max(side.high, side.white / 1000) / side.white for side in (synthetic, real))
+    if not 1 / APART < ours / theirs < APART:
+        return (
+            f"synthetic values reach {ours:.2g} of white and real ones {theirs:.2g}: is one side stored in another "
+            "scale (12 bits in 16, 0 to 1 in 8)?"
+        )
+    return None
 
 
 def _is_tensor(values: object) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastsimgan.data.sampler import Sampler
-from fastsimgan.data.values import to_float
+from fastsimgan.data.values import as_images, to_float
 from fastsimgan.device import channels_last
 from fastsimgan.errors import InputError
 from fastsimgan.metrics.gaze_error import gaze_summary, gaze_vectors, pitch_yaw
@@ -30,13 +30,16 @@ from fastsimgan.metrics.task_training import train_task_network
 from fastsimgan.models.classifier import Classifier
 from fastsimgan.models.gaze import GazeNetwork
 
+MOST_CLASSES = 10_000
 Task = Literal["gaze", "class"]
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images ``[N, H, W]`` or ``[N, H, W, C]`` with ``pitch_yaw`` ``[N, 2]`` (radians) or ``label`` ``[N]`` (ints)."""
+    """Images ``[N, H, W]`` or ``[N, H, W, C]`` with ``pitch_yaw`` ``[N, 2]`` (radians) or ``label`` ``[N]`` (classes:
+    any integers or strings).
+    """
 
     images: Array
     labels: Array
@@ -44,7 +47,12 @@ class Labelled:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Array], name: str) -> Labelled:
-        """Take ``images`` and whichever label is there; InputError naming ``name`` if it breaks a rule."""
+        """Take ``images`` and whichever label is there; InputError naming ``name`` if it breaks a rule.
+
+        Arrays, lists and tensors are taken alike (see `as_images`).
+        """
+        arrays = {key: np.asarray(array) if key != "images" else array for key, array in arrays.items()}
+        images = as_images(arrays["images"], f"{name}: images")
         labels: Array
         if "pitch_yaw" in arrays:
             task: Task = "gaze"
@@ -55,11 +63,50 @@ class Labelled:
                 raise InputError(f"{name}: pitch_yaw must be radians within ±π, got {np.abs(labels).max():.3g}")
         elif "label" in arrays:
             task, labels = "class", arrays["label"]
-            if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min() < 0:
-                raise InputError(f"{name}: label must be integers >= 0 [N], got {labels.dtype} {list(labels.shape)}")
+            if labels.ndim != 1 or labels.dtype.kind not in "iubUS":
+                raise InputError(
+                    f"{name}: label must be integers or strings [N], got {labels.dtype} {list(labels.shape)}"
+                )
         else:
             raise InputError(f"{name}: must hold pitch_yaw or label, got {', '.join(sorted(arrays))}")
-        return cls(arrays["images"], labels, task)
+        if len(labels) != len(images):
+            raise InputError(f"{name}: must have one label an image, got {len(labels)} for {len(images)}")
+        return cls(images, labels, task)
+
+
+def number_classes(sets: dict[str, Labelled], real: Labelled) -> tuple[dict[str, Labelled], Labelled, list[Any]]:
+    """The same sets with classes numbered from 0, in one order for all, and what they were called; none for gaze.
+
+    Raises InputError if some labels are strings and others numbers, or if there are more than `MOST_CLASSES`.
+    """
+    if real.task == "gaze":
+        return sets, real, []
+    parts = {**sets, "real": real}
+    kinds = {name: "text" if part.labels.dtype.kind in "US" else "numbers" for name, part in parts.items()}
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"{kind} in {name}" for name, kind in kinds.items())
+        raise InputError(f"label must be of one kind in all sets, got {listed}")
+    names = np.unique(np.concatenate([np.unique(part.labels) for part in parts.values()]))
+    if len(names) > MOST_CLASSES:
+        raise InputError(f"label must have at most {MOST_CLASSES} different values, as classes do, got {len(names)}")
+    numbered = {
+        name: replace(part, labels=np.searchsorted(names, part.labels).astype(np.int64)) for name, part in parts.items()
+    }
+    return {name: numbered[name] for name in sets}, numbered["real"], names.tolist()
+
+
+def unseen_classes(sets: dict[str, Labelled], real: Labelled) -> str:
+    """Which classes only the real set has, so that no network can learn them, or ""."""
+    if real.task == "gaze":
+        return ""
+    found = []
+    for name, part in sets.items():
+        unseen = np.setdiff1d(real.labels, part.labels)
+        if len(unseen):
+            images = int(np.isin(real.labels, unseen).sum())
+            listed = ", ".join(f"class {value}" for value in unseen[:5].tolist()) + (", ..." if len(unseen) > 5 else "")
+            found.append(f"{listed} of the real set ({images} of {len(real.labels)} images) not in the {name} one")
+    return "; ".join(found)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,24 @@ from torch import Tensor, nn
 from fastsimgan.errors import InputError
 
 
+def _spatial(kind: str) -> tuple[tuple[int, int], ...]:
+    """(kernel, stride) of the three spatial convolutions and, third, of the max-pool."""
+    if kind == "gaze":
+        return (3, 2), (3, 2), (3, 1), (3, 1)
+    if kind == "hand":
+        return (7, 4), (5, 2), (3, 2), (3, 2)
+    raise InputError(f'kind must be "gaze" or "hand", got {kind!r}')
+
+
+def receptive_field(kind: str) -> int:
+    """Pixels each way that a patch's logits depend on: 23 of the gaze network, 71 of the hand network."""
+    sees, step = 1, 1
+    for kernel, stride in _spatial(kind):
+        sees += (kernel - 1) * step
+        step *= stride
+    return sees
+
+
 class Discriminator(nn.Module):
     """D of the paper; its last layer gives two logits a patch, class 0 = real, class 1 = refined, with no activation.
 
@@ -24,13 +42,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels: int = 1, *, kind: str = "gaze", local: bool = True) -> None:
         super().__init__()
-        # (kernel, stride) of the three spatial convolutions and the stride of the max-pool between 2 and 3
-        if kind == "gaze":
-            first, second, third, pool_stride = (3, 2), (3, 2), (3, 1), 1
-        elif kind == "hand":
-            first, second, third, pool_stride = (7, 4), (5, 2), (3, 2), 2
-        else:
-            raise InputError(f'kind must be "gaze" or "hand", got {kind!r}')
+        first, second, (_, pool_stride), third = _spatial(kind)
 
         def conv(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
             return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), nn.ReLU()]

@@ -38,11 +38,15 @@ class Backend(Protocol):
 
 def prepare(images: Tensor, histogram: str) -> Tensor:
     """Stored images ``[N, C, H, W]`` to what R sees: equalised if ``histogram`` is "equalise", then in [-1, 1]."""
-    if histogram == "equalise":
-        # equalisation counts grey values, so floats take 16 bits on the way in
-        levels = from_float(to_float(images), torch.uint16) if images.is_floating_point() else images
-        images = equalise(levels)
-    return images_channels_last(to_float(images))
+    return images_channels_last(to_float(equalised(images, histogram)))
+
+
+def equalised(images: Tensor, histogram: str) -> Tensor:
+    """Stored images ``[N, C, H, W]``, equalised if ``histogram`` is "equalise"; floats become uint16 then."""
+    if histogram != "equalise":
+        return images
+    # equalisation counts grey values, so floats take 16 bits on the way in
+    return equalise(from_float(to_float(images), torch.uint16) if images.is_floating_point() else images)
 
 
 _IN_CACHE = 4 << 20  # bytes of features that a core has near it

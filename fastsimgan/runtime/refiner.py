@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from fastsimgan.checkpoint import write_atomically
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.values import from_float
+from fastsimgan.data.values import as_images, from_float
 from fastsimgan.device import choose_device
 from fastsimgan.errors import InputError
 from fastsimgan.models import refiner as network
-from fastsimgan.runtime.backend import Backend, Precision, TorchBackend, prepare
+from fastsimgan.runtime.backend import Backend, Precision, TorchBackend, equalised, prepare
 from fastsimgan.runtime.form import check_settings
+from fastsimgan.runtime.tiles import in_tiles, margin, pixels
 
 FILE, BEST = "refiner.safetensors", "best.safetensors"
 _FORMAT = "fastsimgan.refiner/1"
@@ -72,9 +73,8 @@ class Refiner:
             if planes.ndim != 4:
                 raise InputError(f"images must be a tensor [N, C, H, W], got {list(images.shape)}")
         else:
+            images = as_images(images)
             planes = torch.from_numpy(np.ascontiguousarray(images))
-            if planes.ndim not in (3, 4):
-                raise InputError(f"images must be an array [N, H, W] or [N, H, W, C], got {list(images.shape)}")
             planes = planes[:, None] if planes.ndim == 3 else planes.permute(0, 3, 1, 2)
         self.check(planes, images.shape)
         out = torch.empty_like(planes)
@@ -128,9 +128,21 @@ class Refiner:
             )
 
     def _refine(self, images: Tensor) -> Tensor:
+        whole = images.shape[2] * images.shape[3] <= pixels(self.settings)
         if self.backend.dtype == torch.uint8:
-            return self.backend(images.contiguous())
-        return from_float(self.backend(prepare(images, self.settings["histogram"])), images.dtype)
+            # such a file equalises inside, over all that it is given
+            if whole or self.settings["histogram"] == "equalise":
+                return self.backend(images.contiguous())
+            return self._in_tiles(lambda part: self.backend(part.contiguous()), images, images.dtype)
+        if whole:
+            return from_float(self.backend(prepare(images, self.settings["histogram"])), images.dtype)
+        levels = equalised(images, self.settings["histogram"])  # over the whole picture, before it is cut
+        dtype = images.dtype
+        return self._in_tiles(lambda part: from_float(self.backend(prepare(part, "keep")), dtype), levels, dtype)
+
+    def _in_tiles(self, call: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype) -> Tensor:
+        around, most = margin(self.settings), pixels(self.settings)
+        return in_tiles(call, images, margin=around, most=most, dtype=dtype)
 
 
 def describe(module: network.Refiner, histogram: str) -> dict[str, Any]:
