@@ -85,7 +85,16 @@ def _fit(
 ) -> Refiner:
     if config.resume and config.crop is None:
         config = dataclasses.replace(config, crop=saved_crop(config.out))
-    pools = open_pools(synthetic, real, config, device, say, rank=ranks.rank, ranks=ranks.count)
+    pools = open_pools(
+        synthetic,
+        real,
+        config,
+        device,
+        say,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        least_of_all=lambda value: -ranks.largest(-value),
+    )
     if pools.crop_chosen:
         config = dataclasses.replace(config, crop=pools.crop)  # a resumed run takes it from there
     precision, reason = choose_precision(config.precision, device)

@@ -64,6 +64,8 @@ def finished(tmp_path_factory):
         pytest.param(("moments", KILLS, 0), id="random moments"),
         pytest.param(("steps", 1, 1) if KILLS >= 100 else ("steps", 3, 29), id="inside saves"),
         pytest.param(("stops", KILLS, 0), id="sigterm"),
+        pytest.param(("moments", KILLS, 1, "ragged"), id="crops of many sizes"),
+        pytest.param(("moments", KILLS, 2, "mapped"), id="crops out of a file"),
     ],
 )
 def test_resume_after_kill_9_or_sigterm_ends_with_the_same_files(how, tmp_path):
