@@ -397,15 +397,21 @@ def test_resume_without_the_flag_says_what_it_does_not_promise(tmp_path):
 
 
 def test_deterministic_is_for_the_run_alone(tmp_path):
+    from torch._inductor import config as inductor
+
+    def switches() -> tuple[bool, bool, bool]:
+        """PyTorch's operators by rule, cuDNN's algorithms by timing, Inductor's kernels by rule."""
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, inductor.deterministic
+
     seen = []
-    say = lambda _: seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))  # noqa: E731
     config = dataclasses.replace(SMALL, steps=1, deterministic=True, out=tmp_path / "r")
-    fit(images(12, 0), images(9, 1), config, say=say)
-    assert (True, False) in seen
+    fit(images(12, 0), images(9, 1), config, say=lambda _: seen.append(switches()))
+    assert set(seen) == {(True, False, True)}
     seen.clear()
-    fit(images(12, 0), images(9, 1), dataclasses.replace(config, deterministic=False, out=tmp_path / "s"), say=say)
-    assert (False, True) in seen
-    assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    config = dataclasses.replace(config, deterministic=False, out=tmp_path / "s")
+    fit(images(12, 0), images(9, 1), config, say=lambda _: seen.append(switches()))
+    assert (False, True, False) in seen and not any(rule for rule, *_ in seen)
+    assert switches() == (False, False, False)
 
 
 def test_the_blocks_take_what_wins_a_race_unless_runs_must_be_equal(monkeypatch):
