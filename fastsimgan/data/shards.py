@@ -93,10 +93,10 @@ class ShardImages:
 
         def decode(found: tuple[bytes, Path]) -> tuple[Path, StoredImage | InputError]:
             try:
-                return found[1], decode_image(*found, self.reading.upright)
+                return found[1], decode_image(*found, self.reading.upright, span=self.reading.span)
             except InputError as error:
                 if self.reading.on_error == "fail":
-                    raise
+                    raise self.reading.way_out(error) from None
                 return found[1], error
 
         images: np.ndarray | None = None
@@ -261,7 +261,7 @@ def look_into(path: Path, shards: list[Path], reading: Reading) -> Census:
         of = " ".join(FORMATS) + (f", matching {reading.images}" if reading.images else "")
         raise InputError(f"{printable(path)}: must hold at least one image ({of}), got none{why}")
     if reading.images is None:
-        census.check(printable(path), lambda name: decode_image(*held[name]), reading.flag)
+        census.check(printable(path), lambda name: decode_image(*held[name], span=None), reading.flag)
     return census
 
 
