@@ -57,8 +57,13 @@ def exported(run: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("height", "width"), [(35, 55), (48, 64), (17, 9), (224, 224)])
-@pytest.mark.parametrize("batch", [1, 3, 64])
+QUICK = [(64, 17, 9), (3, 35, 55), (1, 48, 64), (1, 224, 224)]  # each batch and each size
+SLOW = [(b, *size) for b in (1, 3, 64) for size in [(17, 9), (35, 55), (48, 64), (224, 224)] if (b, *size) not in QUICK]
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
+)
 def test_every_file_agrees_at_every_size(run: Path, exported: Path, batch: int, height: int, width: int) -> None:
     eyes = torch.from_numpy(simulate_eyes(3, 5)["images"])[:, None]
     images = torch.nn.functional.interpolate(eyes.float(), (height, width)).to(torch.uint8)
