@@ -110,7 +110,8 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     images = in_the_colour(_set_of(ours), colour)
     _say_left_out("synthetic", ours, len(images), config)
     if colour == "auto":
-        colour = {1: "grey", 3: "rgb"}.get(channels_of(images), "auto")
+        channels = channels_of(images)
+        colour = "grey" if channels == 1 else "rgb" if channels == 3 else "auto"
     if hasattr(theirs, "reading"):
         theirs.reading = dataclasses.replace(theirs.reading, colour="as stored" if colour == "auto" else colour)
     scale = _scale(config, images)

@@ -14,6 +14,7 @@ import fastsimgan
 from fastsimgan import export, refine, train
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.arrays import check_range
+from fastsimgan.data.resizing import resize
 from fastsimgan.errors import InputError
 from fastsimgan.models.refiner import Refiner as Network
 from fastsimgan.runtime import load_refiner, save_refiner
@@ -151,3 +152,10 @@ def test_fit_takes_the_range_of_its_settings(tmp_path: Path) -> None:
 def test_reasons_are_true(values: list[float], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         check_range(np.array(values, np.float32).reshape(1, 1, 3), Path("a.npy"), 0)
+
+
+def test_resizing_keeps_units() -> None:
+    image = np.full((40, 40), -1.5, np.float32)
+    image[:, 20:] = 9.25
+    found = resize(image, (10, 10))
+    assert (found.min(), found.max()) == (-1.5, 9.25) and np.abs(found[:, 0] + 1.5).max() < 0.5

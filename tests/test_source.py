@@ -525,7 +525,10 @@ def test_mixed_folder_is_described_and_names_the_first_two_that_differ(tmp_path:
     source = open_images(fill(tmp_path, {"1.png": KINDS["g8.png"][1], "2.png": KINDS["g8.png"][1], "3.png": wide}))
     assert source.shape is None
     assert source.describe() == f"{tmp_path}: 3 images, 2 5x7 8-bit grey PNG, 1 7x5 8-bit grey PNG, 0 other files"
-    message = f"{tmp_path}: images must be of one size and kind, 1.png is 5x7 8-bit grey and 3.png is 7x5 8-bit grey"
+    message = (
+        f"{tmp_path}: images must be of one size and kind, 1.png is 5x7 8-bit grey and 3.png is 7x5 8-bit grey"
+        + ("; bring them to one size first")
+    )
     with pytest.raises(InputError) as caught:
         source.load()
     assert str(caught.value) == message

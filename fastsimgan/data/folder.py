@@ -168,6 +168,8 @@ class FolderImages:
                 ways = [self.reading.colouring] if self.reading.colouring and same_depth else []
                 if not same_depth or len(header.shape) != len(kinds[0][1].shape):
                     ways.append(self.reading.flag("GLOB") + " tells which are images")
+                if not ways:
+                    ways.append("bring them to one size first")
                 raise InputError(
                     f"{printable(self.path)}: images must be of one {one}, "
                     f"{printable(self.images[good[0]])} is {kinds[0][1]} and {printable(self.images[i])} is {header}"
