@@ -358,6 +358,14 @@ def test_metadata_and_report(run: Path, exported: Path) -> None:
         assert (exported / f"worst.{name.removesuffix('.onnx')}.png").stat().st_size > 100
 
 
+def test_a_file_needs_no_newer_onnxruntime_than_it_says(exported: Path) -> None:
+    """onnxruntime 1.17 reads IR version 9 and opset 20 at most (its table of versions; 1.17.3 ran these files)."""
+    assert "Needed are onnxruntime 1.17 or later (opset 19, IR version 9)" in (exported / "README.md").read_text()
+    for name in ALL:
+        model = onnx.load(exported / name, load_external_data=False)
+        assert model.ir_version == 9 and [(each.domain, each.version) for each in model.opset_import] == [("", 19)]
+
+
 def wrong_bias(weights, *arguments):
     return _build(weights | {"last.bias": weights["last.bias"] + 0.02}, *arguments)
 

@@ -313,7 +313,9 @@ TRITON_SHAPES = [(1, 16, 35, 55), (1, 64, 11, 13), (3, 32, 9, 7), (1, 16, 1, 33)
 TRITON_SHAPES += [(1, 128, 7, 9), (1, 160, 2, 3)]
 # Every pair of shape, features' type and products' is quick, and one half of all three together.
 TRITON_CASES = [
-    pytest.param(shape, features, products, marks=[pytest.mark.slow] * ((i + j + k) % 2))
+    pytest.param(
+        shape, features, products, marks=[pytest.mark.slow] * ((i + j + k) % 2), id=f"{shape}-{features}-{products}"
+    )
     for i, shape in enumerate(TRITON_SHAPES)
     for j, features in enumerate(["float32", "16 bits"])
     for k, products in enumerate([torch.float16, torch.bfloat16])
