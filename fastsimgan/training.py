@@ -15,7 +15,7 @@ from fastsimgan.acceleration import GraphedIterations, choose_blocks, compile_ne
 from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.ragged import Images, RaggedImages, pack
-from fastsimgan.data.values import as_images
+from fastsimgan.data.values import as_images, in_units
 from fastsimgan.device import choose_device, current, keep_freed_memory, short_of_memory
 from fastsimgan.errors import InputError, Stopped
 from fastsimgan.pools import Pools, open_pools
@@ -51,7 +51,7 @@ def fit(
 
     Args:
         synthetic, real: ``[N, H, W]`` or ``[N, H, W, C]``, or a list of ``[H, W]`` or ``[H, W, C]`` of any sizes;
-            uint8, uint16, or float32 in [0, 1]; same channels.
+            uint8, uint16, or float32 in [0, 1] (or ``config.range``); same channels.
         config: settings; the defaults if None.
         say: called with each line meant for a person.
 
@@ -70,6 +70,9 @@ def fit(
     config = config or TrainConfig()
     config.validate()
     synthetic, real = _as_set(synthetic, "synthetic images"), _as_set(real, "real images")
+    if config.range is not None:
+        synthetic = in_units(synthetic, config.range, "synthetic images")
+        real = in_units(real, config.range, "real images")
 
     # Device, data, networks.
     ranks, device_name = join_ranks(config.device)

@@ -24,7 +24,7 @@ class StreamedRefiner:
 
     def __init__(self, refiner: Refiner) -> None:
         self.refiner = refiner
-        self.channels = refiner.channels
+        self.channels, self.span = refiner.channels, refiner.span
         self.backend_name = refiner.backend.name
         self.device = refiner.device
         self.device_name = f"cuda ({torch.cuda.get_device_name(refiner.device)})"
