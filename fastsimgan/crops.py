@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,13 +54,22 @@ def step_bytes(config: TrainConfig, channels: int) -> int:
     return part * features + config.history * channels
 
 
-def choose_crop(sets: Mapping[str, Images], config: TrainConfig, device: torch.device) -> Crop:
+def choose_crop(
+    sets: Mapping[str, Images],
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    ranks: int = 1,
+    least_of_all: Callable[[int], int] = int,
+) -> Crop:
     """The size of the crops for both sides: ``config.crop``, or by what the images and the memory allow.
 
     Args:
         sets: "synthetic" and "real".
         config: its ``crop``, and what decides about memory.
         device: that is trained on.
+        ranks: processes that share a batch.
+        least_of_all: gives the smallest of their values to each of them.
 
     Raises:
         InputError: the crop does not fit an image, or is too small for the networks to see a patch whole.
@@ -90,24 +99,27 @@ def choose_crop(sets: Mapping[str, Images], config: TrainConfig, device: torch.d
             f"on, got {small} (image {number}): leave such images out, or --crop H W up to that size"
         )
     channels = channels_of(next(iter(sets.values())))
-    budget, limits = _budget(device)
-    pixels = budget // step_bytes(config, channels)
+    budget = least_of_all(_budget(device))
+    pixels = budget * ranks // step_bytes(config, channels)
     # about square, and the other side longer where one is all that there is
     high = _rounded(min(height, max(least, int(pixels**0.5), pixels // width)), height, least)
     wide = _rounded(min(width, max(least, pixels // high)), width, least)
+    limit = f"{budget / (1 << 30):.2g} GiB a step"
     if one and (high, wide) == (height, width):
-        return Crop((height, width), True, f"images whole, {_text((high, wide))}: they fit {limits} (--crop H W)")
+        return Crop((height, width), True, f"images whole, {_text((high, wide))}: they fit {limit} (--crop H W)")
     among = ", ".join(f"{name} {sizes_text(found)}" for name, found in sizes.items())
-    reason = f"{_text((high, wide))} at random places of images ({among}): the largest that fits every image and "
-    return Crop((high, wide), False, reason + f"{limits} (--crop H W)")
+    why = f"the largest that fits every image and {limit}"
+    if high * wide > pixels:
+        takes = high * wide * step_bytes(config, channels) / ranks / (1 << 30)
+        why = f"no smaller ones show R and D all that a value depends on; a step takes about {takes:.2g} GiB"
+    reason = f"{_text((high, wide))} at random places of images ({among}): {why} (--crop H W)"
+    return Crop((high, wide), False, reason)
 
 
-def _budget(device: torch.device) -> tuple[int, str]:
-    most = BUDGET[device.type]
+def _budget(device: torch.device) -> int:
+    """`BUDGET`, or half of what is free."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if most <= free // 2:
-        return most, f"{most / (1 << 30):g} GiB a step"
-    return free // 2, f"half of the {free / (1 << 30):.1f} GiB that are free"
+    return int(min(BUDGET[device.type], free // 2))
 
 
 def _rounded(side: int, longest: int, least: int) -> int:

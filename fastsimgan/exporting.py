@@ -407,6 +407,8 @@ real people, nor for telling real from synthetic.
 
 {calls}
 
+Needed are {graph.RUNS_IN} or later (opset {graph.OPSET}, IR version {graph.IR_VERSION}), or TensorRT 10 or later.
+
 In Python: `fastsimgan.load_refiner("FILE.onnx")`, by onnxruntime; an int8-cpu file of 32, 64, ... feature maps by
 kernels of its own where the processor has AVX-512 with VNNI. Batch, height and width are free in every file.
 

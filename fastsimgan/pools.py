@@ -273,6 +273,7 @@ def open_pools(
     *,
     rank: int = 0,
     ranks: int = 1,
+    least_of_all: Callable[[int], int] = int,
 ) -> Pools:
     """Check both sets, choose where they live, and say why.
 
@@ -283,6 +284,7 @@ def open_pools(
         device: of the batches.
         say: called with each line meant for a person.
         rank, ranks: see `Sampler`.
+        least_of_all: gives the smallest of the ranks' values to each of them.
 
     Raises:
         InputError: images break a rule.
@@ -300,7 +302,7 @@ def open_pools(
             "synthetic and real images must have one number of channels, "
             f"got {channels_of(synthetic)} and {channels_of(real)}"
         )
-    crop = choose_crop(sets, config, device)
+    crop = choose_crop(sets, config, device, ranks=ranks, least_of_all=least_of_all)
     if crop.reason:
         say(f"crop: {crop.reason}")
     hashes = {name: _sha256(images) for name, images in sets.items()}

@@ -16,7 +16,7 @@ from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.ragged import Images, RaggedImages, pack
 from fastsimgan.data.values import as_images
-from fastsimgan.device import choose_device, current, keep_freed_memory
+from fastsimgan.device import choose_device, current, keep_freed_memory, short_of_memory
 from fastsimgan.errors import InputError, Stopped
 from fastsimgan.pools import Pools, open_pools
 from fastsimgan.precision import choose_precision, convolutions
@@ -60,6 +60,8 @@ def fit(
 
     Raises:
         InputError: images or settings break a rule; nothing has been written.
+        UnavailableError: the device, a precision, or ``config.compile`` "on" cannot be had, or the device is short of
+            memory.
         TrainingError: a loss or gradient is not finite, again and again; labels drift beyond ``config.max_drift`` at
             the first look; or another rank is gone.
         Stopped: SIGTERM or SIGINT came; a checkpoint has been written. Where a step takes longer than seconds, SIGTERM
@@ -76,7 +78,12 @@ def fit(
         say = _silent
     _check_shares(config, ranks)
     keep_freed_memory()
-    with current(device), convolutions(device, config.deterministic):
+    smaller = (
+        f"a lower --batch-size, --accumulate {2 * config.accumulate} (the same update in a part of the memory)"
+        f"{'' if config.recompute else ', --recompute'} or --data host takes less; where another program had it, "
+        "--resume goes on"
+    )
+    with current(device), convolutions(device, config.deterministic), short_of_memory(device, smaller):
         return _fit(synthetic, real, config, say, ranks, device)
 
 
@@ -85,7 +92,16 @@ def _fit(
 ) -> Refiner:
     if config.resume and config.crop is None:
         config = dataclasses.replace(config, crop=saved_crop(config.out))
-    pools = open_pools(synthetic, real, config, device, say, rank=ranks.rank, ranks=ranks.count)
+    pools = open_pools(
+        synthetic,
+        real,
+        config,
+        device,
+        say,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        least_of_all=lambda value: -ranks.largest(-value),
+    )
     if pools.crop_chosen:
         config = dataclasses.replace(config, crop=pools.crop)  # a resumed run takes it from there
     precision, reason = choose_precision(config.precision, device)
@@ -118,10 +134,11 @@ def _fit(
             # SIGTERM does not wait for a step that takes many seconds, or a look: what was before it is saved instead.
             step = trainer.done[phase] + 1
             looks = phase == "train" and (step % config.picture_every == 0 or step == config.steps)
-            slow = looks or seconds.get(phase, _SLOW) >= _SLOW
-            if slow and not reports.settle():
+            # Of several ranks none does: each has a clock of its own, and what one reports all must have reported.
+            saves = alone and (looks or seconds.get(phase, _SLOW) >= _SLOW)
+            if saves and not reports.settle():
                 continue
-            end = partial(_save_unfinished, run, run.remember(), phase, step) if slow and alone else None
+            end = partial(_save_unfinished, run, run.remember(), phase, step) if saves else None
             began = time.monotonic()
             with stop.ending_within(end):
                 # One step of R alone, of D alone, or one iteration of Algorithm 1.

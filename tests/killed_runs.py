@@ -2,8 +2,9 @@
 
 ``python -m tests.killed_runs FOLDER moments COUNT SEED`` kills COUNT times at random moments (as many runs as that
 takes), ``... steps FROM STEP`` kills at every STEP-th call that changes the disk. ``... stops COUNT SEED`` sends
-SIGTERM instead, once in each call of `STUCK` and COUNT times at random moments. Each run that ended must have left the
-files of the run that nobody killed. Prints one JSON object, and on standard error how far it is.
+SIGTERM instead, once in each call of `STUCK` and COUNT times at random moments. With ``ragged`` behind it they are runs
+on crops out of images of many sizes, with ``mapped`` out of a file that these are packed in. Each run that ended must
+have left the files of the run that nobody killed. Prints one JSON object, and on standard error how far it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +30,7 @@ import torch
 
 from fastsimgan import algorithm, checkpoint, signals, training
 from fastsimgan.config import TrainConfig
+from fastsimgan.data.ragged import RaggedImages
 from fastsimgan.errors import Stopped
 from fastsimgan.history import HistoryBuffer
 from fastsimgan.models.refiner import Refiner
@@ -60,6 +63,25 @@ def images(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 16, 20), dtype=np.uint8)
 
 
+def several(count: int, seed: int, mapped: bool = False) -> RaggedImages:
+    """Images of many sizes."""
+    sizes = np.random.default_rng(seed).integers(24, 40, (count, 2))
+    values = np.random.default_rng(seed).integers(0, 256, int(sizes.prod(1).sum()), dtype=np.uint8)
+    if not mapped:
+        return RaggedImages(values, sizes, 1)
+    with tempfile.TemporaryFile() as file:
+        values.tofile(file)
+        return RaggedImages(np.memmap(file, np.uint8, "r+", shape=values.shape), sizes, 1)
+
+
+def pair() -> tuple[Any, Any]:
+    """Both sets of the runs."""
+    if sys.argv[5:]:
+        mapped = sys.argv[5] == "mapped"
+        return several(12, 0, mapped), several(9, 1, mapped)
+    return images(12, 0), images(9, 1)
+
+
 def train(folder: Path, kill_at: int = 0, prepare: Callable[[], None] = lambda: None) -> int:
     """Train or resume in a forked child; gives its pid. The child kills itself before its ``kill_at``-th disk call."""
     pid = os.fork()
@@ -84,9 +106,10 @@ def train(folder: Path, kill_at: int = 0, prepare: Callable[[], None] = lambda: 
             setattr(owner, name, counted(getattr(owner, name)))
     checkpoint.save = counted(checkpoint.save)
     with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
-        config = CONFIG if not Path("run").exists() else dataclasses.replace(CONFIG, resume=True)
+        data = "host" if sys.argv[5:] == ["mapped"] else CONFIG.data
+        config = dataclasses.replace(CONFIG, data=data, resume=Path("run").exists())  # type: ignore[arg-type]
         try:
-            fit(images(12, 0), images(9, 1), config, say=lambda _: None)
+            fit(*pair(), config, say=lambda _: None)
         except Stopped as stopped:
             os._exit(stopped.exit_code)
         Path("calls").write_text(str(calls))
@@ -137,7 +160,7 @@ def ended(pid: int) -> bool:
 
 def main() -> None:
     torch.set_num_threads(1)  # a process with threads cannot be forked
-    fit(images(12, 0), images(9, 1), dataclasses.replace(CONFIG, dry_run=True), say=lambda _: None)  # imports the rest
+    fit(*pair(), dataclasses.replace(CONFIG, dry_run=True), say=lambda _: None)  # imports the rest
     root, mode, first, second = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 
     def fresh(name: str) -> Path:

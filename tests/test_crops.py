@@ -180,10 +180,19 @@ def test_crops_are_as_large_as_images_and_memory_allow(monkeypatch: pytest.Monke
     assert chosen((100, 31), (40, 55)).size == (40, 31)
     assert chosen((480, 640), config=dataclasses.replace(config, batch_size=2, history=0)).size[0] > found.size[0]
     monkeypatch.setattr(crops, "available_memory", lambda: 1 << 28)
-    assert "half of the 0.2 GiB that are free" in chosen((480, 640)).reason
-    assert chosen((480, 640)).size < found.size
+    assert "0.12 GiB a step" in chosen((480, 640)).reason and chosen((480, 640)).size < found.size
+    monkeypatch.setattr(crops, "available_memory", lambda: 1 << 22)
+    assert chosen((480, 640)).size == (23, 23) and "a step takes about 0.036 GiB" in chosen((480, 640)).reason
+    monkeypatch.setattr(crops, "available_memory", lambda: 1 << 40)
     # a run that says nothing of crops was on whole images
     assert chosen((480, 640), config=dataclasses.replace(config, resume=True)).whole
+
+
+def test_ranks_agree_on_the_crop_and_share_its_batch() -> None:
+    sets = {"synthetic": np.zeros((2, 480, 640), np.uint8), "real": np.zeros((2, 480, 640), np.uint8)}
+    alone = choose_crop(sets, TrainConfig(), CPU, least_of_all=lambda value: min(value, 1 << 28))
+    both = choose_crop(sets, TrainConfig(), CPU, ranks=2, least_of_all=lambda value: min(value, 1 << 27))
+    assert alone.size == both.size and "0.25 GiB a step" in alone.reason and "0.12 GiB a step" in both.reason
 
 
 def test_a_crop_of_the_users_must_fit() -> None:

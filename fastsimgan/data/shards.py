@@ -21,13 +21,13 @@ import numpy as np
 
 from fastsimgan.data.census import LOOKED_AT, Census
 from fastsimgan.data.files import natural_key, printable
-from fastsimgan.data.images import FORMATS, MAX_FILE_BYTES, Header, StoredImage, decode_image
+from fastsimgan.data.images import FORMATS, MAX_FILE_BYTES, Header, decode_image
 from fastsimgan.data.labels import Labels, is_label_file
 from fastsimgan.data.listing import ALL, is_image, is_junk
 from fastsimgan.data.ragged import Images, Packer, RaggedImages
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.room import room_for
-from fastsimgan.data.threads import in_threads
+from fastsimgan.data.threads import AHEAD, in_threads, thread_count
 from fastsimgan.errors import InputError
 
 BUFFER = 1 << 20  # bytes read of a shard at a time
@@ -91,13 +91,15 @@ class ShardImages:
                         info, data = sample.members[sample.image]
                         yield data, shard / info.name
 
-        def decode(found: tuple[bytes, Path]) -> tuple[Path, StoredImage | InputError]:
+        def decode(found: tuple[bytes, Path]) -> tuple[Path, tuple[Header, np.ndarray] | InputError]:
             try:
-                return found[1], decode_image(*found, self.reading.upright)
+                image = decode_image(*found, self.reading.upright)
             except InputError as error:
                 if self.reading.on_error == "fail":
                     raise
                 return found[1], error
+            # here, so that no large pictures wait that are to become small
+            return found[1], (image.header, self.reading.scaled(self.reading.coloured(image.pixels, colour)))
 
         images: np.ndarray | None = None
         packer = Packer(self.path) if self.reading.any_size else None
@@ -105,20 +107,21 @@ class ShardImages:
         count = 0
         colour = self.reading.colour if self.reading.colour in ("grey", "rgb") else ""
         self.left_out, self.resized = [], 0
-        for where, image in in_threads(decode, encoded()):
-            if isinstance(image, InputError):
-                self.left_out.append(str(image))
+        ahead = 4 * thread_count() if self.reading.any_size else AHEAD
+        for where, found in in_threads(decode, encoded(), ahead):
+            if isinstance(found, InputError):
+                self.left_out.append(str(found))
                 continue
-            pixels = self.reading.scaled(self.reading.coloured(image.pixels, colour))
-            self.resized += pixels.shape[:2] != image.pixels.shape[:2]
+            header, pixels = found
+            self.resized += pixels.shape[:2] != header.shape[:2]
             if first is None:
-                first = where, image.header
+                first = where, header
                 shape = pixels.shape
-            if self.reading.differ((pixels.shape, shape)) or image.header.dtype != first[1].dtype:
+            if self.reading.differ((pixels.shape, shape)) or header.dtype != first[1].dtype:
                 one = "kind" if self.reading.any_size else "size and kind"
                 raise InputError(
                     f"{printable(self.path)}: images must be of one {one}, {printable(first[0])} is {first[1]} "
-                    f"and {printable(where)} is {image.header}"
+                    f"and {printable(where)} is {header}"
                 )
             count += 1
             if packer is not None:
@@ -126,7 +129,7 @@ class ShardImages:
                 continue
             if images is None:
                 most = sum(_count_images(shard, self.reading.images) for shard in self.shards)
-                images = room_for((most, *pixels.shape), image.header.dtype, self.path)
+                images = room_for((most, *pixels.shape), header.dtype, self.path)
             images[count - 1] = pixels
         if not count:
             raise InputError(f"{printable(self.path)}: must hold at least one image ({' '.join(FORMATS)}), got none")
