@@ -1,5 +1,5 @@
 # make test, make demo: on a fresh clone these set up .venv and run. Needs Python >= 3.11, a C++ compiler and make.
-.PHONY: help install test kills labels ray demo lint types aot cuda-check bench bench-train bench-smoke gpu clean
+.PHONY: help install test test-all kills labels ray demo lint types aot cuda-check bench bench-train bench-smoke gpu clean
 .DEFAULT_GOAL := help
 
 # The first Python of 3.11 or later; `make BASE_PYTHON=... install` chooses another.
@@ -9,10 +9,13 @@ PYTHON := .venv/bin/python
 # A machine with a GPU may have no network, and with it no .venv: then the Python that has torch with CUDA.
 PYTHON_GPU ?= $(if $(wildcard $(PYTHON)),$(PYTHON),python3)
 PART ?= ops
+# Each with one thread for torch (tests/conftest.py). A file's tests stay together: what they share is made once.
+TWO_PROCESSES := -n 2 --dist loadfile
 
 help:
 	@echo "make install      .venv with fastsimgan in it, editable (every target below does this first)"
-	@echo "make test         the tests"
+	@echo "make test         the tests but for the slow ones: five minutes on two cores"
+	@echo "make test-all     all tests, as CI runs them"
 	@echo "make kills        refinement killed 300 times over 25 datasets, and nothing lost: a quarter of an hour"
 	@echo "make labels       10,000 images of each kind of input, and no label changed: four minutes"
 	@echo "make ray          ten runs on a local Ray cluster, a worker killed in each: two minutes"
@@ -36,7 +39,10 @@ install: .venv/installed
 	@touch $@
 
 test: install
-	$(PYTHON) -m pytest tests
+	$(PYTHON) -m pytest $(TWO_PROCESSES) -m "not slow" tests
+
+test-all: install
+	$(PYTHON) -m pytest $(TWO_PROCESSES) tests
 
 kills: install
 	FASTSIMGAN_KILLS=325 FASTSIMGAN_KILL_SETS=25 $(PYTHON) -m pytest -s tests/test_blocks.py -k test_kills

@@ -195,7 +195,7 @@ def captured(call: Call, device: torch.device) -> Call:
             call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):  # torch's own is of the device that captured first
             kept = call()
 
     def replay() -> object:

@@ -35,8 +35,8 @@ _ORDINARY = 3  # iterations before a graph is captured: cuDNN chooses and kernel
 def choose_blocks(trainer: SimGAN, say: Callable[[str], None]) -> None:
     """On CUDA, have R's residual blocks take the implementation that is fastest there, by a race at training's sizes.
 
-    Not with --deterministic, since a race is decided by timing, nor with --impl reference. Of several ranks the first
-    one's answer holds for all.
+    Not with --deterministic, since a race is decided by timing, nor with --impl reference, nor in float32, for which
+    there is one implementation. Of several ranks the first one's answer holds for all.
 
     Args:
         trainer: its refiner's ``impl`` is changed.
@@ -45,7 +45,7 @@ def choose_blocks(trainer: SimGAN, say: Callable[[str], None]) -> None:
     config, device = trainer.config, trainer.device
     if device.type != "cuda" or config.impl != "auto" or config.deterministic or not config.blocks or INTERPRETED:
         return
-    if residual_block.implementations()["triton"] is not None:
+    if trainer.precision == "float32" or residual_block.implementations()["triton"] is not None:
         return
     shape = trainer.batch // config.accumulate, config.width, *trainer.image_size
     result = race(shape, DTYPES[trainer.precision], True, device, compiled=config.compile != "off")

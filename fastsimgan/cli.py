@@ -70,6 +70,18 @@ def run(
     except FastSimGANError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        short = str(error).partition(" Of the allocated memory")[0]
+        print(f"error: {short} Free some, or compute elsewhere: --device cpu", file=sys.stderr)
+        return UnavailableError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had no memory left; torch has a class for it, which only its import brings."""
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -132,6 +133,9 @@ class TrainConfig:
     """Name of the array, dataset or group that holds the images, where it is not `images` and there are others."""
     colour: Literal["auto", "grey", "rgb"] = "auto"
     """Make both sides grey or RGB. auto: the real images are made what the synthetic ones are."""
+    range: tuple[float, float] | None = None
+    """Least and largest value of float images on both sides, where that is not 0 and 1: depth in metres, for one. The
+    refiner keeps it, and gives back the same units."""
     on_error: Literal["fail", "skip"] = "fail"
     """At images that cannot be read: stop, or leave them out and say so, if they are at most 1 % of a side."""
     follow_links: bool = False
@@ -180,6 +184,8 @@ class TrainConfig:
             raise InputError(f"--ema must be at least 0 and below 1, got {self.ema}")
         if self.crop is not None and min(self.crop) < 1:
             raise InputError(f"--crop must be at least 1x1, got {self.crop[0]}x{self.crop[1]}")
+        if self.range is not None and not -math.inf < self.range[0] < self.range[1] < math.inf:
+            raise InputError(f"--range must be two numbers, the second larger, got {self.range[0]:g} {self.range[1]:g}")
         factor = self.resize_real
         if factor not in ("auto", "none") and (isinstance(factor, str) or not 0 < factor <= 4):
             raise InputError(f"--resize-real must be auto, none or a factor above 0 and up to 4, got {factor}")
@@ -201,8 +207,9 @@ class TrainConfig:
         for name in ("synthetic", "real", "out"):
             if values.get(name) is not None:
                 values[name] = Path(values[name])
-        if values.get("crop") is not None:
-            values["crop"] = tuple(values["crop"])
+        for name in ("crop", "range"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         return cls(**values)
 
 

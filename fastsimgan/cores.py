@@ -33,7 +33,7 @@ class CoreRefiner:
             self._refiner = load()
         self._whole: Refiner | None = None  # for large images
         self._alone = threading.Lock()
-        self.channels = self._refiner.channels
+        self.channels, self.span = self._refiner.channels, self._refiner.span
         self.backend_name = self._refiner.backend.name
         self.device = self._refiner.device
         self.device_name = str(self.device)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -65,6 +67,23 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     than the tensors' it is wrong without an error.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def short_of_memory(device: torch.device, way_out: str) -> Iterator[None]:
+    """Where a CUDA device without memory for what is asked of it becomes an UnavailableError that ends in ``way_out``.
+
+    On a CPU nothing changes: there the system decides, and seldom by an error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        asked = next(iter(re.findall(r"Tried to allocate ([\d.]+ \w+)", str(error))), "more")
+        raise UnavailableError(
+            f"{device} must have memory for {asked} at once, got {free / 2**20:.0f} MiB free of "
+            f"{total / 2**20:.0f} MiB: {way_out}"
+        ) from error
 
 
 def keep_freed_memory() -> None:

@@ -19,6 +19,10 @@ class InputError(FastSimGANError, ValueError):
     exit_code = 2
 
 
+SKIP = "--on-error skip leaves bad images out, if they are at most 1 %"
+"""The way out of a bad image, for commands that have that flag."""
+
+
 class UnavailableError(FastSimGANError, RuntimeError):
     """An explicit request that this machine cannot meet (an implementation, a device, an optional package)."""
 

@@ -125,6 +125,12 @@ def export(
             "quantise must be for refiners of at least 2 blocks, as the last stays in floats, "
             f"got {file.settings['blocks']}"
         )
+    if "range" in file.settings:
+        low, high = file.settings["range"]
+        raise InputError(
+            f"{printable(refiner)}: must be trained on images from black to white, got a refiner of floats from "
+            f"{low:g} to {high:g} (--range), which no exported form holds: refine by the run's folder"
+        )
     stored, what = _images(images, file.settings["channels"], key)
     compared, calibration = stored[:COMPARED], stored[COMPARED : 2 * COMPARED]
     if quantise and not len(calibration):
@@ -406,6 +412,8 @@ real people, nor for telling real from synthetic.
 ## How to call each file
 
 {calls}
+
+Needed are {graph.RUNS_IN} or later (opset {graph.OPSET}, IR version {graph.IR_VERSION}), or TensorRT 10 or later.
 
 In Python: `fastsimgan.load_refiner("FILE.onnx")`, by onnxruntime; an int8-cpu file of 32, 64, ... feature maps by
 kernels of its own where the processor has AVX-512 with VNNI. Batch, height and width are free in every file.

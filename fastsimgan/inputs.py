@@ -97,7 +97,9 @@ class FolderInput:
         if not facts["images"]:
             raise InputError(no_image(self.path, self.images, facts["others"], census))
         if self.images is None:
-            census.check(printable(self.path), lambda name: read_image(self.path / name, key=self.key), Reading.flag)
+            census.check(
+                printable(self.path), lambda name: read_image(self.path / name, key=self.key, span=None), Reading.flag
+            )
             refuse_unread(self.path, census)
         facts["unread"] = census.unread_text()
         (state / "listing.json").write_text(json.dumps(facts))

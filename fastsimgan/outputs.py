@@ -432,7 +432,7 @@ class PackedOutput:
                 if unit.image is not None:
                     with suppress(InputError):
                         data = unit.parts[unit.image].read()
-                        header = decode_image(data, unit.where, key=getattr(self.source, "key", None)).header
+                        header = decode_image(data, unit.where, key=getattr(self.source, "key", None), span=None).header
                         if len(header.shape) == dimensions:
                             return header, unit.where
         raise AssertionError("an image of these dimensions was decoded")

@@ -22,11 +22,11 @@ import numpy as np
 
 from fastsimgan.batches import PIXELS_PER_BATCH, fitting
 from fastsimgan.blocks import Claim, Run
-from fastsimgan.data.arrays import check_range
+from fastsimgan.data.arrays import UNIT, Span, check_range
 from fastsimgan.data.files import printable
 from fastsimgan.data.images import StoredImage, decode_image
 from fastsimgan.data.values import WHITE
-from fastsimgan.errors import FastSimGANError, InputError
+from fastsimgan.errors import SKIP, FastSimGANError, InputError
 from fastsimgan.inputs import ArraysInput, Input, RawUnit
 from fastsimgan.outputs import ArraysBlock, ArraysOutput, FolderBlock, Output, PackedOutput, ShardBlock, sha256
 from fastsimgan.unpacking import UnpackedInput
@@ -48,6 +48,7 @@ class ImageRefiner(Protocol):
     """What the pipeline asks of a refiner: `fastsimgan.runtime.Refiner`, or anything that looks like it."""
 
     channels: int  # of the images it takes
+    # ``span``, where it has one: the range of the floats that it takes, if that is not [0, 1]
 
     def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
         """``[N, H, W]`` or ``[N, H, W, C]``, uint8, uint16 or float32 in [0, 1] -> the same shape and type."""
@@ -190,6 +191,7 @@ class Worker:
         self.source = source
         self.output = output
         self.refiner = refiner
+        self.span: Span = getattr(refiner, "span", UNIT)
         self.batch_size = batch_size
         self.on_error = on_error
         self.threads = threads
@@ -343,7 +345,7 @@ class Worker:
                 piece = np.ascontiguousarray(images[start : start + size])
                 digest.update(piece.reshape(-1).view(np.uint8).data)
                 piece = np.array(piece, dtype=arrays.dtype)  # torch wants memory that it may write to
-                piece = check_range(piece, arrays.path, first + start)
+                piece = check_range(piece, arrays.path, first + start, self.span)
                 units = None
                 if isinstance(self.source, UnpackedInput):
                     piece = piece.reshape(len(piece), *self.source.shape)
@@ -382,7 +384,7 @@ class Worker:
         for unit, image, digest in self._decoded(self.source.units(tally.claim.block)):
             if isinstance(image, InputError):
                 if self.on_error == "fail":
-                    raise image
+                    raise image if isinstance(image, _Unfit) else InputError(f"{image} ({SKIP})")
                 self._leave_out(tally, unit, image, digest)
                 continue
             if image is None:
@@ -457,10 +459,10 @@ class Worker:
         try:
             data = unit.parts[unit.image].read()
             digest = sha256(data)
-            image = decode_image(data, unit.where, key=getattr(self.source, "key", None))
+            image = decode_image(data, unit.where, key=getattr(self.source, "key", None), span=self.span)
             channels = image.pixels.shape[2] if image.pixels.ndim == 3 else 1
             if channels != self.refiner.channels:
-                raise InputError(
+                raise _Unfit(
                     f"{printable(unit.where)}: must have {self.refiner.channels} channel(s), as the refiner has, "
                     f"got {channels}"
                 )
@@ -568,7 +570,8 @@ class Worker:
             for first in range(0, len(new), MEASURED):
                 part = slice(first, first + MEASURED)
                 total += float(np.abs(np.subtract(new[part], old[part], dtype=wide)).sum(dtype=np.float64))
-            batch.tally.changes[batch.number] = total / refined[0].size * 255 / WHITE[refined.dtype.name]
+            white = self.span[1] - self.span[0] if refined.dtype == np.float32 else WHITE[refined.dtype.name]
+            batch.tally.changes[batch.number] = total / refined[0].size * 255 / white
 
     def _put(self, tally: _Tally, units: _Units) -> None:
         assert not isinstance(tally.sink, ArraysBlock)
@@ -611,6 +614,10 @@ class Worker:
             backend = self.record.get("backend", "")
             peak = self.refiner.peak_bytes() if isinstance(self.refiner, DeviceRefiner) else 0
             self.report(Progress(images, blocks, seconds, dict(self.stages.busy), self.stages.threads, backend, peak))
+
+
+class _Unfit(InputError):
+    """A good image that this refiner does not take: the others will be no better."""
 
 
 class _Stopped(FastSimGANError):

@@ -132,6 +132,8 @@ def _label_parts(trainer: SimGAN, clock: _Clock) -> None:
     if trainer.history is not None:
         trainer.history.swap = clock.around(trainer.history.swap, "history")  # type: ignore[method-assign]
     for optimiser in (trainer.refiner_optimiser, trainer.discriminator_optimiser):
+        # which a copy forgets: that steps outside of a graph need no warning
+        optimiser._warned_capturable_if_run_uncaptured = True
         optimiser.step = clock.around(optimiser.step, "optimiser")  # type: ignore[method-assign]
 
 

@@ -146,8 +146,8 @@ def refine(config: RefineConfig) -> int:
     by = f"by {', '.join(sorted(report.backends))}; " if report.backends else ""
     print(
         f"{printable(config.output)}: {report.images} images ({report.failed} skipped), {report.others} other files; "
-        f"{report.now} in {report.seconds:.1f} s, {report.now / (report.working or report.seconds):.0f} images/s once "
-        f"loaded, {by}mean |R(x) - x| {report.mean_change:.2f} grey levels of 255, "
+        f"{report.now} in {report.seconds:.1f} s, {_rate(report.now / (report.working or report.seconds))} images/s "
+        f"once loaded, {by}mean |R(x) - x| {report.mean_change:.2f} grey levels of 255, "
         f"refiner sha256 {run.identity['refiner sha256']}"
     )
     if packs:
@@ -156,6 +156,11 @@ def refine(config: RefineConfig) -> int:
         arrays = [name for name in open_arrays(config.output).label_names if name != "name"]
         print(f"labels that became arrays: {', '.join(map(printable, arrays)) or 'none'}")
     return _judge(report.images, report.failed)
+
+
+def _rate(rate: float) -> str:
+    """Images a second; large pictures take seconds each."""
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def print_stages(report: Report) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsimgan.algorithm import SimGAN
 from fastsimgan.checkpoint import flatten, select
+from fastsimgan.data.arrays import UNIT
 from fastsimgan.data.ragged import CentreCrops
 from fastsimgan.data.values import from_float
 from fastsimgan.errors import TrainingError
@@ -121,6 +122,9 @@ def some_synthetic(images: Array | CentreCrops) -> Array:
 def drift_line(synthetic: Array | CentreCrops, refiner: Refiner) -> str:
     """A line on how far R moved what labels speak of."""
     sample = some_synthetic(synthetic)
+    low, high = refiner.span
+    if refiner.span != UNIT:  # the images that training sees are in [0, 1]
+        sample = np.clip(sample * np.float32(high - low) + np.float32(low), np.float32(low), np.float32(high))
     return f"{describe(label_drift(sample, refiner(sample)))}; of {len(sample)} images"
 
 

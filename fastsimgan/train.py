@@ -11,7 +11,7 @@ from typing import Any
 
 from fastsimgan import cli
 from fastsimgan.config import PRESETS, TrainConfig, preset
-from fastsimgan.errors import FastSimGANError, InputError
+from fastsimgan.errors import SKIP, FastSimGANError, InputError
 
 DESCRIPTION = """Train a SimGAN refiner: a network that makes synthetic images look real while their labels stay true.
 
@@ -82,6 +82,8 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     Synthetic images are read as stored: labels belong to them. Real ones carry none, so they are turned upright and
     made grey or RGB, as the synthetic ones are.
     """
+    from fastsimgan.data.arrays import UNIT
+    from fastsimgan.data.ragged import channels_of
     from fastsimgan.data.reading import Reading, grey_in_colour, in_the_colour
     from fastsimgan.data.resizing import rescale
     from fastsimgan.data.source import open_images
@@ -94,6 +96,9 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
         on_error=config.on_error,
         any_size=True,
         colour="as stored" if config.colour == "auto" else config.colour,
+        span=config.range or UNIT,
+        skipping=SKIP,
+        colouring="--colour rgb or --colour grey makes them alike",
     )
     ours = open_images(synthetic, reading)
     print(f"synthetic: {ours.describe()}")
@@ -105,7 +110,8 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     images = in_the_colour(_set_of(ours), colour)
     _say_left_out("synthetic", ours, len(images), config)
     if colour == "auto":
-        colour = "rgb" if images.ndim == 4 and images.shape[3] == 3 else "grey" if images.ndim == 3 else "auto"
+        channels = channels_of(images)
+        colour = "grey" if channels == 1 else "rgb" if channels == 3 else "auto"
     if hasattr(theirs, "reading"):
         theirs.reading = dataclasses.replace(theirs.reading, colour="as stored" if colour == "auto" else colour)
     scale = _scale(config, images)
@@ -125,9 +131,11 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
         print(f"real: {converted} of {len(photos)} images made {'RGB' if colour == 'rgb' else 'grey'}, as {of}")
     if grey_in_colour(images):
         print("synthetic: RGB with R = G = B in all that were looked at; --colour grey trains on one channel")
-    ranges = value_range(images), value_range(photos)
+    span = config.range or UNIT
+    ranges = value_range(images, span), value_range(photos, span)
+    of = "" if config.range is None else f", where these are --range's {config.range[0]:g} and {config.range[1]:g}"
     for name, found in zip(("synthetic", "real"), ranges, strict=True):
-        print(f"{name}: values {found}")
+        print(f"{name}: values {found}{of}")
     if warning := mismatch(*ranges):
         print(f"warning: {warning}")
     return images, photos

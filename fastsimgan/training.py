@@ -15,8 +15,8 @@ from fastsimgan.acceleration import GraphedIterations, choose_blocks, compile_ne
 from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.ragged import Images, RaggedImages, pack
-from fastsimgan.data.values import as_images
-from fastsimgan.device import choose_device, current, keep_freed_memory
+from fastsimgan.data.values import as_images, in_units
+from fastsimgan.device import choose_device, current, keep_freed_memory, short_of_memory
 from fastsimgan.errors import InputError, Stopped
 from fastsimgan.pools import Pools, open_pools
 from fastsimgan.precision import choose_precision, convolutions
@@ -51,7 +51,7 @@ def fit(
 
     Args:
         synthetic, real: ``[N, H, W]`` or ``[N, H, W, C]``, or a list of ``[H, W]`` or ``[H, W, C]`` of any sizes;
-            uint8, uint16, or float32 in [0, 1]; same channels.
+            uint8, uint16, or float32 in [0, 1] (or ``config.range``); same channels.
         config: settings; the defaults if None.
         say: called with each line meant for a person.
 
@@ -60,6 +60,8 @@ def fit(
 
     Raises:
         InputError: images or settings break a rule; nothing has been written.
+        UnavailableError: the device, a precision, or ``config.compile`` "on" cannot be had, or the device is short of
+            memory.
         TrainingError: a loss or gradient is not finite, again and again; labels drift beyond ``config.max_drift`` at
             the first look; or another rank is gone.
         Stopped: SIGTERM or SIGINT came; a checkpoint has been written. Where a step takes longer than seconds, SIGTERM
@@ -68,6 +70,9 @@ def fit(
     config = config or TrainConfig()
     config.validate()
     synthetic, real = _as_set(synthetic, "synthetic images"), _as_set(real, "real images")
+    if config.range is not None:
+        synthetic = in_units(synthetic, config.range, "synthetic images")
+        real = in_units(real, config.range, "real images")
 
     # Device, data, networks.
     ranks, device_name = join_ranks(config.device)
@@ -76,7 +81,12 @@ def fit(
         say = _silent
     _check_shares(config, ranks)
     keep_freed_memory()
-    with current(device), convolutions(device, config.deterministic):
+    smaller = (
+        f"a lower --batch-size, --accumulate {2 * config.accumulate} (the same update in a part of the memory)"
+        f"{'' if config.recompute else ', --recompute'} or --data host takes less; where another program had it, "
+        "--resume goes on"
+    )
+    with current(device), convolutions(device, config.deterministic), short_of_memory(device, smaller):
         return _fit(synthetic, real, config, say, ranks, device)
 
 
@@ -127,10 +137,11 @@ def _fit(
             # SIGTERM does not wait for a step that takes many seconds, or a look: what was before it is saved instead.
             step = trainer.done[phase] + 1
             looks = phase == "train" and (step % config.picture_every == 0 or step == config.steps)
-            slow = looks or seconds.get(phase, _SLOW) >= _SLOW
-            if slow and not reports.settle():
+            # Of several ranks none does: each has a clock of its own, and what one reports all must have reported.
+            saves = alone and (looks or seconds.get(phase, _SLOW) >= _SLOW)
+            if saves and not reports.settle():
                 continue
-            end = partial(_save_unfinished, run, run.remember(), phase, step) if slow and alone else None
+            end = partial(_save_unfinished, run, run.remember(), phase, step) if saves else None
             began = time.monotonic()
             with stop.ending_within(end):
                 # One step of R alone, of D alone, or one iteration of Algorithm 1.

@@ -12,14 +12,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from fastsimgan import cli
 from fastsimgan.data.files import printable, refuse_existing, staged
+from fastsimgan.data.folder import FolderImages
+from fastsimgan.data.ragged import Images, crop_of
 from fastsimgan.data.reading import Reading
+from fastsimgan.data.resizing import Scale, resize
+from fastsimgan.data.shards import ShardImages
 from fastsimgan.data.source import matches, open_images, refuse_inside
 from fastsimgan.errors import InputError
 
@@ -37,7 +41,7 @@ class Make:
     real: Path
     """Real images: a folder, .npz or .npy."""
     refined: Path
-    """Refined images (or any others to be told from real ones), of the same size."""
+    """Refined images (or any others to be told from real ones). Of images of several sizes the middle is shown."""
     out: Path
     """The page, an .html that must not exist yet."""
     count: int = 50
@@ -86,20 +90,26 @@ def make(config: Make) -> None:
     if config.seed < 0:
         raise InputError(f"--seed must be at least 0, got {config.seed}")
     rng = np.random.default_rng(config.seed)
-    cards: list[tuple[str, str]] = []
-    shapes = []
-    for kind, path in (("real", config.real), ("refined", config.refined)):
-        reading = Reading(images=config.images, key=config.key, links="inside", upright=kind == "real")
-        if kind == "real" and config.images is not None and not matches(path, reading):
-            reading = replace(reading, images=None)
-        images = open_images(path, reading).load()
-        if len(images) < config.count:
-            raise InputError(f"{printable(path)}: must hold at least --count={config.count} images, got {len(images)}")
-        shapes.append(images.shape[1:])
-        cards += [(kind, _png(images[i])) for i in rng.choice(len(images), config.count, replace=False)]
-    if shapes[0] != shapes[1]:
-        # another size would give the answer away
-        raise InputError(f"--refined images must have the real ones' size {list(shapes[0])}, got {list(shapes[1])}")
+    refined = _chosen(config, "refined", Reading(any_size=True), rng)
+    colour: Literal["grey", "rgb"] = "grey" if _channels(refined[0]) == 1 else "rgb"
+    height = int(np.median([image.shape[0] for image in refined]))
+    as_refined = Reading(any_size=True, upright=True, colour=colour, scale=Scale(height=height))
+    real = [Reading.coloured(image, colour) for image in _chosen(config, "real", as_refined, rng)]
+    # another size would give the answer away
+    sizes = {image.shape[:2] for image in (*real, *refined)}
+    if len(sizes) > 1:
+        sides = np.min(list(sizes), axis=0)
+        size = int(sides[0]), int(sides[1])
+        print(
+            f"shown: the middle {size[0]}x{size[1]} of each image, as sizes would give the answer away; photos much "
+            f"higher than {height} pixels, the refined images' median, are brought to that first"
+        )
+        real, refined = ([_middle(image, size) for image in images] for images in (real, refined))
+    if real[0].shape != refined[0].shape:
+        raise InputError(
+            f"--refined images must have the real ones' channels, got {_channels(refined[0])} for {_channels(real[0])}"
+        )
+    cards = [(kind, _png(image)) for kind, images in (("real", real), ("refined", refined)) for image in images]
     cards = [cards[i] for i in rng.permutation(len(cards))]
     test = hashlib.sha256("".join(kind + png for kind, png in cards).encode()).hexdigest()
     data = {
@@ -117,6 +127,31 @@ def make(config: Make) -> None:
     with staged(config.out) as partial:
         partial.write_text(page, encoding="utf-8")
     print(f"{printable(config.out)}: {config.count} real and {config.count} refined images")
+
+
+def _chosen(config: Make, kind: str, reading: Reading, rng: np.random.Generator) -> list[np.ndarray[Any, Any]]:
+    """The images of one kind that will be shown."""
+    path: Path = getattr(config, kind)
+    reading = replace(reading, images=config.images, key=config.key, links="inside", on_error="skip")
+    if kind == "real" and config.images is not None and not matches(path, reading):
+        reading = replace(reading, images=None)
+    source = open_images(path, reading)
+    images: Images = source.load_set() if isinstance(source, FolderImages | ShardImages) else source.load()
+    for reason in getattr(source, "left_out", []):
+        print(f"left out: {reason}")
+    if len(images) < config.count:
+        raise InputError(f"{printable(path)}: must hold at least --count={config.count} images, got {len(images)}")
+    chosen = rng.choice(len(images), config.count, replace=False)
+    found = [images[int(i)] for i in chosen]
+    return found if reading.scale is None else [resize(image, reading.scale.of(*image.shape[:2])) for image in found]
+
+
+def _middle(image: np.ndarray[Any, Any], size: tuple[int, int]) -> np.ndarray[Any, Any]:
+    return crop_of(image, ((image.shape[0] - size[0]) // 2, (image.shape[1] - size[1]) // 2), size)
+
+
+def _channels(image: np.ndarray[Any, Any]) -> int:
+    return int(image.shape[2]) if image.ndim == 3 else 1
 
 
 def score(paths: Sequence[Path]) -> dict[str, Any]:

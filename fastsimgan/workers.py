@@ -83,9 +83,9 @@ def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
     import torch
 
     from fastsimgan.cores import CoreRefiner
-    from fastsimgan.device import choose_device
+    from fastsimgan.device import choose_device, short_of_memory
     from fastsimgan.runtime import load_refiner
-    from fastsimgan.runtime.streamed import StreamedRefiner
+    from fastsimgan.runtime.streamed import SMALLER, StreamedRefiner
 
     device = job.device
     if workers > 1:
@@ -101,7 +101,8 @@ def load(job: Job, worker: int = 0, workers: int = 1) -> ImageRefiner:
     if workers > 1:  # a process of its own, which has no business on another device
         torch.cuda.set_device(chosen)
     # whoever does a block must write the same bytes, so nothing may depend on what was faster
-    return StreamedRefiner(load_it(compiled=bool(job.compiled), repeatable=True, block=job.block or "auto"))
+    with short_of_memory(chosen, SMALLER):
+        return StreamedRefiner(load_it(compiled=bool(job.compiled), repeatable=True, block=job.block or "auto"))
 
 
 def cores(workers: int) -> int:

@@ -1,5 +1,6 @@
 """With no CUDA device, Triton kernels run in its interpreter, which must be chosen before they are imported.
-How torch's threads wait must be settled before torch is imported, as it is in the commands.
+How torch's threads wait must be settled before torch is imported, as it is in the commands; and how many there are,
+where tests run in several processes (pytest-xdist): one each, or they wait for each other.
 
 On the pretend device (`tests/pretend_cuda`) CUDA is there and no hardware is: what tests/cuda holds runs there, what
 needs a GPU does not, and Triton is interpreted.
@@ -15,6 +16,9 @@ from typing import Any, NoReturn
 import pytest
 
 import fastsimgan  # noqa: F401
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # isort: split
 import torch

@@ -31,6 +31,7 @@ def aot(only: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("size", ["gaze", "hands"])
 def test_loss_kernels_compile_for_hopper_without_spills(size):
@@ -41,6 +42,7 @@ def test_loss_kernels_compile_for_hopper_without_spills(size):
     assert lines[-1].startswith("5 compiled")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("features", ["gaze bfloat16", "wide float16 throughout"])
 def test_convolutions_run_on_hoppers_matrix_unit(features):

@@ -70,3 +70,10 @@ def test_every_test_and_benchmark_is_collected() -> None:
     assert "::test_every_test_and_benchmark_is_collected" in done.stdout
     for name in ("test_refiner_loss.py", "test_source.py", "test_eye_readers.py", "test_room.py"):
         assert f"tests/{name}::" in done.stdout, name
+
+
+def test_importing_loads_no_compiler() -> None:
+    """Dynamo and sympy are as much work to import as torch itself: for those who compile."""
+    code = "import sys, fastsimgan.runtime, fastsimgan.training; print({'torch._dynamo', 'sympy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -481,6 +481,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_kills(model: Path, tmp_path: Path, small_blocks: None) -> None:
     """Whole process groups are killed at random moments; with another number of workers at every start. Those that are
     killed refine in two threads, the run to compare with in one.

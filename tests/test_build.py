@@ -70,6 +70,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -85,6 +86,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert libraries[1] == "fastsimgan/libfastsimgan_ops.so"
 
 
+@pytest.mark.slow
 def test_installed_wheel_works_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
     pytest.importorskip("tyro", reason="tyro is not installed")
     installed = unpack(wheel, tmp_path / "site")
@@ -100,12 +102,14 @@ def test_installed_wheel_works_outside_the_repository(wheel: Path, tmp_path: Pat
     assert "on cpu                  cpp" in report
 
 
+@pytest.mark.slow
 def test_libraries_hold_no_path_of_the_build_machine(wheel: Path, tmp_path: Path) -> None:
     for library in (unpack(wheel, tmp_path) / "fastsimgan").glob("*.so"):
         content = library.read_bytes()
         assert str(Path(sys.prefix)).encode() not in content and b"RUNPATH" not in content
 
 
+@pytest.mark.slow
 def test_without_torch_the_package_installs_without_its_extension(tmp_path: Path) -> None:
     pytest.importorskip("tyro", reason="tyro is not installed")
     """A module that hides torch from the build stands in for an environment that has none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import shutil
 import tarfile
@@ -15,6 +16,7 @@ from PIL import Image
 
 from fastsimgan import evaluate, export, refine, train, turing
 from fastsimgan.config import TrainConfig
+from fastsimgan.data.census import Census
 from fastsimgan.data.listing import is_image, is_junk, list_units
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.source import open_images
@@ -361,3 +363,30 @@ def test_links_are_followed_when_told(refiner: Path, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "in")
         fill(tmp_path / "in", {f"there/{i}.png": png(photo(i)) for i in range(3)} | {"there/0.json": b"{}"})
         start(Job(refiner, tmp_path / "in", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "glob"),
+    [
+        (
+            ["leftImg8bit/train/aachen/a_{:06}_leftImg8bit.png", "leftImg8bit/val/ulm/u_{:06}_leftImg8bit.png"],
+            ["gtFine/train/aachen/a_{:06}_gtFine_color.png", "gtFine/val/ulm/u_{:06}_gtFine_labelIds.png"],
+            "leftImg8bit/*.png",
+        ),
+        (["train2017/{:012}.jpg"], ["annotations/panoptic_train2017/{:012}.png"], "train2017/*.jpg"),
+        (["a/left{}.jpg", "b/right{}.jpg"], ["a/left{}_mask.png"], "*.jpg"),
+        (["s1/{}_rgb.png", "s2/v_{}_rgb.png"], ["s1/{}_mask.png", "s2/v_{}_mask.png"], "*_rgb.png"),
+        (["[x]/{}.png", "[x]/b/v{}.png"], ["y/mask{}.png"], "[[]x]/*.png"),
+    ],
+)
+def test_images_of_several_patterns_are_told_by_one_glob(images: list[str], labels: list[str], glob: str) -> None:
+    census = Census()
+    for i in range(1, 5):
+        for name in (*images, *labels):
+            census.image(name.format(i))
+    with pytest.raises(InputError) as caught:
+        census.check("in", lambda name: pytest.fail(name), lambda found: f"--images '{found}'")
+    assert f"--images '{glob}' tells which" in str(caught.value)
+    for i in range(1, 5):
+        assert all(fnmatch.fnmatchcase(name.format(i), glob) for name in images)
+        assert not any(fnmatch.fnmatchcase(name.format(i), glob) for name in labels)

@@ -164,6 +164,7 @@ def test_opcheck(name, impl):
     torch.library.opcheck(_op, (*CASES[name].tensors(torch.float32), 0.9, 1.0, impl))
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     tensors = CASES["different_sizes"].tensors(torch.float32)
 

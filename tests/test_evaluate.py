@@ -97,6 +97,7 @@ def test_an_answer_is_the_mean_over_nine_shifted_copies():
     assert found != pytest.approx(train_and_predict(train, test, judge=single, **settings), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_realism_takes_features_of_the_task_network(tmp_path, capsys):
     train, test = class_arrays(60, 0), class_arrays(60, 1)
     flags = ["--synthetic", save(tmp_path / "a.npz", train), "--refined", save(tmp_path / "c.npz", train)]

@@ -44,6 +44,7 @@ def flags(tmp_path_factory):
     return folder, [*given, "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_a_whole_experiment_resumes_and_refuses_other_data(flags, capsys, monkeypatch):
     monkeypatch.setitem(PRESETS, "gaze", {"pretrain_discriminator": 1, "batch_size": 4, "width": 20})
     monkeypatch.setattr(gaze, "REFINERS", 2)

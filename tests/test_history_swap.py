@@ -355,7 +355,7 @@ def test_opcheck(overload: torch._ops.OpOverload, dtype: torch.dtype) -> None:
         torch.library.opcheck(overload, (storage, state, torch.rand(3, 1, 3, 7), 3))
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("impl", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 def test_compiles_into_one_graph(impl: str) -> None:
     def step(storage: Tensor, state: Tensor, fresh: Tensor) -> Tensor:
         return history_swap(storage, state, fresh * 0.5, 3, impl) * 2
@@ -403,6 +403,7 @@ def test_compiled_op_refuses_what_would_leave_its_memory() -> None:
         op._op(storage, state[1:], torch.zeros(3, 1, 2, 3), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_cuda_source_compiles_for_every_architecture_and_spills_nothing() -> None:
     from bench.aot_cuda import rows

@@ -39,6 +39,13 @@ def test_these_tests_wait_as_the_commands_do() -> None:
     assert {name: os.environ.get(name) for name in OWNED if name in os.environ}
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="the tests run in one process")
+def test_one_of_several_processes_has_one_thread() -> None:
+    import torch
+
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
+
+
 def test_every_command_settles_it_before_torch_is_loaded() -> None:
     code = (
         "import importlib, os, sys\n"
@@ -114,6 +121,7 @@ print(ray.get(ours.remote()))
 """
 
 
+@pytest.mark.slow
 def test_rays_workers_have_it() -> None:
     """The task is of this package, so a worker imports it before anything of it runs, and Ray imports no torch."""
     pytest.importorskip("ray", reason="Ray is not installed")

@@ -101,6 +101,7 @@ def test_two_processes_equal_one_with_the_same_batch(two, folder):
         assert (tensors[f"history.{rank}.state"] == part.state_dict()["state"]).all()
 
 
+@pytest.mark.slow
 def test_one_killed_ends_the_job_with_a_message_and_it_resumes_exactly(two, folder):
     process = start(folder, "killed")
     children = f"/proc/{process.pid}/task/{process.pid}/children"
@@ -125,6 +126,7 @@ def test_one_killed_ends_the_job_with_a_message_and_it_resumes_exactly(two, fold
     assert sums[0] == sums[1]
 
 
+@pytest.mark.slow
 def test_sigterm_stops_all_after_the_same_step_and_the_job_resumes_exactly(two, folder):
     process = start(folder, "stopped")
     metrics = folder / "stopped/metrics.jsonl"

@@ -72,6 +72,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_a_killed_workers_blocks_are_redone(cluster: None, model: Path, tmp_path: Path) -> None:
     source = make_shards(tmp_path / "in", 400)  # 20 blocks
     whole = Job(model, source, tmp_path / "whole", batch_size=5)
@@ -96,6 +97,7 @@ def test_a_workers_error_is_the_runs(cluster: None, model: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_workers_that_keep_dying_are_given_up(cluster: None, model: Path, tmp_path: Path) -> None:
     job = Job(model, make_shards(tmp_path / "in", 20), tmp_path / "out")
     with pytest.raises(FastSimGANError, match="workers must not die: one did 4 times"):

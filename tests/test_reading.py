@@ -156,12 +156,48 @@ def test_bad_photos_are_left_out_when_told(kind: str, tmp_path: Path, capsys: py
     code, text = dry_run(capsys, synthetic, source)
     assert code == 2 and "Traceback" not in text
     if kind == "folder":
-        assert "(2 are bad: " in text and text.count("0100.png") >= 1  # all are named in one go
+        assert (
+            "; and so 1 more: " in text and "(--on-error skip leaves" in text and text.count("0100.png") >= 1
+        )  # all are named in one go
     code, text = dry_run(capsys, synthetic, source, "--on-error", "skip")
     assert code == 0 and text.count("left out: ") == 2
     (real / "0019.png").write_bytes(b"")
     code, text = dry_run(capsys, synthetic, real, "--on-error", "skip")
     assert code == 2 and "at most 1% of the images may be bad, got 3 of 201" in text
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_renders_of_several_sizes_decide_about_the_colour(
+    channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = photos(6, channels)
+    synthetic = folder(tmp_path / "s", [small[0][:30], *small[1:]])
+    real = folder(tmp_path / "r", [*photos(5, 4 - channels), small[0]])
+    code, text = dry_run(capsys, synthetic, real)
+    assert code == 0 and f"real: 5 of 6 images made {'grey' if channels == 1 else 'RGB'}" in text
+
+
+def test_mixed_renders_are_refused_with_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = folder(tmp_path / "s", [*photos(3, 3), *photos(3)])
+    code, text = dry_run(capsys, mixed, mixed)
+    assert code == 2 and "; --colour rgb or --colour grey makes them alike, --images 'GLOB' tells which" in text
+    code, text = dry_run(capsys, mixed, mixed, "--colour", "rgb")
+    assert code == 0
+
+
+def test_an_image_that_cannot_be_read_names_the_way_out_and_an_unfit_one_does_not(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", photos(3))
+    (source / "0001.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"0001\.png: .*\(an empty file\) \(--on-error skip leaves bad images out"):
+        run(tmp_path, source, tmp_path / "out")
+    with pytest.raises(InputError, match=r"must have 3 channel\(s\), as the refiner has, got 1$"):
+        run(tmp_path, folder(tmp_path / "grey", photos(3)), tmp_path / "out2", channels=3)
+
+
+def test_a_png_with_much_behind_its_end_is_whole(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", photos(2))
+    (source / "0001.png").write_bytes((source / "0001.png").read_bytes() + b"JUNK" * 3000)
+    assert np.array_equal(open_images(source).load(), photos(2))
 
 
 def test_labels_of_what_is_left_out_go_with_it(tmp_path: Path) -> None:
@@ -227,7 +263,7 @@ def test_floats_of_any_length_come_back_as_they_were(dtype: str, tmp_path: Path)
     verify(tmp_path / "b.npz")
     images[1, 2, 3] = 1.01
     np.savez(tmp_path / "c.npz", images=images)
-    with pytest.raises(InputError, match=r"must be in \[0, 1\], image 1 has values"):
+    with pytest.raises(InputError, match=r"image 1: float images must be in \[0, 1\], got"):
         run(tmp_path, tmp_path / "c.npz", tmp_path / "d.npz")
 
 

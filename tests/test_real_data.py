@@ -11,7 +11,10 @@ from fastsimgan.evaluate import main as evaluate
 from fastsimgan.refine import main as refine
 from fastsimgan.train import main as train
 
-pytestmark = pytest.mark.skipif("FASTSIMGAN_DATA" not in os.environ, reason="FASTSIMGAN_DATA is not set")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("FASTSIMGAN_DATA" not in os.environ, reason="FASTSIMGAN_DATA is not set"),
+]
 
 
 @pytest.mark.parametrize(

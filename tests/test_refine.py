@@ -110,7 +110,11 @@ HOSTILE = {
         "{in}: must hold at least one image (.png .jpg .jpeg .tif .tiff), got 0 other files",
     ),
     "rgb": (rgb, "{in}/x.png: must have 1 channel(s), as the refiner has, got 3"),
-    "truncated": (truncated, "{in}/x.png: PNG must end with an IEND chunk, got a truncated file"),
+    "truncated": (
+        truncated,
+        "{in}/x.png: PNG must end with an IEND chunk, got a truncated file (--on-error skip leaves bad images out, if "
+        "they are at most 1 %)",
+    ),
     "no images": (
         lambda path: path.write_text("hello"),
         "{in}: must be a folder of images, an .npz or an .npy, got something else",

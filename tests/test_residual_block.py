@@ -311,6 +311,15 @@ FEATURES = pytest.mark.parametrize("features", ["float32", "16 bits"])
 # the paper's eye, narrow; its width; one row, one pixel; no power of two; several steps a tap, two tiles of maps
 TRITON_SHAPES = [(1, 16, 35, 55), (1, 64, 11, 13), (3, 32, 9, 7), (1, 16, 1, 33), (2, 16, 1, 1), (1, 48, 5, 3)]
 TRITON_SHAPES += [(1, 128, 7, 9), (1, 160, 2, 3)]
+# Every pair of shape, features' type and products' is quick, and one half of all three together.
+TRITON_CASES = [
+    pytest.param(
+        shape, features, products, marks=[pytest.mark.slow] * ((i + j + k) % 2), id=f"{shape}-{features}-{products}"
+    )
+    for i, shape in enumerate(TRITON_SHAPES)
+    for j, features in enumerate(["float32", "16 bits"])
+    for k, products in enumerate([torch.float16, torch.bfloat16])
+]
 
 
 def slack(products: torch.dtype) -> float:
@@ -344,9 +353,7 @@ def check_half(given: list[Tensor], products: torch.dtype, features: str, more: 
 
 @needs_triton
 @pytest.mark.usefixtures("poisoned_memory")
-@HALVES
-@FEATURES
-@pytest.mark.parametrize("shape", TRITON_SHAPES)
+@pytest.mark.parametrize(("shape", "features", "products"), TRITON_CASES)
 def test_triton_where_no_value_is_near_a_kink(shape, features, products) -> None:
     """All is positive, so every ReLU passes, nothing can flip and the bound is that of rounding."""
     check_half([tensor.abs() + 0.01 for tensor in arguments(shape)], products, features)

@@ -38,14 +38,26 @@ def quiet(_: str) -> None:
     pass
 
 
-def finished(folder: Path, monkeypatch, **settings) -> Path:
-    """A folder with a whole run in it, with the process in it."""
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    fit(images(12, 0), images(9, 1), dataclasses.replace(CONFIG, **settings), say=quiet)
-    return folder
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Puts a whole run into a folder, and the process too; each is made once and copied."""
+    made: dict[tuple, Path] = {}
+
+    def finish(folder: Path, monkeypatch, **settings) -> Path:
+        folder.mkdir()
+        key = tuple(sorted(settings.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("whole")
+            monkeypatch.chdir(made[key])
+            fit(images(12, 0), images(9, 1), dataclasses.replace(CONFIG, **settings), say=quiet)
+        shutil.copytree(made[key] / "run", folder / "run")
+        monkeypatch.chdir(folder)
+        return folder
+
+    return finish
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
@@ -72,7 +84,7 @@ def test_resume_after_kill_9_or_sigterm_ends_with_the_same_files(how, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 5), (signal.SIGINT, 7)])
-def test_resume_after_a_signal_goes_on_from_the_very_step(number, at, pair, tmp_path, monkeypatch):
+def test_resume_after_a_signal_goes_on_from_the_very_step(number, at, pair, tmp_path, monkeypatch, finished):
     expected = files(finished(tmp_path / "whole", monkeypatch))
     folder = tmp_path / "stopped"
     folder.mkdir()
@@ -149,7 +161,7 @@ def test_resume_after_sigterm_to_the_command(tmp_path):
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json", "SHA256SUMS"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_resume_refuses_a_damaged_checkpoint_takes_the_one_before_and_says_so(
-    file, damage, pair, tmp_path, monkeypatch
+    file, damage, pair, tmp_path, monkeypatch, finished
 ):
     folder = finished(tmp_path / "whole", monkeypatch, picture_every=8)
     expected = files(folder)
@@ -171,7 +183,7 @@ def test_resume_refuses_a_damaged_checkpoint_takes_the_one_before_and_says_so(
     assert files(folder) == expected
 
 
-def test_resume_after_half_a_line_of_metrics(pair, tmp_path, monkeypatch):
+def test_resume_after_half_a_line_of_metrics(pair, tmp_path, monkeypatch, finished):
     folder = finished(tmp_path / "whole", monkeypatch, picture_every=8)
     expected = files(folder)
     shutil.rmtree(folder / "run/checkpoints/step-00000008")
@@ -181,7 +193,7 @@ def test_resume_after_half_a_line_of_metrics(pair, tmp_path, monkeypatch):
     assert files(folder) == expected
 
 
-def test_resume_with_no_whole_checkpoint_is_refused(pair, tmp_path, monkeypatch):
+def test_resume_with_no_whole_checkpoint_is_refused(pair, tmp_path, monkeypatch, finished):
     folder = finished(tmp_path / "whole", monkeypatch)
     for path in list_checkpoints(folder / "run/checkpoints"):
         (path / "state.safetensors").write_bytes(b"")
@@ -278,7 +290,7 @@ def test_resume_needs_the_rest_of_the_state(precision, pair, tmp_path, monkeypat
         assert (files(folder) == expected) == (part == "nothing"), part
 
 
-def test_resume_needs_every_part_of_the_state(pair, tmp_path, monkeypatch):
+def test_resume_needs_every_part_of_the_state(pair, tmp_path, monkeypatch, finished):
     """Take one part of a checkpoint away, and the run ends with other files."""
     finished(tmp_path / "whole", monkeypatch)
     expected = files(tmp_path / "whole")

@@ -406,7 +406,10 @@ BAD_IMAGES = {
     "flipped.png": (encode(LARGE, "PNG").replace(b"IDAT", b"IDAX"), "cannot be recognised as PNG, JPEG or TIFF"),
     "bomb.png": (png_bytes(40000, 40000, 8, 0, b"\0"), "must have fewer pixels: "),
     "large.png": (png_bytes(13400, 13400, 8, 0, b"\0"), "must have fewer pixels: "),
-    "key.png": (mode("L", "PNG", transparency=0), f"{PLAIN}L with one transparent colour"),
+    "key.png": (
+        mode("L", "PNG", transparency=0),
+        "must hold transparency as alpha, got one transparent colour among L ones",
+    ),
     "lab.tif": (mode("LAB", "TIFF"), f"{PLAIN}LAB"),
     "premultiplied.tif": (
         bands(np.dstack([RGB8, GREY8]), 1),
@@ -424,7 +427,7 @@ BAD_IMAGES = {
     "signed16.tif": (signed16(), "must hold unsigned samples of 8 or 16 bits, or float32, got signed ones of 16 bits"),
     "floats beyond.tif": (
         encode(np.full((5, 7), 1.5, np.float32), "TIFF"),
-        "float32 images must be in [0, 1], got 1.5",
+        "float images must be in [0, 1], got 1.5",
     ),
     "inverted.tif": (
         encode(GREY8, "TIFF", tiffinfo={262: 0}),
@@ -522,7 +525,10 @@ def test_mixed_folder_is_described_and_names_the_first_two_that_differ(tmp_path:
     source = open_images(fill(tmp_path, {"1.png": KINDS["g8.png"][1], "2.png": KINDS["g8.png"][1], "3.png": wide}))
     assert source.shape is None
     assert source.describe() == f"{tmp_path}: 3 images, 2 5x7 8-bit grey PNG, 1 7x5 8-bit grey PNG, 0 other files"
-    message = f"{tmp_path}: images must be of one size and kind, 1.png is 5x7 8-bit grey and 3.png is 7x5 8-bit grey"
+    message = (
+        f"{tmp_path}: images must be of one size and kind, 1.png is 5x7 8-bit grey and 3.png is 7x5 8-bit grey"
+        + ("; bring them to one size first")
+    )
     with pytest.raises(InputError) as caught:
         source.load()
     assert str(caught.value) == message
@@ -540,7 +546,7 @@ def test_bad_files_are_described_by_name_and_reason(tmp_path: Path) -> None:
     assert source.describe() == (
         f"{tmp_path}: 3 images, 5x7 8-bit grey PNG, 0 other files, 2 bad: "
         f"{tmp_path}/2.png: cannot be recognised as PNG, JPEG or TIFF (an empty file); {tmp_path}/3.tif: {PLAIN}LAB "
-        "(convert it: magick mogrify -alpha off -colorspace sRGB -depth 8)"
+        "(convert it: magick mogrify -colorspace sRGB -depth 8)"
     )
     with pytest.raises(InputError, match=r"2\.png: cannot be recognised"):
         source.load()
@@ -581,10 +587,13 @@ def test_links(tmp_path: Path) -> None:
     assert len(open_images(through)) == 2
 
     outside = fill(tmp_path / "outside", {"label.json": b"{}"}) / "label.json"
+    (root / "d").mkdir()
     for target, reason in [
         (outside, f"links must stay inside the folder, got {outside} (--follow-links: wherever they lead)"),
-        (root / "gone", f"links must lead to a file, got {root}/gone"),
-        (root, f"links must lead to a file, got the folder {root} (--follow-links: to folders too)"),
+        (root / "gone", f"links must lead to a file, got a broken one to {root}/gone"),
+        (root.parent / "gone", f"links must lead to a file, got a broken one to {root.parent}/gone"),
+        (root, f"links must not lead back up, got {root}"),
+        (root / "d", f"links must lead to a file, got the folder {root / 'd'} (--follow-links: to folders too)"),
     ]:
         (root / "link").symlink_to(target)
         with pytest.raises(InputError) as caught:
@@ -753,8 +762,8 @@ BAD_ARRAYS: dict[str, tuple[Callable[[Path], object], str]] = {
         f"array images must hold {10**18} bytes, as uint8[1000000, 1000000, 1000000] takes, got 100",
     ),
     "negative": (lambda p: lying_header(p, (10, -5, -2)), "cannot be read as NumPy arrays: negative dimensions"),
-    "out of range": (bad_range, "float32 images must be in [0, 1], image 1 has values from -1 to 0"),
-    "not a number": (not_a_number, "float32 images must be in [0, 1], image 0 has values from nan to nan"),
+    "out of range": (bad_range, "image 1: float images must be in [0, 1], got -1 to 0"),
+    "not a number": (not_a_number, "image 0: float images must be in [0, 1], got NaN or infinity"),
 }
 
 

@@ -1,5 +1,7 @@
 """The visual Turing test: the paper's p values, hostile answers, and the page as a browser sees it."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -7,6 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastsimgan.errors import InputError
 from fastsimgan.turing import binomial_p, main, score
@@ -130,3 +133,24 @@ def test_a_whole_run_in_a_real_browser(page, tmp_path):
     assert result["answers"] == 12 and sum(result["confusion"]["real"].values()) == 6
     assert sum(row["real"] for row in result["confusion"].values()) == 7  # every other one of 5, 5 and 2 images
     assert '<span id="names">&lt;img src=x' in done.stdout
+
+
+def test_photos_of_any_size_are_shown_beside_refined_images(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for folder, sizes, channels in (("refined", [(40, 60)] * 4, 3), ("photos", [(80, 60), (50, 44), (38, 90)], 1)):
+        (tmp_path / folder).mkdir()
+        for i, (height, width) in enumerate(sizes):
+            pixels = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+            pixels = pixels[..., 0] if channels == 1 else pixels
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "photos" / "bad.png").write_bytes(b"")
+    out = tmp_path / "test.html"
+    arguments = ["make", "--real", str(tmp_path / "photos"), "--refined", str(tmp_path / "refined"), "--out", str(out)]
+    assert main([*arguments, "--count", "4"]) == 2
+    assert "must hold at least --count=4 images, got 3" in capsys.readouterr().err
+    assert main([*arguments, "--count", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "shown: the middle 38x30 of each image" in text and "left out: " in text and "bad.png" in text
+    pages = re.search(r'"images": \[(.*?)\]', out.read_text())
+    shown = [Image.open(io.BytesIO(base64.b64decode(png))) for png in re.findall(r'"([^"]+)"', pages[1])]
+    assert len(shown) == 6 and {(image.size, image.mode) for image in shown} == {((30, 38), "RGB")}

@@ -22,6 +22,8 @@ from fastsimgan.errors import InputError
 IMAGES = "images"  # the array that holds the images
 FILES = "files/"  # members of an .npz under this name are files that travel along, not arrays
 MAX_CHANNELS = 4  # anything larger in last place is not channels: most likely the array is [N, C, H, W]
+Span = tuple[float, float]
+UNIT: Span = (0.0, 1.0)  # in which floats must lie, where no other range is stated
 HAIR = 1 / 1024  # by which floats may leave [0, 1], a quarter of an 8-bit level: rounding, which is clipped
 _SMALLEST = 8  # height and width from which on an unnamed array is taken for images
 
@@ -29,17 +31,18 @@ _SMALLEST = 8  # height and width from which on an unnamed array is taken for im
 class ArrayImages:
     """An ``.npz`` or ``.npy`` file of images ``[N, H, W]`` or ``[N, H, W, C]``, C from 1 to 4.
 
-    Images are uint8, uint16, or floats in [0, 1], which are read as float32. One picture, ``[H, W]`` or ``[H, W, 3]``,
-    is a set of one. In an ``.npz`` they are the array ``images``, or ``key``, or the only one that can be images. The
-    other arrays are its labels; those that are not of length N belong to no image (``other_names``) and travel along,
-    and so do members under ``files/``, files of any kind.
+    Images are uint8, uint16, or floats in [0, 1] (or ``span``), which are read as float32. One picture, ``[H, W]`` or
+    ``[H, W, 3]``, is a set of one. In an ``.npz`` they are the array ``images``, or ``key``, or the only one that can
+    be images. The other arrays are its labels; those that are not of length N belong to no image (``other_names``) and
+    travel along, and so do members under ``files/``, files of any kind.
     A ``.npy`` is memory-mapped; the images of an ``.npz`` are read into memory the first time that they are asked for.
 
     Raises InputError at once if the file breaks a rule that its headers show, and on reading if its data does.
     """
 
-    def __init__(self, path: Path, key: str | None = None) -> None:
+    def __init__(self, path: Path, key: str | None = None, span: Span = UNIT) -> None:
         self.path = path
+        self.span = span
         self.archive = _is_archive(path)
         self._images: np.ndarray | None = None
         self._opened: zipfile.ZipFile | None = None
@@ -92,10 +95,10 @@ class ArrayImages:
     def load(self) -> np.ndarray:
         """All images, ``[N, H, W]`` or ``[N, H, W, C]`` as stored, in native byte order.
 
-        Raises InputError if the file's data is damaged or a float is outside [0, 1].
+        Raises InputError if the file's data is damaged or a float is outside ``span``.
         """
         images = self.stored_images().astype(self.dtype, copy=False)
-        return check_range(images, self.path, 0)
+        return check_range(images, self.path, 0, self.span)
 
     def stored_images(self, mapped: bool = False) -> np.ndarray:
         """The images as the file holds them, byte order included; floats unchecked. Raises InputError if damaged.
@@ -338,22 +341,36 @@ def check_images(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype)
     return shape
 
 
-def check_range(images: np.ndarray, path: Path, first: int) -> np.ndarray:
-    """The images, with floats a hair outside [0, 1] clipped; a copy only where there are such.
+def check_range(images: np.ndarray, path: Path, first: int, span: Span = UNIT) -> np.ndarray:
+    """The images, with floats a hair outside ``span`` clipped; a copy only where there are such.
 
     Raises InputError if a float is further outside, or not a number. ``images[0]`` is image ``first`` of the file.
     """
     if images.dtype.kind != "f":
         return images
-    good = ((images >= -HAIR) & (images <= 1 + HAIR)).reshape(len(images), -1).all(axis=1)
+    low, high = span
+    hair = HAIR * (high - low)
+    good = ((images >= low - hair) & (images <= high + hair)).reshape(len(images), -1).all(axis=1)
     if not good.all():
         worst = int(np.argmin(good))
-        way = ": divide by 255" if 1 < images[worst].max() <= 255 and images[worst].min() >= 0 else ""
-        raise InputError(
-            f"{printable(path)}: float32 images must be in [0, 1], image {first + worst} has values from "
-            f"{images[worst].min():g} to {images[worst].max():g}{way}"
-        )
-    return np.clip(images, 0, 1) if images.min() < 0 or images.max() > 1 else images
+        raise InputError(f"{printable(path)}: image {first + worst}: {out_of_range(images[worst], span)}")
+    outside = images.min() < low or images.max() > high
+    return np.clip(images, np.float32(low), np.float32(high)) if outside else images
+
+
+def out_of_range(values: np.ndarray, span: Span) -> str:
+    """Why floats that are not all in ``span`` are refused, and the way out."""
+    low, high = span
+    rule = "in [0, 1]" if span == UNIT else f"in the refiner's range {low:g} to {high:g} (train --range)"
+    if not np.isfinite(values).all():
+        return f"float images must be {rule}, got NaN or infinity: give such pixels a value, such as the background's"
+    least, largest = float(values.min()), float(values.max())
+    way = ""
+    if span == UNIT and least >= 0 and 1 < largest <= 255 and bool((values == np.rint(values)).all()):
+        way = ": divide by 255"
+    elif span == UNIT:
+        way = "; train --range LO HI takes another range, such as metres, and the refiner keeps it"
+    return f"float images must be {rule}, got {least:g} to {largest:g}{way}"
 
 
 def _is_archive(path: Path) -> bool:

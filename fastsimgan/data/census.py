@@ -7,9 +7,10 @@ can be sure from outside which pictures are labels, so wherever there are ground
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -144,10 +145,11 @@ class Census:
             for second, other in uniform.items():
                 if first < second and one != other and self._share_names(first, second):
                     pair = self._groups[first].first[0], self._groups[second].first[0]
+                    image, label = (first, second) if _likely(one) >= _likely(other) else (second, first)
                     return (
                         f"{printable(pair[0])} ({one}) and {printable(pair[1])} ({other}) share their names and differ "
                         "in kind: one of them may be a label",
-                        "GLOB",
+                        _glob({image: self._groups[image]}, {label: self._groups[label]}),
                     )
         return None
 
@@ -212,6 +214,11 @@ def _see(image: StoredImage) -> _Seen:
     return _Seen(kind, levels if flat.size >= _PIXELS_A_LEVEL * min(levels, FEW) else 0, header.stored)
 
 
+def _likely(kind: str) -> tuple[bool, bool, bool]:
+    """Of two kinds of picture with shared names, the one that is rather the image has the larger."""
+    return "RGB" in kind, "flat" not in kind, "8-bit" in kind
+
+
 def _is_few(one: _Seen) -> bool:
     return 2 <= one.levels <= FEW
 
@@ -237,17 +244,45 @@ def _some(groups: dict[str, _Group], short: bool = False) -> str:
 
 def _glob(images: dict[str, _Group], labels: dict[str, _Group]) -> str:
     """A glob that takes the images and leaves the labels, if one pattern will do."""
-    names = [group.first[0] for group in images.values()]
-    taken = [group.first[0] for group in labels.values()]
-    if len(images) == 1:
-        (pattern,) = images
-        for candidate in (
-            re.sub(r"#.*(?=\.)", "*", pattern),
-            pattern.replace("#", "*"),
-            pattern.replace("#", "*[0-9]"),
+    names = [name for group in images.values() for name in group.first]
+    taken = [name for group in labels.values() for name in group.first]
+    if not names:
+        return "GLOB"
+    for glob in _candidates(list(images), names):
+        if all(fnmatch.fnmatchcase(name, glob) for name in names) and not any(
+            fnmatch.fnmatchcase(name, glob) for name in taken
         ):
-            if all(fnmatch.fnmatchcase(name, candidate) for name in names) and not any(
-                fnmatch.fnmatchcase(name, candidate) for name in taken
-            ):
-                return candidate
+            return glob
     return "GLOB"
+
+
+def _candidates(patterns: list[str], names: list[str]) -> Iterator[str]:
+    """Globs that may take ``names``, the most telling first: by the only pattern, the folder, the ending, the
+    beginning."""
+    folders = [name.rpartition("/")[0] for name in names]
+    if len(patterns) == 1:
+        folder, slash, base = patterns[0].rpartition("/")
+        if len(set(folders)) == 1:  # as it is called, its numbers too
+            folder = _literal(folders[0])
+        for pattern in (re.sub(r"#.*(?=\.)", "*", base), base.replace("#", "*"), base.replace("#", "*[0-9]")):
+            yield folder.replace("#", "*") + slash + pattern
+    ending = os.path.commonprefix([name[::-1] for name in names])[::-1]
+    suffix = "." + ending.rpartition(".")[2] if "." in ending else ""
+    common = os.path.commonprefix([folder.split("/") for folder in folders])
+    for depth in range(1, len(common) + 1):
+        if common[0]:
+            yield _literal("/".join(common[:depth])) + "/*" + suffix
+    ending = re.sub(r"^[0-9]+", "", ending.rpartition("/")[2])
+    beginning = re.sub(r"[0-9]+$", "", os.path.commonprefix(names))
+    for most in (suffix, ending):
+        if most:
+            yield "*" + _literal(most)
+            yield "*[0-9]" + _literal(most)
+    if beginning:
+        yield _literal(beginning) + "*" + suffix
+        yield _literal(beginning) + "*[0-9]" + suffix
+
+
+def _literal(text: str) -> str:
+    """A glob for exactly this text."""
+    return re.sub(r"([*?[])", r"[\1]", text)

@@ -46,7 +46,9 @@ class FolderImages:
             raise InputError(no_image(path, self.reading.images, len(self.others), self.census))
         if self.reading.images is None:
             self.census.check(
-                printable(path), lambda name: read_image(path / name, key=self.reading.key), self.reading.flag
+                printable(path),
+                lambda name: read_image(path / name, key=self.reading.key, span=None),
+                self.reading.flag,
             )
         self._by_stem = {image.with_suffix(""): image for image in self.images}
         self.left_out: list[str] = []
@@ -151,8 +153,9 @@ class FolderImages:
         good = [i for i, header in enumerate(self.headers) if isinstance(header, Header)]
         bad = {i: str(header) for i, header in enumerate(self.headers) if isinstance(header, InputError)}
         if bad and (self.reading.on_error == "fail" or not good):
-            more = f" ({len(bad)} are bad: {shortened(list(bad.values()))})" if len(bad) > 1 else ""
-            raise InputError(next(iter(bad.values())) + more)
+            first, *others = bad.values()
+            more = f"; and so {len(others)} more: {shortened(others)}" if others else ""
+            raise self.reading.way_out(first + more)
         colour = self.reading.colour_of(len(self.headers[i].shape) == 3 for i in good)  # type: ignore[union-attr]
         kinds = []
         for i in good:
@@ -161,9 +164,17 @@ class FolderImages:
             kinds.append((in_colour(header.shape, colour), header))
             if self.reading.differ((kinds[-1][0], kinds[0][0])) or header.dtype != kinds[0][1].dtype:
                 one = "kind" if self.reading.any_size else "size and kind"
+                same_depth = header.dtype == kinds[0][1].dtype
+                ways = [self.reading.colouring] if self.reading.colouring and same_depth else []
+                if not same_depth or len(header.shape) != len(kinds[0][1].shape):
+                    ways.append(self.reading.flag("GLOB") + " tells which are images")
+                if not ways:
+                    ways.append("bring them to one size first")
                 raise InputError(
                     f"{printable(self.path)}: images must be of one {one}, "
                     f"{printable(self.images[good[0]])} is {kinds[0][1]} and {printable(self.images[i])} is {header}"
+                    + "; " * bool(ways)
+                    + ", ".join(ways)
                 )
         self.converted = sum(shape != header.shape for shape, header in kinds)
         shapes = [self.reading.size_of(shape) for shape, _ in kinds]
@@ -177,11 +188,12 @@ class FolderImages:
 
         def decode(index: int) -> str | None:
             try:
-                image = read_image(self.path / self.images[good[index]], self.reading.upright, self.reading.key)
+                path = self.path / self.images[good[index]]
+                image = read_image(path, self.reading.upright, self.reading.key, self.reading.span)
                 images[index][...] = self.reading.scaled(self.reading.coloured(image.pixels, colour))
             except InputError as error:
                 if self.reading.on_error == "fail":
-                    raise
+                    raise self.reading.way_out(error) from None
                 return str(error)
             return None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsimgan.data.arrays import FILES, check_images, check_range, choose_key, combined_sha256, read_as
+from fastsimgan.data.arrays import FILES, UNIT, Span, check_images, check_range, choose_key, combined_sha256, read_as
 from fastsimgan.data.files import natural_key, printable
 from fastsimgan.data.room import room_for
 from fastsimgan.errors import InputError, UnavailableError
@@ -41,8 +41,9 @@ class HDF5Images:
     lie in other files (external or virtual datasets). Raises UnavailableError without h5py.
     """
 
-    def __init__(self, path: Path, key: str | None = None, data: bytes | None = None) -> None:
+    def __init__(self, path: Path, key: str | None = None, data: bytes | None = None, span: Span = UNIT) -> None:
         self.path = path
+        self.span = span
         self._data = data  # the file's bytes, where they are in memory
         self._file: Any = None
         self._members: list[str] = []  # names of a group's datasets; empty where one dataset holds all images
@@ -135,14 +136,14 @@ class HDF5Images:
     def load(self) -> np.ndarray:
         """All images, ``[N, H, W]`` or ``[N, H, W, C]``, in native byte order (see `room_for`).
 
-        Raises InputError if the file's data is damaged or a float is outside [0, 1].
+        Raises InputError if the file's data is damaged or a float is outside ``span``.
         """
         images = room_for(self._shape, self.dtype, self.path)
         step = self._step()
         for first in range(0, len(self), step):
             part = images[first : first + step]
             part[:] = self.read_range(first, first + len(part))
-            part[:] = check_range(part, self.path, first)
+            part[:] = check_range(part, self.path, first, self.span)
         return images
 
     def _step(self) -> int:

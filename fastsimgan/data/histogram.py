@@ -36,9 +36,11 @@ def equalise(images: Tensor) -> Tensor:
     top = 255 if images.dtype == torch.uint8 else 65_535
     values = images.flatten(1).long()
     pixels = values.shape[1]
-    counts = torch.zeros(len(values), top + 1, device=images.device)
+    # counted in integers: sums of floats along an axis are not repeatable on CUDA, and torch 2.11 refuses them there
+    # where it is told to be deterministic
+    counts = torch.zeros(len(values), top + 1, dtype=torch.int32, device=images.device)
     counts.scatter_add_(1, values, torch.ones_like(values, dtype=counts.dtype))
-    cdf = counts.cumsum(1)
+    cdf = counts.cumsum(1, dtype=torch.int32).float()
     first = torch.where(cdf > 0, cdf, float("inf")).amin(1, keepdim=True)  # cdf at the darkest value that occurs
     table = ((cdf - first) / (pixels - first).clamp_min(1) * top).round().clamp_(0, top)
     flat = torch.where(first == pixels, values.to(table.dtype), table.gather(1, values))

@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
 
-from fastsimgan.data.arrays import check_images, check_range, read_as
+from fastsimgan.data.arrays import UNIT, Span, check_images, check_range, out_of_range, read_as
 from fastsimgan.data.carried import (
     PNG_SIGNATURE,
     Carried,
@@ -120,7 +120,7 @@ def read_header(path: Path, upright: bool = False, key: str | None = None) -> He
     Raises InputError if the file cannot be opened or is not one of the kinds this module reads.
     """
     if path.suffix.lower() in ARRAY_FORMATS:
-        return _decode_arrays(read_bytes(path), path, key).header
+        return _decode_arrays(read_bytes(path), path, key, None).header
     with _refusing(path), Image.open(path, formats=_READ) as image:
         header = _check(image, path, upright)
         if header.format != "TIFF":
@@ -150,9 +150,9 @@ def codecs() -> str:
     return ", ".join(found)
 
 
-def read_image(path: Path, upright: bool = False, key: str | None = None) -> StoredImage:
-    """Decode one file. Raises InputError as `read_header` does, and if the pixels are truncated or damaged."""
-    return decode_image(read_bytes(path), path, upright, key)
+def read_image(path: Path, upright: bool = False, key: str | None = None, span: Span | None = UNIT) -> StoredImage:
+    """Decode one file. Raises InputError as `decode_image` does."""
+    return decode_image(read_bytes(path), path, upright, key, span)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -173,23 +173,26 @@ def read_bytes(path: Path) -> bytes:
         return data
 
 
-def decode_image(data: bytes, path: Path, upright: bool = False, key: str | None = None) -> StoredImage:
+def decode_image(
+    data: bytes, path: Path, upright: bool = False, key: str | None = None, span: Span | None = UNIT
+) -> StoredImage:
     """Decode a file's bytes; ``path`` gives the suffix and the name for errors, and is not opened.
 
-    Raises InputError as `read_header` does, and if the pixels are truncated or damaged.
+    Floats must lie in ``span``; None: anywhere. Raises InputError as `read_header` does, and if the pixels are
+    truncated or damaged.
     """
     if path.suffix.lower() in ARRAY_FORMATS:
-        return _decode_arrays(data, path, key)
+        return _decode_arrays(data, path, key, span)
     scan = _scan(data, path.suffix)
     if (image := _decode_plain(data, path.suffix, scan)) is None:
-        image = _decode(data, path, upright, scan)
+        image = _decode(data, path, upright, scan, span)
     if upright and image.header.orientation != 1 and image.header.format != "TIFF":
         pixels = _turn(image.pixels, image.header.orientation)
         image = StoredImage(np.ascontiguousarray(pixels), _turned(image.header))
     return image
 
 
-def _decode(data: bytes, path: Path, upright: bool, scan: Scan | None) -> StoredImage:
+def _decode(data: bytes, path: Path, upright: bool, scan: Scan | None, span: Span | None) -> StoredImage:
     with _refusing(path), Image.open(io.BytesIO(data), formats=_READ) as image:
         header = _check(image, path, upright)
         tiles = list(image.tile)
@@ -214,8 +217,8 @@ def _decode(data: bytes, path: Path, upright: bool, scan: Scan | None) -> Stored
         pixels, alpha = _split(planes, header)
         if pixels.shape != header.shape:
             raise InputError(f"decoded to shape {pixels.shape}, its header says {header.shape}")
-        if header.dtype == "float32" and not bool(((pixels >= 0) & (pixels <= 1)).all()):
-            raise InputError(f"float32 images must be in [0, 1], got {pixels.min():g} to {pixels.max():g}")
+        if span and header.dtype == "float32" and not bool(((pixels >= span[0]) & (pixels <= span[1])).all()):
+            raise InputError(out_of_range(pixels, span))
         if header.format == "TIFF":
             compression = str(image.info.get("compression"))
             kept = compression if compression in _LOSSLESS_TIFF else "tiff_adobe_deflate"
@@ -230,18 +233,19 @@ def _decode(data: bytes, path: Path, upright: bool, scan: Scan | None) -> Stored
         return _stored(pixels, header, carried, alpha)
 
 
-def _decode_arrays(data: bytes, path: Path, key: str | None) -> StoredImage:
+def _decode_arrays(data: bytes, path: Path, key: str | None, span: Span | None) -> StoredImage:
     """The one picture in a file of arrays."""
     kind = ARRAY_FORMATS[path.suffix.lower()]
     if kind == "HDF5":
-        held = HDF5Images(path, key, data)
+        held = HDF5Images(path, key, data, span or (-np.inf, np.inf))
         stored, pixels, key = held.stored_dtype, held.load(), held.key
     else:
         with _refusing(path):
             array = np.load(io.BytesIO(data), allow_pickle=False)
         stored = array.dtype
         shape = check_images(path, "the array", array.shape, stored)
-        pixels = check_range(array.reshape(shape).astype(read_as(stored)), path, 0)
+        pixels = array.reshape(shape).astype(read_as(stored))
+        pixels = check_range(pixels, path, 0, span) if span else pixels
     if len(pixels) != 1:
         raise InputError(f"{printable(path)}: must hold one picture, as other files lie beside it, got {len(pixels)}")
     pixels = pixels[0, ..., 0] if pixels.shape[3:] == (1,) else pixels[0]
@@ -427,10 +431,14 @@ def _check(image: Image.Image, path: Path, upright: bool) -> Header:
         raise InputError(f"must have 8 or 16 bits a channel, or float32, got {bits}")
     transparent = "transparency" in image.info
     if image.mode not in _MODES or (transparent and image.mode != "P"):
-        mode = f"{image.mode} with one transparent colour" if transparent else image.mode
+        if image.mode in _MODES:
+            raise InputError(
+                f"must hold transparency as alpha, got one transparent colour among {image.mode} ones, which refining "
+                f"would change (magick mogrify -define png:color-type={4 if image.mode == 'L' else 6} makes it alpha)"
+            )
         raise InputError(
-            f"must be grey, RGB or a palette, with alpha or without, got Pillow mode {mode} (convert it: "
-            "magick mogrify -alpha off -colorspace sRGB -depth 8)"
+            f"must be grey, RGB or a palette, with alpha or without, got Pillow mode {image.mode} (convert it: "
+            "magick mogrify -colorspace sRGB -depth 8)"
         )
     channels, alpha, stored = _MODES[image.mode]
     if image.mode == "P":
@@ -441,7 +449,7 @@ def _check(image: Image.Image, path: Path, upright: bool) -> Header:
         file.seek(_PNG_BIT_DEPTH_AT)
         bits = file.read(1)[0]
         file.seek(max(0, file.seek(0, os.SEEK_END) - _PNG_TAIL))
-        if b"IEND" not in file.read():
+        if b"IEND" not in file.read() and not _has_end(file):
             raise InputError("PNG must end with an IEND chunk, got a truncated file")
         file.seek(position)
         if image.mode == "L" and bits < 8:
@@ -453,6 +461,16 @@ def _check(image: Image.Image, path: Path, upright: bool) -> Header:
     shape = (image.height, image.width, *((3,) if channels == 3 else ()))
     orientation = image.tag_v2.get(_TIFF_ORIENTATION, 1) if image.format == "TIFF" else 1  # type: ignore[attr-defined]
     return Header(shape, "float32" if image.mode == "F" else f"uint{bits}", expected, alpha, stored, orientation)
+
+
+def _has_end(file: IO[bytes]) -> bool:
+    """Whether a PNG's chunks come to their end, whatever lies behind it."""
+    file.seek(len(PNG_SIGNATURE))
+    while len(head := file.read(8)) == 8:
+        if head[4:] == b"IEND":
+            return True
+        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    return False
 
 
 def _check_tiff(tags: Any, mode: str, upright: bool) -> int:

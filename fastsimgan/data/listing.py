@@ -123,6 +123,11 @@ def _is_folder(entry: os.DirEntry[str], root: Path, name: str, links: Links) -> 
     path = root / name
     if entry.is_symlink():
         target, real_root = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+        if not target.exists():
+            raise InputError(f"{printable(path)}: links must lead to a file, got a broken one to {printable(target)}")
+        parts = name.split("/")[:-1]
+        if os.fspath(target) in {os.path.realpath(root.joinpath(*parts[:depth])) for depth in range(len(parts) + 1)}:
+            raise InputError(f"{printable(path)}: links must not lead back up, got {printable(target)}")
         if links != "all" and not target.is_relative_to(real_root):
             raise InputError(
                 f"{printable(path)}: links must stay inside the folder, got {printable(target)} "
@@ -134,10 +139,6 @@ def _is_folder(entry: os.DirEntry[str], root: Path, name: str, links: Links) -> 
                     f"{printable(path)}: links must lead to a file, got the folder {printable(target)} "
                     "(--follow-links: to folders too)"
                 )
-            parts = name.split("/")[:-1]
-            above = {os.path.realpath(root.joinpath(*parts[:depth])) for depth in range(len(parts) + 1)}
-            if os.fspath(target) in above:
-                raise InputError(f"{printable(path)}: links must not lead back up, got {printable(target)}")
             return True
         if not target.is_file():
             raise InputError(f"{printable(path)}: links must lead to a file, got {printable(target)}")

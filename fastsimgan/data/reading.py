@@ -9,9 +9,11 @@ from typing import Literal, overload
 
 import numpy as np
 
+from fastsimgan.data.arrays import UNIT, Span
 from fastsimgan.data.listing import Links
 from fastsimgan.data.ragged import Images, RaggedImages, channels_of
 from fastsimgan.data.resizing import Scale, resize
+from fastsimgan.errors import InputError
 
 
 def images_flag(glob: str) -> str:
@@ -42,10 +44,16 @@ class Reading:
     """Make all images grey or RGB; "auto": RGB where grey ones are among them."""
     scale: Scale | None = None
     """Bring images to another size; None: as they are."""
+    span: Span = UNIT
+    """In which floats must lie. They are given as they are stored."""
     any_size: bool = False
     """Whether images may be of several sizes: ``load`` gives `RaggedImages` then."""
     flag: Callable[[str], str] = images_flag
     """The command's way to say ``images``, for messages."""
+    skipping: str = ""
+    """The command's way to leave bad images out, for messages; "" where it has none."""
+    colouring: str = ""
+    """The command's way to make grey and RGB images alike, for messages; "" where it has none."""
 
     def colour_of(self, rgb: Iterable[bool]) -> str:
         """What images become, of which some are RGB: "grey", "rgb", or "" where they stay as they are."""
@@ -65,6 +73,10 @@ class Reading:
         """Whether two images' shapes cannot be in one set."""
         one, other = shapes
         return one[2:] != other[2:] if self.any_size else one != other
+
+    def way_out(self, reason: object) -> InputError:
+        """The error about a bad image, with the way out where the command has one."""
+        return InputError(f"{reason}{f' ({self.skipping})' if self.skipping else ''}")
 
     @staticmethod
     def coloured(pixels: np.ndarray, colour: str) -> np.ndarray:

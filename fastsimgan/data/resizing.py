@@ -51,7 +51,8 @@ def resize(pixels: NDArray[Any], size: Size) -> NDArray[Any]:
     )
     if pixels.dtype != np.float32:
         found = np.rint(found)
-    found = found.clip(0, 1 if pixels.dtype == np.float32 else np.iinfo(pixels.dtype).max).astype(pixels.dtype)
+    limits = (pixels.min(), pixels.max()) if pixels.dtype == np.float32 else (0, np.iinfo(pixels.dtype).max)
+    found = found.clip(*limits).astype(pixels.dtype)  # floats may be metres: theirs are the picture's own
     return found.reshape(*size, *pixels.shape[2:])
 
 

@@ -93,10 +93,10 @@ class ShardImages:
 
         def decode(found: tuple[bytes, Path]) -> tuple[Path, tuple[Header, np.ndarray] | InputError]:
             try:
-                image = decode_image(*found, self.reading.upright)
+                image = decode_image(*found, self.reading.upright, span=self.reading.span)
             except InputError as error:
                 if self.reading.on_error == "fail":
-                    raise
+                    raise self.reading.way_out(error) from None
                 return found[1], error
             # here, so that no large pictures wait that are to become small
             return found[1], (image.header, self.reading.scaled(self.reading.coloured(image.pixels, colour)))
@@ -264,7 +264,7 @@ def look_into(path: Path, shards: list[Path], reading: Reading) -> Census:
         of = " ".join(FORMATS) + (f", matching {reading.images}" if reading.images else "")
         raise InputError(f"{printable(path)}: must hold at least one image ({of}), got none{why}")
     if reading.images is None:
-        census.check(printable(path), lambda name: decode_image(*held[name]), reading.flag)
+        census.check(printable(path), lambda name: decode_image(*held[name], span=None), reading.flag)
     return census
 
 

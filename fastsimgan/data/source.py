@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from fastsimgan.data.arrays import ArrayImages
+from fastsimgan.data.arrays import UNIT, ArrayImages, Span
 from fastsimgan.data.files import printable
 from fastsimgan.data.folder import FolderImages
 from fastsimgan.data.hdf5 import HDF5Images, is_hdf5
@@ -40,12 +40,12 @@ def open_images(path: str | Path, reading: Reading | None = None) -> ImageSource
         raise InputError(f"{printable(path)}: must exist (a folder of images, .tar shards, an .npz, .npy or HDF5 file)")
     if path.is_dir():
         return FolderImages(path, reading)
-    return open_arrays(path, reading.key)
+    return open_arrays(path, reading.key, reading.span)
 
 
-def open_arrays(path: Path, key: str | None = None) -> ArrayImages | HDF5Images:
+def open_arrays(path: Path, key: str | None = None, span: Span = UNIT) -> ArrayImages | HDF5Images:
     """A packed file, of whichever kind it is. Raises InputError if it breaks a rule."""
-    return HDF5Images(path, key) if is_hdf5(path) else ArrayImages(path, key)
+    return HDF5Images(path, key, span=span) if is_hdf5(path) else ArrayImages(path, key, span)
 
 
 def holds_shards(path: Path) -> bool:

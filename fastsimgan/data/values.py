@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from fastsimgan.data.arrays import UNIT, Span, out_of_range
 from fastsimgan.data.ragged import Images, RaggedImages
+from fastsimgan.data.room import room_for
 from fastsimgan.errors import InputError
 
 if TYPE_CHECKING:
@@ -145,13 +148,36 @@ class ValueRange:
         )
 
 
-def value_range(images: Images) -> ValueRange:
-    """The range of stored values, of at most 256 images spread over the set."""
+def in_units(images: Images, span: Span, name: str) -> Images:
+    """Floats in ``span`` -> the same images in [0, 1].
+
+    Raises InputError if they are no floats, or if one is not in ``span``. ``name`` is for messages.
+    """
+    if images.dtype != np.float32:
+        raise InputError(f"--range must be given for float images, got {name} of {images.dtype}")
+    low, high = span
+    if isinstance(images, RaggedImages):
+        found: Images = RaggedImages.room(
+            [(h, w) for h, w in images.sizes.tolist()], images.channels, "float32", Path()
+        )
+    else:
+        found = room_for(images.shape, "float32", Path())
+    for i in range(len(images)):
+        if not bool(((images[i] >= low) & (images[i] <= high)).all()):
+            raise InputError(f"{name}: image {i}: {out_of_range(images[i], span)}")
+        found[i][...] = (images[i] - low) / (high - low)
+    return found
+
+
+def value_range(images: Images, span: Span = UNIT) -> ValueRange:
+    """The range of stored values, of at most 256 images spread over the set; floats as shares of ``span``."""
     step = max(1, len(images) // 256)
     if isinstance(images, RaggedImages):
         values = np.concatenate([images[i].reshape(-1) for i in range(0, len(images), step)])
     else:
         values = np.ascontiguousarray(images[::step]).reshape(-1)
+    if span != UNIT:
+        values = (values - span[0]) / (span[1] - span[0])
     low, high = np.percentile(values[:: max(1, values.size // 1_000_000)], (1, 99))
     return ValueRange(float(values.min()), float(values.max()), float(low), float(high), _white(images.dtype))
 

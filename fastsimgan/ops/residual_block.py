@@ -164,9 +164,9 @@ def _triton_unmet(features: Tensor, layers: tuple[Tensor, Tensor, Tensor, Tensor
     return None
 
 
-@torch.compiler.assume_constant_result
 def _too_old(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) < (8, 0)
+    # Dynamo takes this call for a constant; `torch.compiler`'s decorators for that import Dynamo, a second's work
+    return torch.cuda.get_device_properties(device).major < 8
 
 
 def _backward_reference(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastsimgan.cuda_graphs import Captured, capture
 from fastsimgan.errors import InputError
 from fastsimgan.ops import residual_block as op
 
@@ -230,21 +231,14 @@ class _GraphedStopwatch:
             self._pool = torch.cuda.graph_pool_handle()  # one for all sides: no result is read again
 
     def __call__(self, name: str, call: Callable[[], object]) -> Callable[[], float]:
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    call()
-            torch.cuda.current_stream().wait_stream(stream)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                call()
-            replays = max(1, round(MILLISECONDS / max(self._time(graph, 2), 1e-3)))
+        def once() -> None:  # keeps no result, so that the sides' memory is shared
+            call()
+
+        graph = capture(once, self._device, warm_ups=3, pool=self._pool)
+        replays = max(1, round(MILLISECONDS / max(self._time(graph, 2), 1e-3)))
         return lambda: self._time(graph, replays)
 
-    def _time(self, graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    def _time(self, graph: Captured[None], replays: int) -> float:
         with torch.cuda.device(self._device):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             graph.replay()  # the first one also brings the clock and the caches up

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -43,6 +44,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for key, least in (("channels", 1), ("width", 1), ("blocks", 0), ("first_kernel", 1)):
         if type(settings[key]) is not int or settings[key] < least:
             raise ValueError(f"{key} must be a whole number, at least {least}, got {settings[key]!r}")
+    low, high = settings.get("range", (0.0, 1.0))
+    if not -math.inf < float(low) < float(high) < math.inf:
+        raise ValueError(f"range must be two numbers, the second larger, got {settings['range']!r}")
     if settings["histogram"] not in ("keep", "equalise"):
         raise ValueError(f"histogram must be keep or equalise, got {settings['histogram']!r}")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsimgan.checkpoint import write_atomically
 from fastsimgan.config import TrainConfig
+from fastsimgan.data.arrays import UNIT, Span, out_of_range
 from fastsimgan.data.values import as_images, from_float
 from fastsimgan.device import choose_device
 from fastsimgan.errors import InputError
@@ -32,8 +33,9 @@ _FORMAT = "fastsimgan.refiner/1"
 class Refiner:
     """R, with everything that has to happen before and after it (equalisation, normalisation, rounding).
 
-    Made by :func:`load_refiner`. Attributes: ``channels``, ``device``, ``sha256`` of the file, ``settings``, and
-    ``backend`` (its ``name`` says what runs R).
+    Made by :func:`load_refiner`. Attributes: ``channels``, ``device``, ``sha256`` of the file, ``settings``, ``span``
+    (the range of float images, [0, 1] where training was told no other), and ``backend`` (its ``name`` says what runs
+    R).
     """
 
     def __init__(self, backend: Backend, settings: dict[str, Any], sha256: str, device: torch.device) -> None:
@@ -42,6 +44,8 @@ class Refiner:
         self.sha256 = sha256
         self.device = device
         self.channels: int = settings["channels"]
+        low, high = settings.get("range", UNIT)
+        self.span: Span = float(low), float(high)
 
     @classmethod
     def from_module(cls, module: network.Refiner, histogram: str, device: torch.device) -> Refiner:
@@ -59,12 +63,12 @@ class Refiner:
 
         Args:
             images: an array ``[N, H, W]`` or ``[N, H, W, C]``, or a tensor ``[N, C, H, W]``; uint8, uint16, or
-                float32 in [0, 1].
+                float32 in [0, 1]. Where training was told a range, float32 in that range alone.
             batch_size: images refined at a time.
 
         Raises:
-            InputError: wrong number of channels or dimensions, another dtype, floats outside [0, 1], a file that takes
-                uint8 alone, or a size that an engine was not built for.
+            InputError: wrong number of channels or dimensions, another dtype, floats outside ``span``, a file that
+                takes uint8 alone, or a size that an engine was not built for.
         """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -91,7 +95,8 @@ class Refiner:
         """Run twice on black images of this size, so that no choice, compilation or capture is left for later."""
         if isinstance(self.backend, TorchBackend):
             self.backend.compile_for((batch_size, self.channels, height, width))
-        images = torch.zeros(batch_size, self.channels, height, width, dtype=torch.uint8, device=self.device)
+        dtype = torch.uint8 if self.span == UNIT else torch.float32
+        images = torch.full((batch_size, self.channels, height, width), self.span[0], device=self.device).to(dtype)
         for _ in range(2):
             self(images, batch_size)
 
@@ -109,6 +114,11 @@ class Refiner:
         ``given`` is the shape that the caller gave it, for the message."""
         if planes.dtype not in (torch.uint8, torch.uint16, torch.float32):
             raise InputError(f"images must be uint8, uint16 or float32 in [0, 1], got {planes.dtype}")
+        if self.span != UNIT and planes.dtype != torch.float32:
+            low, high = self.span
+            raise InputError(
+                f"images must be floats from {low:g} to {high:g}, as those of training (--range), got {planes.dtype}"
+            )
         if 0 in planes.shape[2:]:
             raise InputError(f"images must have at least one pixel, got {list(given)}")
         if planes.shape[1] != self.channels:
@@ -119,15 +129,20 @@ class Refiner:
                 "exported beside it, take the others"
             )
 
-    @staticmethod
-    def check_range(images: Tensor) -> None:
-        """InputError if floats are not in [0, 1]; looked at where they are, which on a device waits for it."""
-        if images.dtype == torch.float32 and not bool(((images >= 0) & (images <= 1)).all()):
-            raise InputError(
-                f"float images must lie in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}"
-            )
+    def check_range(self, images: Tensor) -> None:
+        """InputError if floats are not in ``span``; looked at where they are, which on a device waits for it."""
+        low, high = self.span
+        if images.dtype == torch.float32 and not bool(((images >= low) & (images <= high)).all()):
+            raise InputError(out_of_range(images.cpu().numpy(), self.span))
 
     def _refine(self, images: Tensor) -> Tensor:
+        if self.span == UNIT:
+            return self._refine_units(images)
+        low, high = self.span
+        refined = self._refine_units((images - low) / (high - low))
+        return (refined * (high - low) + low).clamp(low, high)
+
+    def _refine_units(self, images: Tensor) -> Tensor:
         whole = images.shape[2] * images.shape[3] <= pixels(self.settings)
         if self.backend.dtype == torch.uint8:
             # such a file equalises inside, over all that it is given
@@ -166,6 +181,8 @@ def save_refiner(path: Path, module: network.Refiner, *, histogram: str, trainin
         training: settings it was trained with, kept for the record.
     """
     settings = describe(module, histogram)
+    if training.range is not None:
+        settings["range"] = list(training.range)
     header = {"format": _FORMAT, "settings": json.dumps(settings), "training": training.to_json()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     write_atomically(path, _in_order(save(tensors, header)))

@@ -458,6 +458,31 @@ def test_two_workers_share_two_devices(tmp_path):
     assert f'"device": "cuda ({torch.cuda.get_device_name(0)})"' in one["00000000.jsonl"].decode()
 
 
+@pytest.mark.pretend
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_device_short_of_memory_is_one_line_with_ways_out(count, tmp_path, monkeypatch):
+    path = make(tmp_path)
+    np.save(tmp_path / "in.npy", noise(8, 8, 9))
+    torch.cuda.empty_cache()
+    monkeypatch.setenv("FASTSIMGAN_PRETEND_CUDA_GB", "0.001")
+    with pytest.raises(UnavailableError, match=r"^cuda:\d must have memory for .* free of 1 MiB: a lower --batch-size"):
+        refine(Job(path, tmp_path / "in.npy", tmp_path / "out.npy", device="cuda", block="auto"), workers=count)
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_batches_wait_for_the_weights_which_another_stream_moves_and_rounds(tmp_path, monkeypatch):
+    waits = []
+    wait_stream = torch.cuda.Stream.wait_stream
+
+    def watched(self, other):
+        waits.append((self, other))
+        wait_stream(self, other)
+
+    monkeypatch.setattr(torch.cuda.Stream, "wait_stream", watched)
+    refiner = workers.load(Job(make(tmp_path), tmp_path, tmp_path, device="cuda", precision="float16"))
+    assert (refiner._stream, torch.cuda.current_stream(refiner.device)) in waits
+
+
 def test_a_batch_is_waited_for_once_whatever_its_type(tmp_path, asked, monkeypatch):
     path = make(tmp_path)
     waits = {}

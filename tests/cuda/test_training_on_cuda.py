@@ -18,11 +18,14 @@ from fastsimgan.acceleration import GraphedIterations, compile_networks, why_no_
 from fastsimgan.algorithm import OneTensor, SimGAN
 from fastsimgan.checkpoint import load_checkpoint
 from fastsimgan.config import TrainConfig
+from fastsimgan.data.histogram import equalise
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.device import current
+from fastsimgan.errors import UnavailableError
 from fastsimgan.ops import history_swap
 from fastsimgan.ops.residual_block_race import RaceResult
 from fastsimgan.pools import Pools, open_pools
+from fastsimgan.ranks import Ranks
 from fastsimgan.reports import Numbers
 from fastsimgan.run_folder import RunFolder
 from fastsimgan.training import fit
@@ -59,7 +62,7 @@ def images(count: int, seed: int, dtype: type = np.uint8) -> np.ndarray:
 
 def make(config: TrainConfig, device: torch.device, dtype: type = np.uint8, count: int = 12) -> tuple[SimGAN, Pools]:
     pools = open_pools(images(count, 0, dtype), images(count - 3, 1, dtype), config, device, lambda _: None)
-    return SimGAN(config, pools.image_shape, device), pools
+    return SimGAN(config, pools.image_shape, device, precision=config.precision), pools
 
 
 def losses(metrics: dict[str, Tensor]) -> list[float]:
@@ -175,6 +178,66 @@ def test_a_number_that_is_not_finite_takes_the_run_back_though_the_next_step_is_
     assert under_way == {"cpu": 5, "cuda": 6}
     equal_runs(tmp_path / "cpu", tmp_path / "cuda")
     assert [row["step"] for row in rows(tmp_path / "cuda") if row["phase"] == "train"] == list(range(1, 9))
+
+
+class Two(Ranks):
+    """The first of two that train together, and the other does the very same."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+
+    def mean_(self, tensors):
+        pass
+
+    def gather(self, tensor):
+        return [tensor, tensor]
+
+    def largest(self, value):
+        return value
+
+
+def test_how_far_several_are_when_they_go_back_does_not_depend_on_their_clocks(tmp_path, monkeypatch):
+    """One that went back a step before the others would average its gradients with those of another step."""
+    read, go_back = Numbers.read, RunFolder.go_back
+    for name, slow in (("quick", float("inf")), ("slow", 0.0)):
+        seen, under_way = 0, []
+
+        def poisoned(self):
+            nonlocal seen
+            numbers, counters = read(self)
+            seen += "loss_refiner" in numbers
+            return (numbers | {"loss_refiner": float("nan")} if seen == 5 else numbers), counters
+
+        def watched(self, *arguments, under_way=under_way):
+            under_way.append(self.trainer.step)
+            go_back(self, *arguments)
+
+        monkeypatch.setattr("fastsimgan.training._SLOW", slow)
+        monkeypatch.setattr("fastsimgan.training.join_ranks", lambda device: (Two(), device))
+        monkeypatch.setattr(RunFolder, "go_back", watched)
+        with monkeypatch.context() as patch:
+            patch.setattr(Numbers, "read", poisoned)
+            fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, out=tmp_path / name), say=lambda _: None)
+        assert under_way == [6], name
+
+
+@pytest.mark.pretend
+def test_a_device_short_of_memory_is_one_line_with_ways_out(tmp_path, monkeypatch):
+    torch.cuda.empty_cache()
+    monkeypatch.setenv("FASTSIMGAN_PRETEND_CUDA_GB", "0.004")
+    with pytest.raises(UnavailableError, match=r"^cuda:0 must have memory for .* free of 4 MiB: a lower --batch-size"):
+        fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, out=tmp_path / "run"), say=lambda _: None)
+
+
+def test_equalising_is_deterministic():
+    """torch 2.11 refuses sums of floats along an axis of a CUDA tensor where it is to be deterministic."""
+    given = torch.from_numpy(images(3, 0))[:, None]
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = equalise(given.cuda())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found.cpu(), equalise(given))
 
 
 def test_k_g_grows_on_a_small_set_without_moving_what_graphs_read(tmp_path, monkeypatch):
@@ -334,15 +397,21 @@ def test_resume_without_the_flag_says_what_it_does_not_promise(tmp_path):
 
 
 def test_deterministic_is_for_the_run_alone(tmp_path):
+    from torch._inductor import config as inductor
+
+    def switches() -> tuple[bool, bool, bool]:
+        """PyTorch's operators by rule, cuDNN's algorithms by timing, Inductor's kernels by rule."""
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, inductor.deterministic
+
     seen = []
-    say = lambda _: seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))  # noqa: E731
     config = dataclasses.replace(SMALL, steps=1, deterministic=True, out=tmp_path / "r")
-    fit(images(12, 0), images(9, 1), config, say=say)
-    assert (True, False) in seen
+    fit(images(12, 0), images(9, 1), config, say=lambda _: seen.append(switches()))
+    assert set(seen) == {(True, False, True)}
     seen.clear()
-    fit(images(12, 0), images(9, 1), dataclasses.replace(config, deterministic=False, out=tmp_path / "s"), say=say)
-    assert (False, True) in seen
-    assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    config = dataclasses.replace(config, deterministic=False, out=tmp_path / "s")
+    fit(images(12, 0), images(9, 1), config, say=lambda _: seen.append(switches()))
+    assert (False, True, False) in seen and not any(rule for rule, *_ in seen)
+    assert switches() == (False, False, False)
 
 
 def test_the_blocks_take_what_wins_a_race_unless_runs_must_be_equal(monkeypatch):
@@ -356,15 +425,15 @@ def test_the_blocks_take_what_wins_a_race_unless_runs_must_be_equal(monkeypatch)
     monkeypatch.setattr(acceleration, "INTERPRETED", False)
     monkeypatch.setattr(acceleration.residual_block, "implementations", lambda: {"triton": None})
     said: list[str] = []
-    for settings in ({"deterministic": True}, {"impl": "reference"}, {"blocks": 0}):
-        trainer, _ = make(dataclasses.replace(SMALL, **settings), CUDA)
+    for settings in ({"deterministic": True}, {"impl": "reference"}, {"blocks": 0}, {"precision": "float32"}):
+        trainer, _ = make(dataclasses.replace(SMALL, **{"precision": "bfloat16", **settings}), CUDA)
         acceleration.choose_blocks(trainer, said.append)
         assert trainer.refiner.impl != "triton"
     assert asked == said == []
-    trainer, _ = make(SMALL, CUDA)
+    trainer, _ = make(dataclasses.replace(SMALL, precision="bfloat16"), CUDA)
     acceleration.choose_blocks(trainer, said.append)
     assert trainer.refiner.impl == "triton" and said == ["blocks: triton won (triton 1 ms; reference 2 ms)"]
-    assert asked == [((4, 20, 16, 20), torch.float32, True, False)]
+    assert asked == [((4, 20, 16, 20), torch.bfloat16, True, False)]
 
 
 def test_many_batch_sizes_in_one_process_are_all_compiled():

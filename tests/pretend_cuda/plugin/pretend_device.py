@@ -37,6 +37,8 @@ _NOT_CALLED = tuple(
     "masked_select multinomial attention histc bincount cumsum fastsimgan".split()
 )
 """Parts of the names of operators whose own kernels call libraries (cuBLAS, cuDNN) or look at what was computed."""
+_NOT_REPEATABLE = ("aten::cumsum", "aten::cumsum_", "aten::histc")
+"""Of these: what the oldest torch that we serve refuses for floats under `torch.use_deterministic_algorithms`."""
 
 _library = ctypes.CDLL(os.environ["LD_PRELOAD"].split(os.pathsep)[0]) if "LD_PRELOAD" in os.environ else None
 _thread = threading.local()  # .inside: torch's own kernel is running, and what it calls computes nothing either
@@ -108,6 +110,9 @@ def _kernel(operator: torch._ops.OpOverload) -> Callable[..., Any]:
     def kernel(keys: Any, *arguments: Any, **options: Any) -> Any:
         if own is not None and getattr(_thread, "inside", False):
             return own.call_boxed(keys, *arguments, **options)
+        if name in _NOT_REPEATABLE and torch.are_deterministic_algorithms_enabled():
+            if torch.is_floating_point(arguments[0]):
+                raise RuntimeError(f"{name} does not have a deterministic implementation on CUDA for floats")
         waits = dynamic and ("index" not in name or _has_mask(arguments))  # an index of numbers waits for nothing
         torchs = None if own is None or waits else lambda *a, **o: own.call_boxed(keys, *a, **o)
         return _run(operator, torchs, arguments, options, bool(waits))

@@ -17,7 +17,7 @@ from fastsimgan.ops import history_swap
 from fastsimgan.pools import HostImages, Pools, ResidentCrops, open_pools
 from fastsimgan.training import fit
 from tests.cuda.conftest import PRETEND
-from tests.cuda.test_training import CLOSE, CPU, CUDA, SMALL, equal_runs, losses
+from tests.cuda.test_training_on_cuda import CLOSE, CPU, CUDA, SMALL, equal_runs, losses
 
 
 @pytest.fixture(autouse=True)
