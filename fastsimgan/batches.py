@@ -52,6 +52,15 @@ class Shape:
     weights: int = 0  # 0: unknown
 
 
+def on_cuda(device: str) -> bool:
+    """Whether ``device``, as `choose_device` takes it, is CUDA here; raises as that does."""
+    if device == "cpu" or (device == "auto" and not _has_driver()):
+        return False
+    from fastsimgan.device import choose_device
+
+    return choose_device(device).type == "cuda"
+
+
 def choose(device: str, refiner: Path, images: tuple[int, int, int] | None, precision: str = "float32") -> Choice:
     """What a new run takes on this machine.
 
@@ -68,15 +77,13 @@ def choose(device: str, refiner: Path, images: tuple[int, int, int] | None, prec
 
     Raises InputError and UnavailableError as `choose_device` does.
     """
-    if device == "cpu" or (device == "auto" and not _has_driver()):
+    if not on_cuda(device):
         return Choice()
     import torch
 
     from fastsimgan.device import choose_device
 
     chosen = choose_device(device)
-    if chosen.type != "cuda":
-        return Choice()
     shape = read_shape(refiner)
     every = range(torch.cuda.device_count()) if device in ("auto", "cuda") else [chosen]  # workers share them out
     about = [torch.cuda.get_device_properties(each) for each in every]

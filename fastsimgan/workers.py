@@ -182,6 +182,8 @@ def start(job: Job) -> tuple[Run, Input, Output]:
         "JPEG quality": JPEG_QUALITY,
         "codecs": codecs(),
     }
+    if batches.on_cuda(job.device):  # a CPU rounds otherwise
+        settings["device"] = "cuda"
     if job.pixels != batches.PIXELS_PER_BATCH:
         settings["pixels in a batch"] = job.pixels
     if job.compiled:

@@ -458,6 +458,17 @@ def test_two_workers_share_two_devices(tmp_path):
     assert f'"device": "cuda ({torch.cuda.get_device_name(0)})"' in one["00000000.jsonl"].decode()
 
 
+@pytest.mark.parametrize(("began", "joins"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_of_one_kind_of_device_is_not_gone_on_with_on_the_other(began, joins, tmp_path, small):
+    """They round otherwise, and whoever does a block must write the same bytes."""
+    np.save(tmp_path / "in.npy", noise(40, 8, 9))
+    job = Job(make(tmp_path), tmp_path / "in.npy", tmp_path / "out.npy", device=began, **small)
+    workers.start(job)
+    with pytest.raises(InputError, match="device"):
+        workers.start(replace(job, device=joins))
+    assert len(refined(job)) == 40
+
+
 @pytest.mark.pretend
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_device_short_of_memory_is_one_line_with_ways_out(count, tmp_path, monkeypatch):
