@@ -47,7 +47,7 @@ def test_small_images_take_a_thread_each_and_large_ones_all(path: Path, monkeypa
     at_work = threading.Semaphore(1)
 
     class Spy:
-        channels, device, backend = 1, torch.device("cpu"), SimpleNamespace(name="spy")
+        channels, span, device, backend = 1, (0.0, 1.0), torch.device("cpu"), SimpleNamespace(name="spy")
 
         def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
             if len(images[0]) > 9:

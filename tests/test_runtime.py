@@ -139,8 +139,8 @@ def test_equalisation_happens_inside(tmp_path):
         (np.zeros((8, 8), np.uint8), r"must be an array \[N, H, W\] or \[N, H, W, C\], got \[8, 8\]"),
         (torch.zeros(2, 8, 8), r"must be a tensor \[N, C, H, W\]"),
         (np.zeros((2, 8, 8), np.int64), "must be uint8, uint16 or float32"),
-        (np.full((2, 8, 8), -1, np.float32), r"must lie in \[0, 1\], got -1 to -1"),
-        (np.full((2, 8, 8), np.nan, np.float32), r"must lie in \[0, 1\], got nan"),
+        (np.full((2, 8, 8), -1, np.float32), r"must be in \[0, 1\], got -1 to -1"),
+        (np.full((2, 8, 8), np.nan, np.float32), r"must be in \[0, 1\], got NaN"),
     ],
 )
 def test_images_that_break_a_rule(identity, images, message):
