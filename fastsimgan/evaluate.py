@@ -196,7 +196,7 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
         source = open_images(path, Reading(images=config.images, key=config.key, links="inside"))
         print(f"{name}: {source.describe()}")
         if short := {"pitch_yaw", "label"} & set(getattr(source, "other_names", ())):
-            raise InputError(f"{path}: array {short.pop()} must have one row an image")
+            raise InputError(f"{path}: array {short.pop()} must have length {len(source)}, one row an image")
         images = source.load()
         print(f"{name}: values {value_range(images)}")
         return {"images": images, **source.labels()}
