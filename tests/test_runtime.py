@@ -136,7 +136,10 @@ def test_equalisation_happens_inside(tmp_path):
     ("images", "message"),
     [
         (np.zeros((2, 8, 8, 3), np.uint8), r"must have 1 channel\(s\), as the refiner has, got 3"),
-        (np.zeros((8, 8), np.uint8), r"must be \[N, H, W\] or \[N, H, W, C\], .*, got uint8 \[8, 8\]: put one image in a list"),
+        (
+            np.zeros((8, 8), np.uint8),
+            r"must be \[N, H, W\] or \[N, H, W, C\], .*, got uint8 \[8, 8\]: put one image in a list",
+        ),
         (torch.zeros(2, 8, 8), r"must be a tensor \[N, C, H, W\]"),
         (np.zeros((2, 8, 8), np.int64), r"must be .* uint8, uint16 or float32 in \[0, 1\], got int64"),
         (np.full((2, 8, 8), -1, np.float32), r"must be in \[0, 1\], got -1 to -1"),
