@@ -143,7 +143,8 @@ class Refiner:
         return (refined * (high - low) + low).clamp(low, high)
 
     def _refine_units(self, images: Tensor) -> Tensor:
-        whole = images.shape[2] * images.shape[3] <= pixels(self.settings)
+        # a foreign engine tells nothing of its network; its profile says what it takes at most
+        whole = "width" not in self.settings or images.shape[2] * images.shape[3] <= pixels(self.settings)
         if self.backend.dtype == torch.uint8:
             # such a file equalises inside, over all that it is given
             if whole or self.settings["histogram"] == "equalise":
