@@ -186,7 +186,9 @@ def _drift(synthetic: Labelled, refined: Labelled, worst: Path | None) -> dict[s
 
 
 def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
+    from fastsimgan.data.arrays import ArrayImages
     from fastsimgan.data.builtin import builtin_pair, builtin_validation
+    from fastsimgan.data.hdf5 import HDF5Images
     from fastsimgan.data.reading import Reading
     from fastsimgan.data.source import open_images
     from fastsimgan.data.values import mismatch, value_range
@@ -195,8 +197,10 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
     def read(name: str, path: Path) -> dict[str, Any]:
         source = open_images(path, Reading(images=config.images, key=config.key, links="inside"))
         print(f"{name}: {source.describe()}")
-        if short := {"pitch_yaw", "label"} & set(getattr(source, "other_names", ())):
-            raise InputError(f"{path}: array {short.pop()} must have length {len(source)}, one row an image")
+        if isinstance(source, ArrayImages | HDF5Images):
+            for label in {"pitch_yaw", "label"} & set(source.other_names):
+                shape = list(source.others()[label].shape)
+                raise InputError(f"{path}: array {label} must have length {len(source)}, one row an image, got {shape}")
         images = source.load()
         print(f"{name}: values {value_range(images)}")
         return {"images": images, **source.labels()}
