@@ -32,7 +32,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("bench", "csrc", "fastsimgan", "kernels", "tests", "CMakeLists.txt", "pyproject.toml")
 NOT_SOURCES = shutil.ignore_patterns("*.so", "__pycache__", "results", ".*")
 # What the package and its tests need beside torch: module, and what pip is asked for.
-NEEDS = {"numpy": "numpy", "PIL": "pillow>=12.3", "safetensors": "safetensors>=0.8", "tqdm": "tqdm", "pytest": "pytest"}
+NEEDS = {
+    "numpy": "numpy",
+    "PIL": "pillow>=12.3",
+    "safetensors": "safetensors>=0.8",
+    "tqdm": "tqdm",
+    "onnx": "onnx>=1.21",
+    "pytest": "pytest",
+}
 OLD_NUMPY = "numpy<2.3"  # Triton 3.6's interpreter calls what a later numpy has dropped
 ROOM = 14 << 30  # bytes that a new environment may take while pip unpacks it
 PIP = ("--disable-pip-version-check", "--retries", "1", "--timeout", "30")

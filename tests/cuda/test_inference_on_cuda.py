@@ -173,7 +173,7 @@ def test_every_stored_type_is_refined_as_on_the_cpu(dtype, histogram, tmp_path):
     images = noise(5, 12, 17, dtype=dtype)
     found, expected = (load_refiner(path, device)(images, batch_size=2) for device in ("cuda", "cpu"))
     assert found.dtype == images.dtype and off(found, expected) <= (1 if dtype == "uint8" else 0.1)
-    with pytest.raises(InputError, match=r"must lie in \[0, 1\]"):
+    with pytest.raises(InputError, match=r"must be in \[0, 1\]"):
         load_refiner(path, "cuda")(images.astype(np.float32) + 2)
 
 

@@ -225,8 +225,10 @@ def test_how_far_several_are_when_they_go_back_does_not_depend_on_their_clocks(t
 def test_a_device_short_of_memory_is_one_line_with_ways_out(tmp_path, monkeypatch):
     torch.cuda.empty_cache()
     monkeypatch.setenv("FASTSIMGAN_PRETEND_CUDA_GB", "0.004")
+    # a kernel of 36 MiB: smaller ones fit beside what earlier tests have left
+    config = dataclasses.replace(SMALL, width=1024, out=tmp_path / "run")
     with pytest.raises(UnavailableError, match=r"^cuda:0 must have memory for .* free of 4 MiB: a lower --batch-size"):
-        fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, out=tmp_path / "run"), say=lambda _: None)
+        fit(images(12, 0), images(9, 1), config, say=lambda _: None)
 
 
 def test_equalising_is_deterministic():
