@@ -14,7 +14,7 @@ from fastsimgan.data.files import printable
 from fastsimgan.data.images import ARRAY_FORMATS, FORMATS, Header, read_header, read_image
 from fastsimgan.data.labels import Labels, is_label_file
 from fastsimgan.data.listing import list_units, stems
-from fastsimgan.data.ragged import Images, RaggedImages
+from fastsimgan.data.ragged import Images, RaggedImages, one_size
 from fastsimgan.data.reading import Reading, in_colour
 from fastsimgan.data.room import room_for
 from fastsimgan.data.threads import in_threads
@@ -136,11 +136,7 @@ class FolderImages:
 
     def load(self) -> np.ndarray:
         """`load_set` of images that have one size. Raises InputError as that does, and if ``reading.any_size``."""
-        if self.reading.any_size:
-            raise InputError(f"{printable(self.path)}: images of any size are given by load_set")
-        images = self.load_set()
-        assert not isinstance(images, RaggedImages)
-        return images
+        return one_size(self.path, self.reading.any_size, self.load_set)
 
     def load_set(self) -> Images:
         """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, in the order of ``images`` (see `room_for`).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,6 +85,15 @@ class RaggedImages:
 
 Images = NDArray[Any] | RaggedImages
 """A set: ``[N, H, W]``, ``[N, H, W, C]``, or of several sizes."""
+
+
+def one_size(path: Path, any_size: bool, load_set: Callable[[], Images]) -> NDArray[Any]:
+    """What ``load_set`` gives of ``path``, as an array. Raises InputError if images may be of ``any_size``."""
+    if any_size:
+        raise InputError(f"{printable(path)}: images of any size are given by load_set")
+    images = load_set()
+    assert not isinstance(images, RaggedImages)
+    return images
 
 
 class CentreCrops:

@@ -24,7 +24,7 @@ from fastsimgan.data.files import natural_key, printable
 from fastsimgan.data.images import FORMATS, MAX_FILE_BYTES, Header, decode_image
 from fastsimgan.data.labels import Labels, is_label_file
 from fastsimgan.data.listing import ALL, is_image, is_junk
-from fastsimgan.data.ragged import Images, Packer, RaggedImages
+from fastsimgan.data.ragged import Images, Packer, one_size
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.room import room_for
 from fastsimgan.data.threads import AHEAD, in_threads, thread_count
@@ -71,11 +71,7 @@ class ShardImages:
 
     def load(self) -> np.ndarray:
         """`load_set` of images that have one size. Raises InputError as that does, and if ``reading.any_size``."""
-        if self.reading.any_size:
-            raise InputError(f"{printable(self.path)}: images of any size are given by load_set")
-        images = self.load_set()
-        assert not isinstance(images, RaggedImages)
-        return images
+        return one_size(self.path, self.reading.any_size, self.load_set)
 
     def load_set(self) -> Images:
         """All images, ``[N, H, W]`` or ``[N, H, W, 3]`` (see `room_for`), or, with ``reading.any_size``, of any sizes.
