@@ -48,7 +48,8 @@ def choose_blocks(trainer: SimGAN, say: Callable[[str], None]) -> None:
     if trainer.precision == "float32" or residual_block.implementations()["triton"] is not None:
         return
     shape = trainer.batch // config.accumulate, config.width, *trainer.image_size
-    result = race(shape, DTYPES[trainer.precision], True, device, compiled=config.compile != "off")
+    dtype = DTYPES[trainer.precision]
+    result = race(shape, dtype, True, device, features=dtype, compiled=config.compile != "off")
     trainer.refiner.impl = IMPLS[trainer.ranks.largest(IMPLS.index(result.impl) if trainer.ranks.first else 0)]
     say(str(result))
 

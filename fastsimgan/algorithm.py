@@ -68,9 +68,10 @@ class SimGAN:
         channels = image_shape[0]
         self.image_size = image_shape[1:]
         first_kernel = 7 if config.network == "hand" else 3
-        refiner = Refiner(channels, width=config.width, blocks=config.blocks, first_kernel=first_kernel)
+        refiner = Refiner(
+            channels, width=config.width, blocks=config.blocks, first_kernel=first_kernel, computes=config.computes
+        )
         refiner.recompute, refiner.impl = config.recompute, config.impl
-        self.starts_at_identity = config.identity_init and refiner.identity_init_()
         self.refiner = channels_last(refiner, device)
         self.discriminator = channels_last(Discriminator(channels, kind=config.network, local=config.local), device)
         self.average = copy.deepcopy(self.refiner).requires_grad_(False)

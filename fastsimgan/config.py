@@ -57,11 +57,10 @@ class TrainConfig:
     history: int = 2048
     """Capacity of the history of refined images (§2.3), in images; 0 turns it off."""
     pretrain_refiner: int = 0
-    """Steps of R alone on self-regularisation. R starts at the identity already, see --identity-init."""
+    """Steps of R alone on self-regularisation, before all else. One that computes the change starts at the identity
+    already; the paper trains R there in 1,000 steps."""
     pretrain_discriminator: int = 100
     """Steps of D alone, before Algorithm 1."""
-    identity_init: bool = True
-    """Set R's first weights so that it starts as the identity (the paper trains it there in 1,000 steps)."""
 
     learning_rate_refiner: float = 2e-4
     """Adam's learning rate for R."""
@@ -78,9 +77,12 @@ class TrainConfig:
     network: Literal["gaze", "hand"] = "gaze"
     """Architecture of D, and of R's first layer (§3.1 or §3.2)."""
     width: int = 32
-    """Feature maps in R. The paper has 64; 32 take a quarter of the time; --identity-init needs 20 an image channel."""
+    """Feature maps in R. The paper has 64; 32 take a quarter of the time."""
     blocks: int = 4
     """Residual blocks in R."""
+    computes: Literal["change", "image"] = "change"
+    """What R's network computes: the change, to which the image is added outside it, so that R starts as the identity
+    and 16 bits are enough inside; or, as in the paper, the image itself."""
 
     crop: tuple[int, int] | None = None
     """Height and width of the random crops that training sees. auto: images whole where all have one size of at most
@@ -202,6 +204,13 @@ class TrainConfig:
         """Settings from `to_json`; unknown names are an InputError."""
         values: dict[str, Any] = json.loads(text)
         known = {field.name for field in dataclasses.fields(cls)}
+        if "computes" not in values:  # of a version whose network computed the image, from one of two beginnings
+            if values.pop("identity_init", False):
+                raise InputError(
+                    "config must be of a run begun by this version, or with --no-identity-init, got one whose R carries "
+                    "the image in its features: finish it with the version that began it (its refiner.safetensors loads)"
+                )
+            values["computes"] = "image"
         if unknown := sorted(set(values) - known):
             raise InputError(f"config has unknown settings: {', '.join(unknown)}")
         for name in ("synthetic", "real", "out"):
@@ -226,7 +235,7 @@ _PAPER: dict[str, Any] = {
     "history": 51_200,
     "pretrain_refiner": 1000,
     "pretrain_discriminator": 200,
-    "identity_init": False,
+    "computes": "image",
     "learning_rate_refiner": 1e-3,
     "learning_rate_discriminator": 1e-3,
     "warm_up": 0,

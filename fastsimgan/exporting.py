@@ -31,7 +31,7 @@ from fastsimgan.runtime.backend import prepare
 from fastsimgan.runtime.form import Form, input_name
 from fastsimgan.runtime.onnx_file import read, stamp
 from fastsimgan.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from fastsimgan.runtime.refiner import RefinerFile, read_refiner
+from fastsimgan.runtime.refiner import IN_FEATURES, RefinerFile, read_refiner
 from fastsimgan.runtime.tensorrt_backend import Library, cached_engine
 
 FORMS = {
@@ -125,6 +125,8 @@ def export(
             "quantise must be for refiners of at least 2 blocks, as the last stays in floats, "
             f"got {file.settings['blocks']}"
         )
+    if quantise and file.in_features:
+        raise InputError(f"quantise must be left out here: {IN_FEATURES}")
     if "range" in file.settings:
         low, high = file.settings["range"]
         raise InputError(
@@ -142,6 +144,9 @@ def export(
     found = graph.calibrate(file.module, prepare(calibration, file.settings["histogram"])) if quantise else None
     truth = Truth(file, compared)
     forms = FORMS | dict(QUANTISED[name] for name in quantise)
+    if file.in_features:
+        forms = {name: form for name, form in FORMS.items() if form.branches == "float32"}
+        say(f"{', '.join(forms)} alone: {IN_FEATURES}")
 
     with staged(out) as folder:
         folder.mkdir()
@@ -183,7 +188,7 @@ def export(
             **facts,
         }
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        model = Path("refiner.u8.fp16.onnx")
+        model = Path(max(forms.keys() & FORMS.keys(), key=list(FORMS).index))
         commands = {
             major: trtexec.command(
                 model, model.with_suffix(".engine"), profile, major, forms[model.name], file.settings
@@ -253,7 +258,7 @@ class Truth:
 
     @torch.inference_mode()
     def rounded_as_on_a_gpu(self, form: Form) -> Tensor:
-        """What the float16 form gives where each branch layer's weights, input and output are rounded to float16.
+        """What the float16 form gives where each layer's weights, input and output are rounded to float16.
 
         The products are summed in float32, as tensor cores do; a CPU's own float16 convolutions are very slow.
         """
@@ -262,14 +267,14 @@ class Truth:
             return values.half().float()
 
         module = deepcopy(self.file.module)
-        x = F.relu(module.first(self.prepared))
+        for parameter in module.parameters():
+            parameter.copy_(rounded(parameter))
+        x = rounded(F.relu(module.first(rounded(self.prepared))))
         for block in module.blocks:
             assert isinstance(block, network.ResidualBlock)
-            for parameter in block.parameters():
-                parameter.copy_(rounded(parameter))
-            hidden = rounded(F.relu(block.conv1(rounded(x))))
-            x = F.relu(x + rounded(block.conv2(hidden)))
-        refined = torch.tanh(module.last(x))
+            hidden = rounded(F.relu(block.conv1(x)))
+            x = rounded(F.relu(x + rounded(block.conv2(hidden))))
+        refined = network.put_together(self.prepared, rounded(module.last(x)), module.computes)
         return from_float(refined, torch.uint8) if form.uint8 else refined
 
     def draw_worst(self, path: Path, refined: Tensor, parity: Parity) -> None:
@@ -402,7 +407,7 @@ much it moves what a label points at: judge it with `python -m fastsimgan.evalua
 real people, nor for telling real from synthetic.
 
 - network: {settings["channels"]} channel(s), width {settings["width"]}, {settings["blocks"]} residual blocks, first
-  kernel {settings["first_kernel"]}; lambda {facts["lambda"]}, {training.get("steps")} iterations,
+  kernel {settings["first_kernel"]}, computes the {settings["computes"]}; lambda {facts["lambda"]}, {training.get("steps")} iterations,
   seed {training.get("seed")}
 - refiner.safetensors sha256: {facts["refiner_sha256"]}
 - training data sha256: {listed}
@@ -418,9 +423,9 @@ Needed are {graph.RUNS_IN} or later (opset {graph.OPSET}, IR version {graph.IR_V
 In Python: `fastsimgan.load_refiner("FILE.onnx")`, by onnxruntime; an int8-cpu file of 32, 64, ... feature maps by
 kernels of its own where the processor has AVX-512 with VNNI. Batch, height and width are free in every file.
 
-Residual branches are in the numbers that a file's name tells, the last one of an 8-bit file in floats; the first and
-last layer and the skip connections are float32 in all. **TF32 must be off for these**: onnxruntime's CUDA provider
-`use_tf32=0`, trtexec `--noTF32`.
+All features are in the numbers that a file's name tells; in an 8-bit file the residual branches but the last, and the
+rest is in floats. TF32 rounds float32 as float16 is rounded: onnxruntime's CUDA provider `use_tf32=0`, trtexec
+`--noTF32` leave it off.
 
 ## Agreement with PyTorch
 

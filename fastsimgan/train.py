@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,6 @@ Give --synthetic and --real (folders of images, .npz, .npy or HDF5 files, .tar s
 procedural eyes. What comes out, in --out: refiner.safetensors, contact_sheet.png, metrics.jsonl, config.json,
 checkpoints/ and pictures/."""
 
-RGB_WIDTH = 64
-"""Feature maps of R for RGB images where none are asked for: it starts at the identity with 20 a channel or more."""
-
 #: What a resumed run may change without ceasing to be the same run.
 _FREE_ON_RESUME = {"out", "resume", "dry_run", "device", "picture_every", "checkpoint_every", "keep", "data", "profile"}
 
@@ -34,9 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FastSimGANError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    command = functools.partial(train, width_given=any(each.split("=")[0] == "--width" for each in arguments))
     return cli.run(
-        command,
+        train,
         TrainConfig,
         prog="python -m fastsimgan.train",
         description=DESCRIPTION,
@@ -45,13 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def train(config: TrainConfig, *, width_given: bool = True) -> None:
-    """The command itself, on parsed settings.
-
-    Args:
-        config: settings.
-        width_given: whether ``config.width`` is the user's, and no default.
-    """
+def train(config: TrainConfig) -> None:
+    """The command itself, on parsed settings."""
     from fastsimgan.data.source import refuse_inside
 
     config.validate()
@@ -68,8 +58,6 @@ def train(config: TrainConfig, *, width_given: bool = True) -> None:
         print(f"built-in eyes: {len(synthetic)} synthetic, {len(real)} of the stand-in for real ones (simulated too)")
     else:
         synthetic, real = _both_sides(config, config.synthetic, config.real)
-    if not width_given and not config.resume:
-        config = _wide_enough(config, synthetic)
 
     from fastsimgan.training import fit
 
@@ -139,16 +127,6 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     if warning := mismatch(*ranges):
         print(f"warning: {warning}")
     return images, photos
-
-
-def _wide_enough(config: TrainConfig, synthetic: Any) -> TrainConfig:
-    """For RGB images, as many feature maps as it takes to start at the identity."""
-    from fastsimgan.data.ragged import channels_of
-
-    if not config.identity_init or channels_of(synthetic) != 3 or config.width >= RGB_WIDTH:
-        return config
-    print(f"width: {RGB_WIDTH} feature maps, so that R starts at the identity in RGB (--width {config.width}: fewer)")
-    return dataclasses.replace(config, width=RGB_WIDTH)
 
 
 def _set_of(source: Any) -> Any:

@@ -111,11 +111,6 @@ def _fit(
     if config.precision != "auto" or precision != "float32":
         say(f"precision: {precision} ({reason})")
     trainer = SimGAN(config, pools.image_shape, device, ranks, precision)
-    if config.identity_init and not trainer.starts_at_identity:
-        say(
-            f"warning: --identity-init needs --width at least {20 * pools.image_shape[0]} for these images, got "
-            f"{config.width}: R starts at random weights (a larger --width, or --pretrain-refiner 1000, helps)"
-        )
     if config.dry_run:
         numbers, _ = Numbers(trainer.iteration(pools.draw_synthetic, pools.draw_real), ranks).read()
         say("dry run: one iteration, nothing written: " + line(numbers))

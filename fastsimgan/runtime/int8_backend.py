@@ -18,6 +18,7 @@ from fastsimgan.data.files import printable
 from fastsimgan.data.values import from_float
 from fastsimgan.device import keep_some_freed_memory
 from fastsimgan.errors import InputError
+from fastsimgan.models.refiner import put_together
 from fastsimgan.ops import residual_block as float_block
 from fastsimgan.ops.residual_block import residual_block
 from fastsimgan.ops.residual_block_int8 import implementations, residual_block_int8
@@ -69,6 +70,7 @@ class Int8Backend:
         self._last_block = *read.layer(f"{name}.conv1", shape), *read.layer(f"{name}.conv2", shape)
         self._last = read.layer("last", (channels, width, 1, 1))
         self._width: int = width
+        self._computes: str = settings.get("computes", "image")
         keep_some_freed_memory()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class Int8Backend:
         for block in self._blocks:
             x = residual_block_int8(x, *block, self._impl)
         x = residual_block(x, *self._last_block, self._last_impl)
-        return torch.tanh(F.conv2d(x, *self._last))
+        return put_together(images, F.conv2d(x, *self._last), self._computes)
 
 
 # in_scale, weight1, bias1, scale1, weight2, bias2, scale2
