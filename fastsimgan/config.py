@@ -207,8 +207,8 @@ class TrainConfig:
         if "computes" not in values:  # of a version whose network computed the image, from one of two beginnings
             if values.pop("identity_init", False):
                 raise InputError(
-                    "config must be of a run begun by this version, or with --no-identity-init, got one whose R carries "
-                    "the image in its features: finish it with the version that began it (its refiner.safetensors loads)"
+                    "config must be of a run begun by this version, or with --no-identity-init, got one whose R "
+                    "carries the image in its features: finish it with the version that began it"
                 )
             values["computes"] = "image"
         if unknown := sorted(set(values) - known):

@@ -407,8 +407,8 @@ much it moves what a label points at: judge it with `python -m fastsimgan.evalua
 real people, nor for telling real from synthetic.
 
 - network: {settings["channels"]} channel(s), width {settings["width"]}, {settings["blocks"]} residual blocks, first
-  kernel {settings["first_kernel"]}, computes the {settings["computes"]}; lambda {facts["lambda"]}, {training.get("steps")} iterations,
-  seed {training.get("seed")}
+  kernel {settings["first_kernel"]}, computes the {settings["computes"]}; lambda {facts["lambda"]},
+  {training.get("steps")} iterations, seed {training.get("seed")}
 - refiner.safetensors sha256: {facts["refiner_sha256"]}
 - training data sha256: {listed}
 

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from refiners import trained
 
 from fastsimgan import cores
 from fastsimgan.config import TrainConfig
 from fastsimgan.cores import CoreRefiner
-from fastsimgan.models.refiner import Refiner
 from fastsimgan.runtime import load_refiner, save_refiner
 from fastsimgan.workers import Job, load, refine
 
@@ -26,7 +26,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (22, 9, 11), dtype=np.uint8)
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "refiner.safetensors"
-    save_refiner(path, Refiner(1, width=8, blocks=1), histogram="keep", training=TrainConfig(histogram="keep"))
+    save_refiner(path, trained(1, width=8, blocks=1), histogram="keep", training=TrainConfig(histogram="keep"))
     return path
 
 

@@ -124,7 +124,7 @@ def test_a_whole_hand_experiment_resumes_network_by_network(tmp_path, monkeypatc
     monkeypatch.setattr(hand, "QUICK_SIZE", 32)
     monkeypatch.setattr(hand, "QUICK_BUILTIN", {"synthetic": 24, "real": 16, "validation": 10})
     monkeypatch.setattr(
-        hand, "QUICK_TRAINING", {"pretrain_discriminator": 1, "batch_size": 4, "width": 8, "identity_init": False}
+        hand, "QUICK_TRAINING", {"pretrain_discriminator": 1, "batch_size": 4, "width": 8, "computes": "image"}
     )
     monkeypatch.setattr(hand, "QUICK_JUDGE", {"batch_size": 4, "features": 8, "depth": 2, "stride": 2})
     out = tmp_path / "out"

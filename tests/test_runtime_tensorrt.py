@@ -13,8 +13,9 @@ import torch
 
 pytest.importorskip("onnx", reason="onnx is not installed ([onnx])")
 
+from refiners import trained
+
 from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.models import refiner as network
 from fastsimgan.refine import main as refine_main
 from fastsimgan.runtime import graph, onnx_file, tensorrt_backend
 from fastsimgan.runtime.backend import prepare
@@ -27,8 +28,7 @@ DYNAMIC = Profile((1, 17, 9), (64, 35, 55), (512, 224, 224))
 
 
 def exported(folder: Path, form: Form, histogram: str = "equalise", blocks: int = 1, first: int = 3):
-    torch.manual_seed(0)
-    module = network.Refiner(1, width=8, blocks=blocks, first_kernel=first)
+    module = trained(1, width=8, blocks=blocks, first_kernel=first)
     settings = describe(module, histogram)
     images = torch.randint(0, 256, (4, 1, 35, 55)).to(torch.uint8)
     weights = {name: tensor.numpy() for name, tensor in module.state_dict().items()}

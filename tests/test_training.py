@@ -208,13 +208,6 @@ def test_bad_settings_are_one_line_exit_2_and_nothing_written(flags, message, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_refiner_too_narrow_for_the_identity_is_said(tmp_path):
-    colour = np.zeros((4, 16, 20, 3), np.uint8)
-    said: list[str] = []
-    fit(colour, colour, TrainConfig(**SMALL, out=tmp_path / "r", dry_run=True), say=said.append)
-    assert any("--identity-init needs --width at least 60" in line and "got 20" in line for line in said)
-
-
 def test_a_misspelt_flag_is_answered_with_the_right_one(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--stpes", "5"])

@@ -43,8 +43,8 @@ def residual_block(
         weight1: ``[C, C, 3, 3]``, of the first convolution; ``bias1`` ``[C]``.
         weight2: ``[C, C, 3, 3]``, of the second; ``bias2`` ``[C]``.
         impl: ``"reference"`` (plain PyTorch), ``"cpp"`` (C++ for AVX2 and AVX-512; float32 on a CPU, C a multiple of 8
-            up to 1,024), ``"amx"`` (C++ for AMX: products in bfloat16 on a CPU, features float32, or bfloat16 and float32
-            from there on, C a multiple of 32),
+            up to 1,024), ``"amx"`` (C++ for AMX: products in bfloat16 of float32 tensors on a CPU, also of bfloat16
+            features, whose result is float32; C a multiple of 32),
             ``"triton"`` (CUDA: products in the 16-bit type of autocast or of the features, sums in float32; features
             float32, which then go through the skip connection unrounded, or of that type; C a multiple of 16 up to
             1,024), or ``"auto"``: on a CPU "amx" under autocast to bfloat16 and "cpp" without autocast, where they can

@@ -75,8 +75,8 @@ _KEEP_SUMS_WHOLE = {"realize_acc_reads_threshold": 64, "realize_opcount_threshol
 class TorchBackend:
     """The network itself, weights in channels_last; on CUDA a shape that comes back is replayed as a CUDA graph.
 
-    In float16 (CUDA) and bfloat16 (CUDA, and CPUs that compute in it) all is 16 bits wide up to the last layer's output,
-    and the image in float32. TF32, which PyTorch allows in convolutions by default, is off: float32 means float32.
+    In float16 (CUDA) and bfloat16 (CUDA, and CPUs that compute in it) all is 16 bits wide up to the last layer's
+    output, and the image float32. TF32, which PyTorch allows in convolutions by default, is off: float32 means float32.
 
     Args:
         module: R; its weights are moved, and on CUDA changed to the precision.

@@ -16,8 +16,8 @@ BRANCHES = get_args(Branches)
 class Form:
     """What a graph takes, and the numbers in which it computes.
 
-    In float16 everything does up to the last layer's output. In 8 bits the residual branches do, and the first and the
-    last layer (1 % of the work) and the sums along the skip connections are float32. In every form the image is float32.
+    In float16 everything does, up to the last layer's output. In 8 bits the residual branches do, and the first and the
+    last layer (1 % of the work) and the sums along the skip connections are float32. The image is float32 in all.
     """
 
     uint8: bool

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refiners import trained
 
 from fastsimgan import batches, inputs, workers
 from fastsimgan.config import TrainConfig
@@ -44,11 +45,7 @@ def tensorrt_backend():
 
 def make(folder: Path, histogram: str = "keep", **shape: int) -> Path:
     """A refiner that does something, saved."""
-    torch.manual_seed(0)
-    module = network.Refiner(1, **{"width": 32, "blocks": 2, **shape})
-    module.identity_init_()
-    for block in module.blocks:
-        block.conv2.weight.data.normal_(0, 0.01)
+    module = trained(1, amount=0.1, **{"width": 32, "blocks": 2, **shape})
     path = folder / f"{histogram}.safetensors"
     save_refiner(path, module, histogram=histogram, training=TrainConfig())
     return path
