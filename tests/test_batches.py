@@ -91,8 +91,8 @@ def test_with_much_work_in_16_bits_a_race_names_the_residual_blocks(
 ) -> None:
     raced = []
 
-    def race(shape, dtype, backward, device):
-        raced.append((shape, dtype, backward, device))
+    def race(shape, dtype, backward, device, *, features):
+        raced.append((shape, dtype, backward, device, features))
         return RaceResult("the race", "triton", {"triton": 1.0, "reference": 2.0})
 
     monkeypatch.setattr(residual_block_race, "race", race)
@@ -100,7 +100,7 @@ def test_with_much_work_in_16_bits_a_race_names_the_residual_blocks(
     monkeypatch.setattr(residual_block, "implementations", lambda: {"triton": None})
     enough = 10**8
     assert choose("cuda:0", refiner, (enough, 35, 55), "float16").block == "triton"
-    assert raced == [((544, 64, 35, 55), torch.float16, False, torch.device("cuda:0"))]
+    assert raced == [((544, 64, 35, 55), torch.float16, False, torch.device("cuda:0"), torch.float16)]
     assert "the race: triton won (triton 1 ms; reference 2 ms)" in capsys.readouterr().err
     for precision, images in [("float32", (enough, 35, 55)), ("float16", (100, 35, 55)), ("float16", None)]:
         assert choose("cuda:0", refiner, images, precision).block == batches.BLOCK

@@ -143,7 +143,7 @@ def test_a_device_that_is_not_there_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
-def test_16_bits_are_the_branches_alone(precision, tmp_path, monkeypatch):
+def test_16_bits_are_what_every_convolution_sees(precision, tmp_path, monkeypatch):
     pretend = pytest.importorskip("pretend_device", reason="it asks the pretend device")
     path = make(tmp_path)
     refiner, exact = load_refiner(path, "cuda", precision=precision), load_refiner(path, "cpu")
@@ -152,7 +152,7 @@ def test_16_bits_are_the_branches_alone(precision, tmp_path, monkeypatch):
     found = refiner(images)
     kinds = [images.dtype for images, _ in pretend.CONVOLUTIONS]
     narrow = getattr(torch, precision)
-    assert kinds == [torch.float32, *[narrow] * 4, torch.float32]
+    assert kinds == [narrow] * 6
     assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in pretend.CONVOLUTIONS)
     assert 0 < np.abs(found.astype(int) - exact(images)).mean() < 0.5 and off(found, exact(images)) <= 2
 
@@ -553,7 +553,7 @@ def test_a_run_with_much_work_is_compiled_by_all_who_join_it(tmp_path, monkeypat
 
 
 def test_the_residual_blocks_implementation_is_the_runs(tmp_path, monkeypatch, small):
-    """Whoever joins takes the one that the run began with, and the op gets float32 features and 16-bit weights."""
+    """Whoever joins takes the one that the run began with, and all that the op gets has 16 bits."""
     path = make(tmp_path)
     np.save(tmp_path / "in.npy", noise(40, 8, 9))
     job = Job(path, tmp_path / "in.npy", tmp_path / "out.npy", device="cuda", precision="float16", **small)
@@ -567,7 +567,7 @@ def test_the_residual_blocks_implementation_is_the_runs(tmp_path, monkeypatch, s
 
     monkeypatch.setattr(network, "residual_block", look)
     refine(job)
-    assert seen == {("reference", torch.float32, torch.float16, torch.float16)}
+    assert seen == {("reference", torch.float16, torch.float16, torch.float16)}
     with pytest.raises(InputError, match="its residual block is reference, here it is None"):
         workers.start(replace(job, block="auto"))
 
