@@ -122,7 +122,7 @@ def test_a_fresh_refiner_is_the_identity_to_the_bit_in_every_form(tmp_path: Path
 
 def test_a_refiner_that_carries_the_image_in_its_features_is_float32_alone(tmp_path: Path) -> None:
     """One of a version before --computes; its header has no such setting, and says how it began."""
-    run = before_computes(tmp_path / "run", identity_init=True, width=20)
+    run = before_computes(tmp_path / "run", identity_init=True, width=20, blocks=2)
     said: list[str] = []
     reports = exporting.export(run, tmp_path / "out", say=said.append)
     assert list(reports) == ["refiner.onnx"] and "float32 alone is good enough" in said[0]
@@ -162,7 +162,7 @@ needs_int8 = pytest.mark.skipif(
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run of 32 maps that does something, and its export."""
     folder = tmp_path_factory.mktemp("wide")
-    run = saved(folder / "run", "equalise", channels=1, width=32, blocks=3)
+    run = saved(folder / "run", "equalise", channels=1, amount=0.1, width=32, blocks=3)
     lines: list[str] = []
     exporting.export(run, folder / "exported", quantise=("int8-cpu",), min_psnr=40, say=lines.append)
     assert any("in fastsimgan, int8 " in line for line in lines) == (
