@@ -10,7 +10,7 @@ from fastsimgan.errors import InputError
 from fastsimgan.models.classifier import Classifier
 from fastsimgan.models.discriminator import Discriminator
 from fastsimgan.models.gaze import GazeNetwork
-from fastsimgan.models.refiner import Refiner, put_together
+from fastsimgan.models.refiner import CURVE, Refiner, put_together
 from fastsimgan.runtime.backend import prepare
 
 
@@ -83,13 +83,19 @@ def test_no_change_leaves_the_range_and_none_is_out_of_reach():
     assert put_together(torch.tensor([-1.0, 1.0]), far, "change").tolist() == [1, -1]
 
 
+def test_the_change_is_added_before_the_tanh():
+    images, change = torch.linspace(-1, 1, 41).double()[:, None], torch.linspace(-3, 3, 31).double()
+    expected = (torch.atanh(CURVE * images) + change).tanh().div(CURVE).clamp(-1, 1)
+    torch.testing.assert_close(put_together(images, change, "change"), expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_at_the_identity_every_pixel_has_its_gradient(channels):
     refiner = Refiner(channels, width=8, blocks=1)
     images = torch.tensor([-1.0, -0.5, 0.0, 1.0]).expand(1, channels, 4, 4)
     change = torch.zeros(images.shape, requires_grad=True)
     put_together(images, change, "change").sum().backward()
-    assert (change.grad > 0).all()  # at black and white too, where |t| has none of its own
+    assert (change.grad > 0.1).all()  # at black and white too
     refiner(images).square().sum().backward()
     assert refiner.last.weight.grad.abs().max() > 0
     assert not refiner.first.weight.grad.any()  # nothing passes the last layer, which is zero, in the first step

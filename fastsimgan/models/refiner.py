@@ -75,11 +75,11 @@ class Refiner(nn.Module):
 
     What the last layer computes becomes the refined image in one of two ways:
 
-    - "change": with t the tanh of it, ``x + t - |t| x``: where t is positive the image x moves by the part t of its
-      distance to white (1), where negative to black (-1). The image goes round the network, so that features hold the
-      change alone: 16 bits are enough for them, and R begins exactly as the identity, of any width and any number of
-      channels, as the last layer begins at zero.
-    - "image": the tanh of it, as in the paper. The image goes through the network, which must learn to hand it on.
+    - "change": it is added to the image before the tanh, see `put_together`. The image goes round the network, so that
+      features hold the change alone: 16 bits are enough for them, and R begins exactly as the identity, of any width
+      and any number of channels, as the last layer begins at zero.
+    - "image": it is the image, before the tanh, as in the paper. The image goes through the network, which must learn to
+      hand it on.
 
     The paper's gaze refiner is ``Refiner(1, computes="image")`` (3×3 → 64, 4 blocks, 296 k parameters), its hand
     refiner ``Refiner(1, blocks=10, first_kernel=7, computes="image")``. Borders are padded with zeros.
@@ -116,10 +116,27 @@ class Refiner(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
         self.last = nn.Conv2d(width, channels, 1)
         if computes == "change":
-            for parameter in self.last.parameters():
-                nn.init.zeros_(parameter)
+            self._begin()
         self.recompute = False
         self.impl = "auto"
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """First weights: the identity, with features as large as the image, so that the first steps count.
+
+        PyTorch's own, a sixth as large, took 300 steps to where these are after 100 (docs/refiner.md).
+        """
+        nn.init.kaiming_normal_(self.first.weight)
+        assert self.first.bias is not None
+        nn.init.uniform_(self.first.bias, -1, 1)
+        for block in self.blocks:
+            assert isinstance(block, ResidualBlock)
+            nn.init.kaiming_normal_(block.conv1.weight)
+            for parameter in (block.conv1.bias, *block.conv2.parameters()):
+                assert parameter is not None
+                nn.init.zeros_(parameter)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor) -> Tensor:
         """Refine ``images`` ``[B, C, H, W]`` in [-1, 1]; the result has the same shape and range, float32.
@@ -136,10 +153,21 @@ class Refiner(nn.Module):
         return put_together(images, _small_layer(self.last, features), self.computes)
 
 
+CURVE = 0.95
+"""s of `put_together`."""
+
+
 def put_together(images: Tensor, computed: Tensor, computes: str) -> Tensor:
-    """The refined images from the images and what R's last layer ``computed``, as `Refiner` says; at least float32."""
+    """The refined images, at least float32, from the images and what R's last layer ``computed``, see `Refiner`.
+
+    Of a change u it is ``tanh(atanh(s x) + u) / s``, held in [-1, 1], s = `CURVE`: mid grey moves by u, black and white
+    by a tenth of it, as before the tanh of the paper's network; with s = 1 they could not move at all. A u of 0 leaves
+    every bit of the image as it is, so it is written as x and what is added to it, with t = tanh(u).
+    """
     if computed.dtype in (torch.float16, torch.bfloat16):
         computed = computed.float()
-    moved = torch.tanh(computed)
-    # a change of 0 must leave every bit of the image as it is: nothing here may round, or be taken apart, otherwise
-    return moved if computes == "image" else images + (moved - moved.abs() * images)
+    t = torch.tanh(computed)
+    if computes == "image":
+        return t
+    near = CURVE * images
+    return (images + t * (1 - near * near) / (CURVE + CURVE * (near * t))).clamp(-1, 1)

@@ -36,7 +36,7 @@ _NEIGHBOURHOODS = 1 << 15  # of which moments are taken: four times as many chan
 
 #: All that a graph of ours may hold: anything else was not written here.
 OPERATORS = frozenset(
-    "Abs Add Cast Clip Conv DequantizeLinear Div Equal Floor GatherElements Greater Less LessOrEqual MatMul Max Mul "
+    "Add Cast Clip Conv DequantizeLinear Div Equal Floor GatherElements Greater Less LessOrEqual MatMul Max Mul "
     "QuantizeLinear ReduceMax ReduceMin ReduceSum Relu Reshape Round Shape Sub Tanh Transpose Where".split()
 )
 
@@ -289,9 +289,15 @@ def _put_together(graph: _Graph, image: str, computed: str, computes: str, outpu
     if computes == "image":
         graph.node("Tanh", [computed], output)
         return
-    moved = graph.node("Tanh", [computed], "moved")
-    share = graph.node("Mul", [graph.node("Abs", [moved], "moved.abs"), image], "moved.share")
-    graph.node("Add", [image, graph.node("Sub", [moved, share], "change")], output)
+    node, constant = graph.node, graph.constant
+    one, curve = constant("one", np.float32(1)), constant("curve", np.float32(network.CURVE))
+    t = node("Tanh", [computed], "computed.tanh")
+    near = node("Mul", [curve, image], "near")
+    room = node("Sub", [one, node("Mul", [near, near], "near.square")], "room")
+    share = node("Mul", [curve, node("Mul", [near, t], "near.t")], "share")
+    change = node("Div", [node("Mul", [t, room], "room.t"), node("Add", [curve, share], "curved")], "change")
+    ends = constant("least", np.float32(-1)), one
+    node("Clip", [node("Add", [image, change], "changed"), *ends], output)
 
 
 def _float_to_stored(graph: _Graph, x: str) -> None:
