@@ -292,12 +292,12 @@ def _put_together(graph: _Graph, image: str, computed: str, computes: str, outpu
     node, constant = graph.node, graph.constant
     one, curve = constant("one", np.float32(1)), constant("curve", np.float32(network.CURVE))
     t = node("Tanh", [computed], "computed.tanh")
-    near = node("Mul", [curve, image], "near")
-    room = node("Sub", [one, node("Mul", [near, near], "near.square")], "room")
-    share = node("Mul", [curve, node("Mul", [near, t], "near.t")], "share")
-    change = node("Div", [node("Mul", [t, room], "room.t"), node("Add", [curve, share], "curved")], "change")
-    ends = constant("least", np.float32(-1)), one
-    node("Clip", [node("Add", [image, change], "changed"), *ends], output)
+    near = node("Mul", [curve, image], "change.near")
+    room = node("Sub", [one, node("Mul", [near, near], "change.near.square")], "change.room")
+    above = node("Mul", [t, room], "change.above")
+    beside = node("Mul", [curve, node("Mul", [near, t], "change.near.t")], "change.beside")
+    change = node("Div", [above, node("Add", [curve, beside], "change.below")], "change")
+    node("Clip", [node("Add", [image, change], "changed"), constant("least", np.float32(-1)), one], output)
 
 
 def _float_to_stored(graph: _Graph, x: str) -> None:
