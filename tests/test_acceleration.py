@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsimgan import acceleration
-from fastsimgan.acceleration import GraphedIterations, compile_networks
-from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import InputError, TrainingError, UnavailableError
-from fastsimgan.pools import open_pools
-from fastsimgan.precision import LossScale
-from fastsimgan.profiling import iteration_flops
-from fastsimgan.training import fit
+from fastsimgan.hardware.precision import LossScale
+from fastsimgan.training import acceleration
+from fastsimgan.training.acceleration import GraphedIterations, compile_networks
+from fastsimgan.training.batches import open_pools
+from fastsimgan.training.loop import fit
+from fastsimgan.training.profiler import iteration_flops
+from fastsimgan.training.simgan import SimGAN
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(
@@ -93,7 +93,7 @@ def test_a_nan_that_comes_again_is_no_overflow():
 
 
 def test_a_float16_run_whose_gradients_stay_nan_goes_back_and_then_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastsimgan.precision._SMALLEST", 2.0**14)  # two halvings
+    monkeypatch.setattr("fastsimgan.hardware.precision._SMALLEST", 2.0**14)  # two halvings
     unscale = LossScale.unscale
 
     def broken(self, gradients):
@@ -109,7 +109,7 @@ def test_a_float16_run_whose_gradients_stay_nan_goes_back_and_then_stops(tmp_pat
 def test_float16_run_resumes_with_its_loss_scale(tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, precision="float16", out=tmp_path / "r", checkpoint_every=3, steps=4)
     fit(images(12, 0), images(9, 1), config, say=quiet)
-    from fastsimgan.checkpoint import load_checkpoint
+    from fastsimgan.storage.checkpoint import load_checkpoint
 
     tensors, _ = load_checkpoint(tmp_path / "r/checkpoints/step-00000004")
     assert {"refiner_scale.factor", "discriminator_scale.good_steps"} <= tensors.keys()
@@ -201,7 +201,7 @@ def test_placement_is_chosen_by_free_memory_and_said(tmp_path, monkeypatch):
     mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
     said: list[str] = []
     assert open_pools(mapped, mapped, SMALL, CPU, said.append).resident
-    monkeypatch.setattr("fastsimgan.pools.available_memory", lambda: 10_000)
+    monkeypatch.setattr("fastsimgan.training.batches.available_memory", lambda: 10_000)
     assert not open_pools(mapped, mapped, SMALL, CPU, said.append).resident
     assert "they fit half of" in said[0] and "more than half of" in said[1]
 

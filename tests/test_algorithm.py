@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
-from fastsimgan.losses import discriminator_objective, refiner_objective
+from fastsimgan.training.objectives import discriminator_objective, refiner_objective
+from fastsimgan.training.simgan import SimGAN
 
 SHAPE = (1, 16, 20)
 

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from fastsimgan.errors import InputError
-from fastsimgan.verification import verify
-from fastsimgan.workers import Job, refine, start
+from fastsimgan.refinement.local_workers import Job, refine, start
+from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (64, 64), dtype=np.uint8)  # so that cutting it loses pixels
@@ -167,7 +167,7 @@ def test_memory_stays_small(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
         "from pathlib import Path\n"
         "from test_bad_images import Identity\n"
-        "from fastsimgan.workers import Job, refine\n"
+        "from fastsimgan.refinement.local_workers import Job, refine\n"
         "root = Path(sys.argv[1])\n"
         "job = Job(root / 'model', root / 'in', root / 'out', on_error='skip')\n"
         "report = refine(job, loader=lambda *_: Identity())\n"

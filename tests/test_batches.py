@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from fastsimgan import batches
-from fastsimgan.batches import Choice, choose, fitting, read_shape, useful_pixels
 from fastsimgan.config import TrainConfig
+from fastsimgan.inference import save_refiner
 from fastsimgan.models.refiner import Refiner
 from fastsimgan.ops import _shared, residual_block, residual_block_race
 from fastsimgan.ops.residual_block_race import RaceResult
-from fastsimgan.runtime import save_refiner
-from fastsimgan.workers import Job, refine, start
+from fastsimgan.refinement import tuning
+from fastsimgan.refinement.local_workers import Job, refine, start
+from fastsimgan.refinement.tuning import Choice, choose, fitting, read_shape, useful_pixels
 
 GB = 1 << 30
 
@@ -39,7 +39,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about[getattr(device, "index", device)])
-    monkeypatch.setattr(batches.importlib.util, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr(tuning.importlib.util, "find_spec", lambda name: SimpleNamespace())
     return about
 
 
@@ -57,7 +57,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 )
 def test_pixels_follow_from_the_gpu(processors: int, memory: int, width: int, pixels: int) -> None:
     assert useful_pixels(processors, memory, width) == pixels
-    assert pixels * width * batches.BYTES_PER_MAP <= memory * batches.SHARE_OF_MEMORY
+    assert pixels * width * tuning.BYTES_PER_MAP <= memory * tuning.SHARE_OF_MEMORY
 
 
 def test_images_in_a_batch() -> None:
@@ -76,12 +76,12 @@ def test_compiling_is_for_much_work_alone(
 ) -> None:
     weights = 9 * 64 + 8 * 9 * 64 * 64 + 64
     assert read_shape(refiner).weights == read_shape(refiner.parent).weights == weights
-    enough = int(batches.COMPILE_FROM / (2 * weights * 35 * 55)) + 1
+    enough = int(tuning.COMPILE_FROM / (2 * weights * 35 * 55)) + 1
     assert choose("cuda:0", refiner, (enough, 35, 55)).compiled
     assert not choose("cuda:0", refiner, (enough - 1, 35, 55)).compiled
     assert not choose("cuda:0", refiner, None).compiled  # files: codecs are waited for
     assert not choose("cpu", refiner, (enough, 35, 55)).compiled
-    monkeypatch.setattr(batches.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tuning.importlib.util, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="R is not compiled, although there is work enough: triton is not installed"):
         assert not choose("cuda:0", refiner, (enough, 35, 55)).compiled
 
@@ -103,17 +103,17 @@ def test_with_much_work_in_16_bits_a_race_names_the_residual_blocks(
     assert raced == [((544, 64, 35, 55), torch.float16, False, torch.device("cuda:0"))]
     assert "the race: triton won (triton 1 ms; reference 2 ms)" in capsys.readouterr().err
     for precision, images in [("float32", (enough, 35, 55)), ("float16", (100, 35, 55)), ("float16", None)]:
-        assert choose("cuda:0", refiner, images, precision).block == batches.BLOCK
+        assert choose("cuda:0", refiner, images, precision).block == tuning.BLOCK
     monkeypatch.setattr(residual_block, "implementations", lambda: {"triton": "triton is not installed"})
-    assert choose("cuda:0", refiner, (enough, 35, 55), "float16").block == batches.BLOCK
+    assert choose("cuda:0", refiner, (enough, 35, 55), "float16").block == tuning.BLOCK
     assert len(raced) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"weights", b"\xff" * 16, b"\x02\0\0\0\0\0\0\0{}"])
 def test_a_file_that_is_no_refiner_is_left_to_whoever_loads_it(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "refiner.safetensors").write_bytes(content)
-    assert read_shape(tmp_path) == batches.Shape()
-    assert read_shape(tmp_path / "nothing.safetensors") == read_shape(tmp_path / "refiner.onnx") == batches.Shape()
+    assert read_shape(tmp_path) == tuning.Shape()
+    assert read_shape(tmp_path / "nothing.safetensors") == read_shape(tmp_path / "refiner.onnx") == tuning.Shape()
 
 
 def test_on_a_cpu_a_run_is_what_it_always_was(tmp_path: Path, refiner: Path) -> None:

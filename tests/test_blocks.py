@@ -23,11 +23,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastsimgan import blocks, inputs, workers
-from fastsimgan.blocks import Run
 from fastsimgan.errors import FastSimGANError, InputError
-from fastsimgan.verification import verify
-from fastsimgan.workers import Job, refine, start
+from fastsimgan.refinement import local_workers, run_directory, sources
+from fastsimgan.refinement.local_workers import Job, refine, start
+from fastsimgan.refinement.run_directory import Run
+from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)
 KILLS = int(os.environ.get("FASTSIMGAN_KILLS", "4"))  # `make kills` sets 300
@@ -163,8 +163,8 @@ CONVERSIONS = {"folder": ("npz", "shards"), "shards": ("hdf5", "npz"), "npz": ("
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 10)
-    monkeypatch.setattr(inputs, "BYTES_PER_BLOCK", 10 * 35)
+    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 10)
+    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 10 * 35)
 
 
 def content(output: Path) -> dict[str, str]:
@@ -334,8 +334,8 @@ def test_a_full_disk_is_one_line_and_what_is_committed_stays(
         f"{job.output}: cannot be written: No space left on device; what is committed stays: start again to go on"
     )
     monkeypatch.undo()
-    monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 10)
-    monkeypatch.setattr(inputs, "BYTES_PER_BLOCK", 10 * 35)
+    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 10)
+    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 10 * 35)
     run, *_ = start(job)
     assert len(run.committed()) == 2
     assert refine(job, loader=load_invert).images == 60
@@ -425,9 +425,9 @@ def test_a_worker_that_comes_late_finds_the_run_published(
     if believes == "all is left":
         looks, real = iter([set()]), late[0].committed
         monkeypatch.setattr(late[0], "committed", lambda: next(looks) if looks.__length_hint__() else real())
-    monkeypatch.setattr(workers, "start", lambda job: late)
-    workers.work(job, load_invert, 1, 2, lambda progress: None)
-    assert content(job.output) == done and not blocks.partial_of(job.output).exists()
+    monkeypatch.setattr(local_workers, "start", lambda job: late)
+    local_workers.work(job, load_invert, 1, 2, lambda progress: None)
+    assert content(job.output) == done and not run_directory.partial_of(job.output).exists()
 
 
 def test_a_worker_that_starts_during_publication_looks_again(
@@ -435,10 +435,10 @@ def test_a_worker_that_starts_during_publication_looks_again(
 ) -> None:
     job = Job(model, MAKERS["folder"][0](tmp_path / "in", 60, 0), tmp_path / "out", batch_size=5)
     refine(job, loader=load_invert)
-    done, looks, real = content(job.output), iter([False, False]), blocks.is_published
-    monkeypatch.setattr(blocks, "is_published", lambda *run: next(looks, None) is None and real(*run))
+    done, looks, real = content(job.output), iter([False, False]), run_directory.is_published
+    monkeypatch.setattr(run_directory, "is_published", lambda *run: next(looks, None) is None and real(*run))
     run, *_ = start(job)
-    assert run.complete and content(job.output) == done and not blocks.partial_of(job.output).exists()
+    assert run.complete and content(job.output) == done and not run_directory.partial_of(job.output).exists()
 
 
 def test_a_dead_workers_block_is_redone(model: Path, tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_a_dead_workers_block_is_redone(model: Path, tmp_path: Path) -> None:
 
 
 def test_workers_that_keep_dying_are_given_up(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "DEATHS", 1)
+    monkeypatch.setattr(local_workers, "DEATHS", 1)
     job = Job(model, make_shards(tmp_path / "in", 60), tmp_path / "out")
     with pytest.raises(FastSimGANError, match=r"workers must not die: 2 in a row did, the last with exit code -9"):
         refine(job, workers=1 + 1, loader=load_mortal)
@@ -469,12 +469,12 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import test_blocks
-from fastsimgan import inputs
-from fastsimgan.workers import Job, refine
+from fastsimgan.refinement import sources
+from fastsimgan.refinement.local_workers import Job, refine
 
 if __name__ in ("__main__", "__mp_main__"):
-    inputs.FILES_PER_BLOCK = 10
-    inputs.BYTES_PER_BLOCK = 10 * 35
+    sources.FILES_PER_BLOCK = 10
+    sources.BYTES_PER_BLOCK = 10 * 35
 if __name__ == "__main__":
     job = Job(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), batch_size=5, to=sys.argv[5])
     refine(job, workers=int(sys.argv[4]), loader=test_blocks.load_inverts)

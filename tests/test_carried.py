@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
-from fastsimgan.data.carried import scan_jpeg, scan_png, scan_tiff
-from fastsimgan.data.images import decode_image, lost_of, read_image, write_image
-from fastsimgan.workers import Job, refine, start
+from fastsimgan.data.formats.image_file import decode_image, lost_of, read_image, write_image
+from fastsimgan.data.formats.image_metadata import scan_jpeg, scan_png, scan_tiff
+from fastsimgan.refinement.local_workers import Job, refine, start
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (9, 11), dtype=np.uint8)
@@ -75,7 +75,7 @@ def again(data: bytes, name: str, tmp_path: Path) -> bytes:
 @pytest.mark.parametrize("fast", [True, False])
 def test_png_chunks(pixels: np.ndarray, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not fast:
-        monkeypatch.setattr("fastsimgan.data.images.cv2", None)
+        monkeypatch.setattr("fastsimgan.data.formats.image_file.cv2", None)
     info = PngImagePlugin.PngInfo()
     info.add_text("pose", "1 2 3")
     info.add_text("zipped", "x" * 500, zip=True)
@@ -103,8 +103,8 @@ def test_png_chunks(pixels: np.ndarray, fast: bool, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("fast", [True, False])
 def test_jpeg_segments(pixels: np.ndarray, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not fast:
-        monkeypatch.setattr("fastsimgan.data.images.cv2", None)
-        monkeypatch.setattr("fastsimgan.data.images.simplejpeg", None)
+        monkeypatch.setattr("fastsimgan.data.formats.image_file.cv2", None)
+        monkeypatch.setattr("fastsimgan.data.formats.image_file.simplejpeg", None)
     options = {"comment": b"pose 1 2 3", "xmp": XMP, "icc_profile": ICC * 200, "dpi": (90, 90), "exif": exif(6)}
     data = encode(pixels, "JPEG", **options)
     old, new = segments(data), segments(again(data, "a.jpg", tmp_path))
@@ -209,7 +209,7 @@ def test_alpha_is_kept_and_hidden_pixels_are_left_alone(
     if not fast:
         if depth == 16 and (suffix == "tif" or channels == 1):
             pytest.skip("needs opencv to be read")
-        monkeypatch.setattr("fastsimgan.data.images.cv2", None)
+        monkeypatch.setattr("fastsimgan.data.formats.image_file.cv2", None)
     (tmp_path / f"a.{suffix}").write_bytes(data)
     image = read_image(tmp_path / f"a.{suffix}")
     assert image.header.alpha and image.pixels.dtype == dtype

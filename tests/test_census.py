@@ -16,15 +16,15 @@ from PIL import Image
 
 from fastsimgan import evaluate, export, refine, train, turing
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.census import Census
-from fastsimgan.data.listing import is_image, is_junk, list_units
+from fastsimgan.data.formats.listing import is_image, is_junk, list_units
+from fastsimgan.data.formats.mask_detection import Census
+from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.data.reading import Reading
-from fastsimgan.data.source import open_images
 from fastsimgan.errors import InputError
+from fastsimgan.inference import save_refiner
 from fastsimgan.models.refiner import Refiner
-from fastsimgan.runtime import save_refiner
-from fastsimgan.workers import Job, start
-from fastsimgan.workers import refine as refine_job
+from fastsimgan.refinement.local_workers import Job, start
+from fastsimgan.refinement.local_workers import refine as refine_job
 
 SIZE = (36, 40)
 RNG = np.random.default_rng(0)

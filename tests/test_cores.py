@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastsimgan import cores
 from fastsimgan.config import TrainConfig
-from fastsimgan.cores import CoreRefiner
+from fastsimgan.inference import load_refiner, per_core, save_refiner
+from fastsimgan.inference.per_core import CoreRefiner
 from fastsimgan.models.refiner import Refiner
-from fastsimgan.runtime import load_refiner, save_refiner
-from fastsimgan.workers import Job, load, refine
+from fastsimgan.refinement.local_workers import Job, load, refine
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (22, 9, 11), dtype=np.uint8)
 
@@ -33,7 +32,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("large", [False, True])
 def test_bytes_do_not_depend_on_threads(threads: int, large: bool, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "LARGE", 1 if large else cores.LARGE)
+    monkeypatch.setattr(per_core, "LARGE", 1 if large else per_core.LARGE)
     before = torch.get_num_threads()
     refiner = CoreRefiner(partial(load_refiner, path, device="cpu"), threads)
     with refiner.shared(), ThreadPoolExecutor(threads) as pool:
@@ -56,7 +55,7 @@ def test_small_images_take_a_thread_each_and_large_ones_all(path: Path, monkeypa
             seen.append((len(images[0]), torch.get_num_threads()))
             return images
 
-    monkeypatch.setattr(cores, "LARGE", 200)
+    monkeypatch.setattr(per_core, "LARGE", 200)
     refiner = CoreRefiner(Spy, 3)  # type: ignore[arg-type]
     with refiner.shared(), ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda images: refiner(images, 4), [IMAGES[:4], np.zeros((1, 20, 20), np.uint8)] * 5))
@@ -66,7 +65,7 @@ def test_small_images_take_a_thread_each_and_large_ones_all(path: Path, monkeypa
 def test_the_command_line_refines_in_a_thread_a_core(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastsimgan.workers.cores", lambda workers: 3)
+    monkeypatch.setattr("fastsimgan.refinement.local_workers.cores", lambda workers: 3)
     np.save(tmp_path / "in.npy", IMAGES)
     job = Job(path, tmp_path / "in.npy", tmp_path / "out.npy", batch_size=4, device="cpu")
     assert isinstance(load(job), CoreRefiner)

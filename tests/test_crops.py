@@ -13,22 +13,22 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsimgan import crops
-from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
-from fastsimgan.crops import choose_crop, field, step_bytes
 from fastsimgan.data import ragged
+from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.data.ragged import CentreCrops, Packer, RaggedImages, pack
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.resizing import Scale, rescale, resize
 from fastsimgan.data.sampler import Sampler
-from fastsimgan.data.source import open_images
 from fastsimgan.errors import InputError
+from fastsimgan.inference.torch_backend import equalised
 from fastsimgan.models.discriminator import Discriminator, receptive_field
-from fastsimgan.pools import HostImages, ResidentCrops, open_pools
-from fastsimgan.runtime.backend import equalised
 from fastsimgan.train import main
-from fastsimgan.training import fit
+from fastsimgan.training import crops
+from fastsimgan.training.batches import HostImages, ResidentCrops, open_pools
+from fastsimgan.training.crops import choose_crop, field, step_bytes
+from fastsimgan.training.loop import fit
+from fastsimgan.training.simgan import SimGAN
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(
@@ -358,7 +358,7 @@ def test_a_run_on_several_sizes_and_one_that_is_resumed_are_equal(
 
 def test_where_images_live_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = several(12, 0, least=30, channels=3), several(9, 1, least=26, channels=3)
-    monkeypatch.setattr("fastsimgan.data.room.available_memory", lambda: 0)  # so that room is a mapped file
+    monkeypatch.setattr("fastsimgan.hardware.memory.available_memory", lambda: 0)  # so that room is a mapped file
     mapped = []
     for images in pair:
         filled = RaggedImages.room([(h, w) for h, w in images.sizes.tolist()], 3, images.dtype, Path("x"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastsimgan.data.hand_simulator import EVALUATED, simulate_hands, through_sensor
+from fastsimgan.data.simulators.hands import EVALUATED, simulate_hands, through_sensor
 from fastsimgan.errors import InputError
 from fastsimgan.metrics.depth_edges import depth_edges, joint_edge_shifts, noise_by_place
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fastsimgan
-from fastsimgan.comparison import table
 from fastsimgan.evaluate import main
-from fastsimgan.metrics.downstream import Judge, Labelled, _reframe, train_and_predict
+from fastsimgan.evaluation.comparison import table
+from fastsimgan.evaluation.task_network import Judge, Labelled, _reframe, train_and_predict
 from fastsimgan.metrics.gaze_error import angular_errors, gaze_summary, gaze_vectors, pitch_yaw
 
 

@@ -8,14 +8,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from fastsimgan.checkpoint import list_checkpoints
 from fastsimgan.config import PRESETS
-from fastsimgan.data.eye_simulator import simulate_eyes
-from fastsimgan.data.hand_simulator import simulate_hands
+from fastsimgan.data.simulators.eyes import simulate_eyes
+from fastsimgan.data.simulators.hands import simulate_hands
 from fastsimgan.experiments import ablation, gaze, hand
 from fastsimgan.experiments.__main__ import main
-from fastsimgan.experiments.report import Report
 from fastsimgan.metrics import realism
+from fastsimgan.reporting.html_report import Report
+from fastsimgan.storage.checkpoint import list_checkpoints
 
 
 class Links(HTMLParser):

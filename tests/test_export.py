@@ -15,22 +15,23 @@ import torch
 onnx = pytest.importorskip("onnx", reason="onnx is not installed ([onnx])")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed ([onnx])")
 
-from fastsimgan import exporting  # noqa: E402
 from fastsimgan.config import TrainConfig  # noqa: E402
-from fastsimgan.data.eye_simulator import simulate_eyes  # noqa: E402
-from fastsimgan.data.histogram import equalise  # noqa: E402
-from fastsimgan.data.values import from_float  # noqa: E402
+from fastsimgan.data.equalisation import equalise  # noqa: E402
+from fastsimgan.data.pixel_values import from_float  # noqa: E402
+from fastsimgan.data.simulators.eyes import simulate_eyes  # noqa: E402
 from fastsimgan.errors import InputError, UnavailableError  # noqa: E402
 from fastsimgan.export import main  # noqa: E402
+from fastsimgan.exporting import export as exporting  # noqa: E402
+from fastsimgan.exporting import onnx_graph  # noqa: E402
+from fastsimgan.inference import load_refiner, onnx_file, save_refiner  # noqa: E402
+from fastsimgan.inference.graph_format import Form  # noqa: E402
+from fastsimgan.inference.onnxruntime_backend import OnnxRuntimeBackend  # noqa: E402
+from fastsimgan.inference.refiner import describe  # noqa: E402
+from fastsimgan.inference.torch_backend import prepare  # noqa: E402
+from fastsimgan.inference.trtexec import Profile, command  # noqa: E402
 from fastsimgan.models import refiner as network  # noqa: E402
 from fastsimgan.ops import residual_block, residual_block_int8  # noqa: E402
 from fastsimgan.refine import main as refine  # noqa: E402
-from fastsimgan.runtime import graph, load_refiner, onnx_file, save_refiner  # noqa: E402
-from fastsimgan.runtime.backend import prepare  # noqa: E402
-from fastsimgan.runtime.form import Form  # noqa: E402
-from fastsimgan.runtime.onnxruntime_backend import OnnxRuntimeBackend  # noqa: E402
-from fastsimgan.runtime.refiner import describe  # noqa: E402
-from fastsimgan.runtime.trtexec import Profile, command  # noqa: E402
 
 FLOATS = ("refiner.onnx", "refiner.fp16.onnx")
 ALL = (*FLOATS, "refiner.u8.fp16.onnx", *(name for name, _ in exporting.QUANTISED.values()))
@@ -263,7 +264,7 @@ def test_moments_are_those_of_all_neighbourhoods(shape: tuple[int, int, int, int
     patches = torch.nn.functional.unfold(features, 3, padding=1).permute(0, 2, 1).reshape(-1, 9 * shape[1])
     patches = torch.cat([patches, torch.ones(len(patches), 1)], 1).double()
     full = (patches.T @ patches / len(patches)).numpy()
-    assert np.abs(graph._moments(features) - full).max() < (1e-5 if shape[0] == 2 else 0.02)
+    assert np.abs(onnx_graph._moments(features) - full).max() < (1e-5 if shape[0] == 2 else 0.02)
 
 
 def test_channels_of_no_kernel_and_dead_ones(tmp_path: Path) -> None:
@@ -290,7 +291,7 @@ def test_rounded_weights_make_up_for_each_other() -> None:
     inputs = np.concatenate([common, np.ones((4000, 1))], 1)
     weights = random.normal(size=(6, 21)) * 3
     moments = inputs.T @ inputs / len(inputs)
-    found = graph.compensated(weights, moments, np.rint, 8)
+    found = onnx_graph.compensated(weights, moments, np.rint, 8)
     assert np.array_equal(found[:, :-1], np.rint(found[:, :-1])) and np.abs(found[:, :-1]).max() <= 8
     plain = np.concatenate([np.rint(weights[:, :-1]), weights[:, -1:]], 1)
 
@@ -298,7 +299,9 @@ def test_rounded_weights_make_up_for_each_other() -> None:
         return float(np.square(inputs @ (rounded - weights).T).mean())
 
     assert error(found) < error(plain) / 2
-    assert np.array_equal(graph.compensated(np.rint(weights), moments, np.rint, 8)[:, :-1], np.rint(weights)[:, :-1])
+    assert np.array_equal(
+        onnx_graph.compensated(np.rint(weights), moments, np.rint, 8)[:, :-1], np.rint(weights)[:, :-1]
+    )
 
 
 def test_eight_bits_need_a_branch_to_be_in(tmp_path: Path) -> None:
@@ -310,7 +313,7 @@ def test_eight_bits_need_a_branch_to_be_in(tmp_path: Path) -> None:
 def test_equalisation_in_the_graph_is_exactly_ours() -> None:
     module = network.Refiner(1, width=4, blocks=0)
     weights = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
-    model = graph.build(weights, describe(module, "equalise"), Form(True, "float32"))
+    model = onnx_graph.build(weights, describe(module, "equalise"), Form(True, "float32"))
     model.graph.output.append(onnx.helper.make_tensor_value_info("equalised", onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     random = np.random.default_rng(0)
@@ -370,11 +373,11 @@ def wrong_bias(weights, *arguments):
     return _build(weights | {"last.bias": weights["last.bias"] + 0.02}, *arguments)
 
 
-_build = graph.build
+_build = onnx_graph.build
 
 
 def test_a_file_that_does_not_agree_is_not_written(run, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(graph, "build", wrong_bias)
+    monkeypatch.setattr(onnx_graph, "build", wrong_bias)
     with pytest.raises(InputError, match=r"refiner\.onnx does not agree with PyTorch: must be within .* levels, got"):
         exporting.export(run, tmp_path / "out", say=lambda line: None)
     assert not list(tmp_path.iterdir())
@@ -578,11 +581,10 @@ def test_export_without_its_optional_packages_says_which(run, tmp_path, monkeypa
     import sys
 
     for name in [
-        name for name in sys.modules if name.startswith(("fastsimgan.exporting", "fastsimgan.runtime.onnx_file"))
+        name for name in sys.modules if name.startswith(("fastsimgan.exporting.", "fastsimgan.inference.onnx_"))
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    monkeypatch.delitem(sys.modules, "fastsimgan.runtime.graph")
     with pytest.raises(UnavailableError, match=r"need.* the package onnx: pip install 'fastsimgan\[onnx\]'"):
         load_refiner(tmp_path / "x.onnx", device="cpu")
     shutil.rmtree(tmp_path / "out", ignore_errors=True)

@@ -14,10 +14,10 @@ from PIL import Image
 from properties import HealthCheck, given, settings, st
 
 from fastsimgan.data.__main__ import main
-from fastsimgan.data.matlab import read_matlab
-from fastsimgan.data.mpiigaze import read_mpiigaze
-from fastsimgan.data.source import open_images
-from fastsimgan.data.unityeyes import crop_box, parse_label, read_unityeyes
+from fastsimgan.data.datasets.matlab_v5 import read_matlab
+from fastsimgan.data.datasets.mpiigaze import read_mpiigaze
+from fastsimgan.data.datasets.unityeyes import crop_box, parse_label, read_unityeyes
+from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.errors import InputError
 from fastsimgan.metrics.gaze_error import gaze_vectors
 

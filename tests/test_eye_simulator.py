@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from fastsimgan.data import eye_simulator
-from fastsimgan.data.eye_simulator import population_seed, simulate_eyes
+from fastsimgan.data.simulators import eyes as simulator
+from fastsimgan.data.simulators.eyes import population_seed, simulate_eyes
 from fastsimgan.errors import InputError
 
 POPULATIONS = ("synthetic", "stand_in_real")
@@ -96,7 +96,7 @@ def test_the_picture_follows_left_right_up_and_down():
 
 
 def test_a_turned_iris_is_foreshortened(monkeypatch):
-    monkeypatch.setitem(eye_simulator._POPULATIONS["synthetic"], "glint", (0, 0))  # it would hide a part of the disc
+    monkeypatch.setitem(simulator._POPULATIONS["synthetic"], "glint", (0, 0))  # it would hide a part of the disc
     eyes = simulate_eyes(800, 4, height=105, width=165)
     pitch, yaw = np.abs(np.rad2deg(eyes["pitch_yaw"])).T
     clear = clear_of_lids(eyes, 15) & (pitch < 6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastsimgan.data.hand_simulator import EVALUATED, MIDDLE, UNITS_PER_MM, simulate_hands
+from fastsimgan.data.simulators.hands import EVALUATED, MIDDLE, UNITS_PER_MM, simulate_hands
 from fastsimgan.errors import InputError
 
 
@@ -30,7 +30,7 @@ def test_the_surface_lies_on_or_before_each_evaluated_joint() -> None:
 
 
 def test_the_sensors_noise_sits_at_edges() -> None:
-    from fastsimgan.data.hand_simulator import _render, _sensor
+    from fastsimgan.data.simulators.hands import _render, _sensor
 
     points = np.zeros((1, 36, 3), np.float32) + np.array([32, 32, 0], np.float32)
     clean = _render(points, 0.5, 64, 64)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fastsimgan.errors import InputError
-from fastsimgan.verification import verify
-from fastsimgan.workers import Job, refine
+from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement.verification import verify
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
 RNG = np.random.default_rng(0)

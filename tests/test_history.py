@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastsimgan.errors import InputError
-from fastsimgan.history import HistoryBuffer
+from fastsimgan.training.history_buffer import HistoryBuffer
 
 SHAPE = (1, 5, 7)
 

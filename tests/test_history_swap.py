@@ -487,7 +487,7 @@ def test_gpu_compute_sanitizer_is_clean(tool: str) -> None:
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     script = (
-        "import torch; from fastsimgan.history import HistoryBuffer\n"
+        "import torch; from fastsimgan.training.history_buffer import HistoryBuffer\n"
         "for shape in [(1, 35, 55), (1, 64, 64)]:\n"
         "    b = HistoryBuffer(23, shape, torch.uint8, 'cuda', impl='cuda')\n"
         "    for _ in range(6): b.swap(torch.zeros(5, *shape, device='cuda'))\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastsimgan.metrics.intervals import difference_interval, t_quantile
+from fastsimgan.metrics.statistics import difference_interval, t_quantile
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastsimgan.data.hand_simulator import EVALUATED, simulate_hands
+from fastsimgan.data.simulators.hands import EVALUATED, simulate_hands
 from fastsimgan.errors import InputError
-from fastsimgan.metrics import pose
+from fastsimgan.evaluation import pose_network
+from fastsimgan.evaluation.pose_network import PoseJudge, train_and_find_joints
 from fastsimgan.metrics.joints import (
     draw_heat_maps,
     find_joints,
@@ -19,7 +20,6 @@ from fastsimgan.metrics.joints import (
     random_views,
     share_within,
 )
-from fastsimgan.metrics.pose import PoseJudge, train_and_find_joints
 from fastsimgan.models.hourglass import StackedHourglass
 
 
@@ -127,13 +127,13 @@ def test_a_small_one_overfits_32_hands() -> None:
 
 def test_the_same_seed_trains_the_same_network_whatever_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[nn.Module] = []
-    train = pose.train_task_network
+    train = pose_network.train_task_network
 
     def keep(*args, **kwargs):
         trained.append(train(*args, **kwargs))
         return trained[-1]
 
-    monkeypatch.setattr(pose, "train_task_network", keep)
+    monkeypatch.setattr(pose_network, "train_task_network", keep)
     hands = simulate_hands(6, 0, height=16, width=16)
     judge = PoseJudge(steps=2, batch_size=4, input_size=16, features=8, depth=1, stride=2)
     for count in (2, 6):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastsimgan.data import eye_simulator as simulator
-from fastsimgan.data.eye_simulator import simulate_eyes
-from fastsimgan.data.histogram import equalise
+from fastsimgan.data.equalisation import equalise
+from fastsimgan.data.simulators import eyes as simulator
+from fastsimgan.data.simulators.eyes import simulate_eyes
 from fastsimgan.errors import InputError
-from fastsimgan.metrics.downstream import Judge, Labelled
+from fastsimgan.evaluation.task_network import Judge, Labelled
 from fastsimgan.metrics.label_drift import describe, edge_shifts, gaze_drift, label_drift, pupil_shifts
 
 

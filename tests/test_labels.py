@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from test_blocks import add, png
 
-from fastsimgan.verification import verify
-from fastsimgan.workers import Job, refine
+from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement.verification import verify
 
 COUNT = int(os.environ.get("FASTSIMGAN_LABELS", "120"))  # `make labels` sets 10,000
 SIZE = 9, 11

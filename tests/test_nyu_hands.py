@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from fastsimgan.data.__main__ import main
-from fastsimgan.data.nyu_hands import _dilated, import_nyu_hands, read_depth
-from fastsimgan.data.source import open_images
+from fastsimgan.data.datasets.nyu_hands import _dilated, import_nyu_hands, read_depth
+from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.errors import InputError
 
 FRAMES = 3

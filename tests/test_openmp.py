@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from test_blocks import Invert, make_shards
 
-from fastsimgan import openmp
 from fastsimgan.__main__ import COMMANDS
-from fastsimgan.workers import Job, refine
+from fastsimgan.hardware import openmp
+from fastsimgan.refinement.local_workers import Job, refine
 
 ROOT = Path(__file__).resolve().parent.parent
 OWNED = (*openmp.SETTINGS, "OMP_WAIT_POLICY")
@@ -113,7 +113,7 @@ def ours():  # nothing is set where this worker is started: the driver has not i
     import os, sys
 
     before = "torch" in sys.modules, os.environ.get("GOMP_SPINCOUNT")
-    import fastsimgan.ray_engine
+    import fastsimgan.refinement.ray_workers
 
     return *before, os.environ.get("GOMP_SPINCOUNT")
 

@@ -17,14 +17,14 @@ import pytest
 from PIL import Image
 from test_blocks import add, content, load_invert, make_npy, make_npz, png
 
-from fastsimgan import inputs
-from fastsimgan.data.arrays import ArrayImages
-from fastsimgan.data.hdf5 import HDF5Images
-from fastsimgan.data.label_table import LabelTable
-from fastsimgan.data.source import open_images
+from fastsimgan.data.formats.hdf5_file import HDF5Images
+from fastsimgan.data.formats.label_table import LabelTable
+from fastsimgan.data.formats.numpy_file import ArrayImages
+from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.errors import InputError
-from fastsimgan.verification import verify
-from fastsimgan.workers import Job, refine, start
+from fastsimgan.refinement import sources
+from fastsimgan.refinement.local_workers import Job, refine, start
+from fastsimgan.refinement.verification import verify
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
 COUNT = 47
@@ -41,8 +41,8 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 10)
-    monkeypatch.setattr(inputs, "BYTES_PER_BLOCK", 10 * 35)
+    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 10)
+    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 10 * 35)
 
 
 def pixels(i: int) -> np.ndarray:
@@ -195,7 +195,7 @@ def test_killed_at_the_end_between_any_two_steps(
     to: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last block is committed and the file put together and published; each step may be the last one."""
-    from fastsimgan import blocks, outputs
+    from fastsimgan.refinement import run_directory, sinks
 
     source = make_folder(tmp_path / "in", 8)
     packed(model, source, tmp_path / f"whole{SUFFIX[to]}")
@@ -203,7 +203,7 @@ def test_killed_at_the_end_between_any_two_steps(
     class Killed(BaseException):
         pass
 
-    real = blocks.rename
+    real = run_directory.rename
     for steps in range(20):
         output = tmp_path / f"{steps}{SUFFIX[to]}"
         left = steps
@@ -216,8 +216,8 @@ def test_killed_at_the_end_between_any_two_steps(
             left -= 1
             real(old, new)
 
-        monkeypatch.setattr(blocks, "rename", rename)
-        monkeypatch.setattr(outputs, "rename", rename)
+        monkeypatch.setattr(run_directory, "rename", rename)
+        monkeypatch.setattr(sinks, "rename", rename)
         job = Job(model, source, output, to=to, batch_size=4)  # type: ignore[arg-type]
         killed = False
         try:
@@ -290,7 +290,7 @@ def test_16_bit_and_colour(model: Path, tmp_path: Path) -> None:
         folder = tmp_path / np.dtype(dtype).name
         folder.mkdir()
         image = rng.integers(0, np.iinfo(dtype).max, (*SIZE, 3), dtype=dtype)
-        from fastsimgan.data.images import Header, StoredImage, write_image
+        from fastsimgan.data.formats.image_file import Header, StoredImage, write_image
 
         write_image(folder / "a.png", StoredImage(image, Header(image.shape, np.dtype(dtype).name, "PNG")))
         refine(Job(model, folder, folder / "../out.npz", to="npz"), loader=lambda *_: Upside())

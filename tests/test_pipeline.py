@@ -19,17 +19,17 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsimgan import inputs, pipeline
-from fastsimgan.blocks import Run, state_of
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.arrays import ArrayImages
-from fastsimgan.data.images import read_image
+from fastsimgan.data.formats.image_file import read_image
+from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.errors import InputError
+from fastsimgan.inference import save_refiner
 from fastsimgan.models.refiner import Refiner
-from fastsimgan.outputs import FolderBlock
-from fastsimgan.runtime import save_refiner
-from fastsimgan.verification import verify
-from fastsimgan.workers import Job, Report, refine, start
+from fastsimgan.refinement import sources, worker
+from fastsimgan.refinement.local_workers import Job, Report, refine, start
+from fastsimgan.refinement.run_directory import Run, state_of
+from fastsimgan.refinement.sinks import FolderBlock
+from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)
 
@@ -122,8 +122,8 @@ class Device(Fake):
 def test_a_device_has_the_next_batch_before_it_ends_the_last(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 20)
-    monkeypatch.setattr(inputs, "BYTES_PER_BLOCK", 20 * 35)
+    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 20)
+    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 20 * 35)
     images = noise(50, 5, 7)
     source = tmp_path / ("in" if kind == "folder" else "in.npy")
     for i, image in enumerate(images):
@@ -147,7 +147,7 @@ def test_a_device_has_the_next_batch_before_it_ends_the_last(
 def test_images_larger_than_all_that_may_wait_go_through_a_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "BYTES_IN_BATCHES", 10)
+    monkeypatch.setattr(worker, "BYTES_IN_BATCHES", 10)
     np.save(tmp_path / "in.npy", noise(6, 5, 7))
     assert refine_source(tmp_path / "in.npy", Device(invert), tmp_path / "out.npy", batch_size=1).images == 6
 
@@ -175,8 +175,8 @@ class Several(Fake):
 
 @pytest.mark.parametrize("kind", ["folder", "npy", "to npz", "to shards", "to folder"])
 def test_batches_may_end_in_any_order(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 20)
-    monkeypatch.setattr(inputs, "BYTES_PER_BLOCK", 20 * 35)
+    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 20)
+    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 20 * 35)
     images = noise(90, 5, 7)
     source = tmp_path / ("in.npy" if kind in ("npy", "to folder") else "in")
     for i, image in enumerate(images):
@@ -204,7 +204,7 @@ def test_batches_may_end_in_any_order(kind: str, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("where", ["refiner", "write", "commit"])
 def test_a_failure_in_any_thread_ends_the_run(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 20)
+    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 20)
     for i, image in enumerate(noise(90, 5, 7)):
         save(tmp_path / "in" / f"{i}.png", image)
     calls, before = itertools.count(), threading.active_count()

@@ -13,11 +13,11 @@ from PIL import Image
 import fastsimgan
 from fastsimgan import export, refine, train
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.arrays import check_range
+from fastsimgan.data.formats.numpy_file import check_range
 from fastsimgan.data.resizing import resize
 from fastsimgan.errors import InputError
+from fastsimgan.inference import load_refiner, save_refiner
 from fastsimgan.models.refiner import Refiner as Network
-from fastsimgan.runtime import load_refiner, save_refiner
 
 RANGE = (-2.0, 10.0)
 METRES = (np.random.default_rng(0).random((6, 36, 40)) * 11 - 1.5).astype(np.float32)
@@ -93,8 +93,8 @@ def test_refine_gives_back_the_same_units(kind: str, tmp_path: Path) -> None:
     elif kind == "tif":
         found = np.stack([np.asarray(Image.open(output / f"{i}.tif")) for i in range(6)])
     else:
+        from fastsimgan.data.formats.open_images import open_images
         from fastsimgan.data.reading import Reading
-        from fastsimgan.data.source import open_images
 
         found = open_images(output, Reading(span=RANGE)).load()
     assert np.abs(found - expected).max() < 1e-5

@@ -18,15 +18,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsimgan import ranks
-from fastsimgan.algorithm import SimGAN
-from fastsimgan.checkpoint import list_checkpoints, load_checkpoint
 from fastsimgan.config import TrainConfig
 from fastsimgan.errors import InputError, TrainingError
-from fastsimgan.history import HistoryBuffer
-from fastsimgan.pools import open_pools
-from fastsimgan.ranks import TIMEOUT, Ranks, join_ranks
-from fastsimgan.training import _check_shares
+from fastsimgan.storage.checkpoint import list_checkpoints, load_checkpoint
+from fastsimgan.training import data_parallel
+from fastsimgan.training.batches import open_pools
+from fastsimgan.training.data_parallel import TIMEOUT, Ranks, join_ranks
+from fastsimgan.training.history_buffer import HistoryBuffer
+from fastsimgan.training.loop import _check_shares
+from fastsimgan.training.simgan import SimGAN
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPARED, STEPS = 20, 60
@@ -177,16 +177,18 @@ def test_gradients_that_do_not_come_are_told_by_our_message():
 
 def test_on_cuda_gradients_go_through_nccl_by_device_and_agreement_through_gloo(monkeypatch):
     calls: list[tuple[object, ...]] = []
-    monkeypatch.setattr(ranks, "_control_group", ranks._control_group.__wrapped__)
+    monkeypatch.setattr(data_parallel, "_control_group", data_parallel._control_group.__wrapped__)
     for name in ("init_process_group", "new_group", "all_reduce", "destroy_process_group"):
         monkeypatch.setattr(
-            ranks.dist, name, lambda *args, name=name, **kwargs: (calls.append((name, args, kwargs)), "control")[1]
+            data_parallel.dist,
+            name,
+            lambda *args, name=name, **kwargs: (calls.append((name, args, kwargs)), "control")[1],
         )
-    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: bool(calls))
-    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(data_parallel.dist, "is_initialized", lambda: bool(calls))
+    monkeypatch.setattr(data_parallel.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(data_parallel.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
-    monkeypatch.setattr(ranks.atexit, "register", lambda function: calls.append(("at exit", function)))
+    monkeypatch.setattr(data_parallel.atexit, "register", lambda function: calls.append(("at exit", function)))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     joined, device = join_ranks("cuda")

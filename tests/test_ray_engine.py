@@ -15,10 +15,10 @@ import pytest
 from test_blocks import Invert, content, make_shards
 
 from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
-from fastsimgan.ray_engine import supervise
 from fastsimgan.refine import main
-from fastsimgan.verification import verify
-from fastsimgan.workers import Job, refine
+from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement.ray_workers import supervise
+from fastsimgan.refinement.verification import verify
 
 RUNS = int(os.environ.get("FASTSIMGAN_RAY_RUNS", "1"))  # `make ray` sets 10
 

@@ -19,17 +19,17 @@ from PIL import Image
 import fastsimgan
 from fastsimgan import evaluate, train
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.arrays import ArrayImages
-from fastsimgan.data.images import read_image
+from fastsimgan.data.formats.image_file import read_image
+from fastsimgan.data.formats.numpy_file import ArrayImages
+from fastsimgan.data.formats.open_images import open_images
+from fastsimgan.data.pixel_values import as_images, mismatch, value_range
 from fastsimgan.data.reading import Reading
-from fastsimgan.data.source import open_images
-from fastsimgan.data.values import as_images, mismatch, value_range
 from fastsimgan.errors import InputError
-from fastsimgan.metrics.downstream import Labelled, number_classes, unseen_classes
+from fastsimgan.evaluation.task_network import Labelled, number_classes, unseen_classes
+from fastsimgan.inference import load_refiner, save_refiner
 from fastsimgan.models.refiner import Refiner
-from fastsimgan.runtime import load_refiner, save_refiner
-from fastsimgan.verification import verify
-from fastsimgan.workers import Job, refine
+from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)
 README = Path(__file__).resolve().parent.parent / "README.md"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastsimgan.data.source import open_images
+from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.evaluate import main as evaluate
 from fastsimgan.refine import main as refine
 from fastsimgan.train import main as train

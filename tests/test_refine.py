@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.source import open_images
+from fastsimgan.data.formats.open_images import open_images
+from fastsimgan.inference import load_refiner, save_refiner
 from fastsimgan.models.refiner import Refiner
 from fastsimgan.refine import main
-from fastsimgan.runtime import load_refiner, save_refiner
 
 RNG = np.random.default_rng(0)
 
@@ -165,7 +165,7 @@ def test_help_imports_no_torch() -> None:
 def test_an_output_is_of_one_precision(
     refiner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastsimgan.runtime.backend.cpu_has_bfloat16", lambda: True)  # any CPU can emulate it
+    monkeypatch.setattr("fastsimgan.inference.torch_backend.cpu_has_bfloat16", lambda: True)  # any CPU can emulate it
     images = RNG.integers(0, 256, (4, 35, 55), dtype=np.uint8)
     np.save(tmp_path / "in.npy", images)
     assert refine(refiner, tmp_path / "in.npy", tmp_path / "out.npy", "--precision", "bfloat16") == 0

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastsimgan.algorithm import SimGAN
-from fastsimgan.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from fastsimgan.errors import InputError, Stopped, TrainingError
-from fastsimgan.pools import open_pools
-from fastsimgan.run_folder import ATTEMPTS, RunFolder
-from fastsimgan.runtime.refiner import read_refiner
-from fastsimgan.training import fit
+from fastsimgan.inference.refiner import read_refiner
+from fastsimgan.storage.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from fastsimgan.training.batches import open_pools
+from fastsimgan.training.loop import fit
+from fastsimgan.training.run_directory import ATTEMPTS, RunFolder
+from fastsimgan.training.simgan import SimGAN
 from tests.killed_runs import CONFIG, files, images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +89,7 @@ def test_resume_after_a_signal_goes_on_from_the_very_step(number, at, pair, tmp_
     folder = tmp_path / "stopped"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("fastsimgan.signals.PATIENCE", 600.0)  # the machine may be busy
+    monkeypatch.setattr("fastsimgan.training.graceful_stop.PATIENCE", 600.0)  # the machine may be busy
     record, handler = RunFolder.record, signal.getsignal(number)
 
     def send(self, phase, step, metrics):
@@ -260,8 +260,8 @@ def test_nan_again_and_again_stops_and_names_the_batch(pair, tmp_path, monkeypat
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_resume_needs_the_rest_of_the_state(precision, pair, tmp_path, monkeypatch):
     """As below, for what only some runs have: a K_g that moves, a way back from NaN, float16's loss scales."""
-    monkeypatch.setattr("fastsimgan.algorithm._WINDOW", 4)
-    monkeypatch.setattr("fastsimgan.algorithm._BAND", (-1.0, -0.5))  # K_g rises after every fourth iteration
+    monkeypatch.setattr("fastsimgan.training.simgan._WINDOW", 4)
+    monkeypatch.setattr("fastsimgan.training.simgan._BAND", (-1.0, -0.5))  # K_g rises after every fourth iteration
     config = dataclasses.replace(CONFIG, steps=10, keep=10, k_g_max=4, precision=precision, picture_every=100)
     with monkeypatch.context() as patch:
         poison(patch, at=3, times=1, where="loss")

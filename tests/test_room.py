@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastsimgan.data import room
-from fastsimgan.data.source import open_images
+from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.errors import InputError
+from fastsimgan.hardware import memory as module
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def write(kind, path, images):
 @pytest.mark.parametrize("kind", ["folder", "shards", "hdf5"])
 @pytest.mark.parametrize("memory", [539, 540])
 def test_what_takes_more_than_half_of_the_memory_is_mapped(kind, memory, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "available_memory", lambda: memory)
+    monkeypatch.setattr(module, "available_memory", lambda: memory)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
     (tmp_path / "t").mkdir()
     (tmp_path / "in").mkdir()
@@ -59,7 +59,7 @@ def test_a_full_disk_is_said_before_anything_is_decoded(images, tmp_path, monkey
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(room, "available_memory", lambda: 100)
+    monkeypatch.setattr(module, "available_memory", lambda: 100)
     monkeypatch.setattr(os, "posix_fallocate", full)
     source = open_images(write("folder", tmp_path, images))
     with pytest.raises(InputError, match=r"must fit half of the memory or the disk of .* \(TMPDIR\): No space left"):
@@ -68,7 +68,7 @@ def test_a_full_disk_is_said_before_anything_is_decoded(images, tmp_path, monkey
 
 def test_available_memory_is_that_of_the_machine():
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < room.available_memory() <= physical
+    assert 0 < module.available_memory() <= physical
 
 
 @pytest.mark.parametrize("damage", ["no tar", "cut short"])

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.histogram import equalise, non_uniformity
+from fastsimgan.data.equalisation import equalise, non_uniformity
 from fastsimgan.errors import InputError, UnavailableError
+from fastsimgan.hardware.precision import cpu_has_bfloat16
+from fastsimgan.inference import load_refiner, save_refiner, torch_backend
+from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.models import refiner as network
-from fastsimgan.precision import cpu_has_bfloat16
-from fastsimgan.runtime import backend, load_refiner, save_refiner
-from fastsimgan.runtime.backend import prepare
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_images_without_a_pixel_are_refused(identity):
 
 
 def test_a_large_batch_is_taken_in_parts_that_caches_hold(monkeypatch):
-    monkeypatch.setattr(backend, "_IN_CACHE", 4 * 20 * 8 * 9 * 3)  # three images for each thread
+    monkeypatch.setattr(torch_backend, "_IN_CACHE", 4 * 20 * 8 * 9 * 3)  # three images for each thread
     seen = []
 
     def call(images):
@@ -71,11 +71,11 @@ def test_a_large_batch_is_taken_in_parts_that_caches_hold(monkeypatch):
 
     at_once = 3 * torch.get_num_threads()
     images = torch.rand(2 * at_once + 1, 1, 8, 9)
-    assert torch.equal(backend.in_cache(call, images, 20), images * 2)
+    assert torch.equal(torch_backend.in_cache(call, images, 20), images * 2)
     assert len(seen) == 3 and max(seen) <= at_once and max(seen) - min(seen) <= 1  # none is left with one alone
     seen.clear()
     large = torch.rand(2, 1, 80, 90)
-    assert torch.equal(backend.in_cache(call, large, 20), large * 2) and seen == [2]
+    assert torch.equal(torch_backend.in_cache(call, large, 20), large * 2) and seen == [2]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -108,7 +108,7 @@ def test_bfloat16_on_a_cpu_is_within_two_grey_levels(tmp_path, width):
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_precisions_that_a_processor_lacks_are_refused(identity, tmp_path, monkeypatch, precision):
-    monkeypatch.setattr(backend, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(torch_backend, "cpu_has_bfloat16", lambda: False)
     needs = {"float16": "needs a CUDA device, got cpu", "bfloat16": "needs a CPU that computes in it"}[precision]
     with pytest.raises(InputError, match=f"precision {precision} {needs}"):
         load_refiner(tmp_path, device="cpu", precision=precision)

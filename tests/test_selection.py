@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastsimgan import selection
-from fastsimgan.algorithm import SimGAN
-from fastsimgan.checkpoint import flatten, load_checkpoint
 from fastsimgan.config import TrainConfig
 from fastsimgan.errors import InputError, TrainingError
 from fastsimgan.metrics.realism import kernel_distance, random_features
-from fastsimgan.pools import open_pools
-from fastsimgan.selection import Selection
-from fastsimgan.training import fit
+from fastsimgan.storage.checkpoint import flatten, load_checkpoint
+from fastsimgan.training import model_selection
+from fastsimgan.training.batches import open_pools
+from fastsimgan.training.loop import fit
+from fastsimgan.training.model_selection import Selection
+from fastsimgan.training.simgan import SimGAN
 from tests.killed_runs import CONFIG, files
 
 CPU = torch.device("cpu")
@@ -75,8 +75,8 @@ def test_the_look_with_the_lowest_distance_from_real_images_is_kept(watched):
 
 def load_like(trainer, tensors, pools):
     trainer.average.load_state_dict({name.removeprefix("best."): value for name, value in tensors.items()})
-    refined = selection.Refiner.from_module(trainer.average, pools.histogram, CPU)
-    return refined(selection.some_synthetic(pools.arrays["synthetic"]))
+    refined = model_selection.Refiner.from_module(trainer.average, pools.histogram, CPU)
+    return refined(model_selection.some_synthetic(pools.arrays["synthetic"]))
 
 
 def test_a_look_takes_no_random_number(watched):
@@ -89,13 +89,13 @@ def test_a_look_takes_no_random_number(watched):
 def scripted(monkeypatch, *drifts: float) -> None:
     """Have the looks find these drifts, one after the other."""
     coming = iter(drifts)
-    real = selection.label_drift
+    real = model_selection.label_drift
 
     def drift(synthetic, refined):
         found = real(synthetic, refined)
         return found | {"pupil_found": 0.0, "edges_px": found["edges_px"] | {"median": next(coming, 0.0)}}
 
-    monkeypatch.setattr(selection, "label_drift", drift)
+    monkeypatch.setattr(model_selection, "label_drift", drift)
 
 
 def test_training_stops_beyond_the_limit_and_the_refiner_is_the_best_look_before(tmp_path, monkeypatch):

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastsimgan import inputs
-from fastsimgan.data.shards import read_samples, sample_key
+from fastsimgan.data.formats.webdataset import read_samples, sample_key
 from fastsimgan.errors import InputError
-from fastsimgan.inputs import ShardsInput
-from fastsimgan.outputs import open_arrays
-from fastsimgan.verification import verify
-from fastsimgan.workers import Job, refine
+from fastsimgan.refinement import sources
+from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement.sinks import open_arrays
+from fastsimgan.refinement.sources import ShardsInput
+from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)
 
@@ -244,7 +244,7 @@ def test_datasets_reads_our_folder(model: Path, tmp_path: Path, monkeypatch: pyt
 
 def with_files_beside(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """Two shards at ``path`` and files beside them, more than a block; returns the files' bytes."""
-    monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 2)
+    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 2)
     for number in range(2):
         members = [(f"d/{i}.png", png(i)) for i in range(3 * number, 3 * number + 3)]
         write(path / f"s{number}.tar", members + [(f"d/{3 * number}.cls", b"7")])

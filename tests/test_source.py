@@ -19,11 +19,7 @@ import torch
 from PIL import Image
 from properties import given, st
 
-from fastsimgan.data.arrays import ArrayImages
-from fastsimgan.data.carried import scan_png
-from fastsimgan.data.files import copy_file, natural_key, printable, staged
-from fastsimgan.data.folder import FolderImages
-from fastsimgan.data.images import (
+from fastsimgan.data.formats.image_file import (
     Header,
     StoredImage,
     _decode_plain,
@@ -32,11 +28,15 @@ from fastsimgan.data.images import (
     read_image,
     write_image,
 )
+from fastsimgan.data.formats.image_folder import FolderImages
+from fastsimgan.data.formats.image_metadata import scan_png
+from fastsimgan.data.formats.numpy_file import ArrayImages
+from fastsimgan.data.formats.open_images import open_images
+from fastsimgan.data.pixel_values import from_float, to_float
 from fastsimgan.data.reading import Reading
-from fastsimgan.data.source import open_images
-from fastsimgan.data.threads import in_threads
-from fastsimgan.data.values import from_float, to_float
 from fastsimgan.errors import InputError
+from fastsimgan.hardware.threads import in_threads
+from fastsimgan.storage.files import copy_file, natural_key, printable, staged
 
 RNG = np.random.default_rng(0)
 GREY8 = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
@@ -233,8 +233,8 @@ def test_big_endian_tiff(tmp_path: Path) -> None:
 
 
 def pillow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsimgan.data.images.simplejpeg", None)
-    monkeypatch.setattr("fastsimgan.data.images.cv2", None)
+    monkeypatch.setattr("fastsimgan.data.formats.image_file.simplejpeg", None)
+    monkeypatch.setattr("fastsimgan.data.formats.image_file.cv2", None)
 
 
 PLAIN = [
@@ -787,6 +787,6 @@ def test_zip_bomb_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pyte
 
 
 def test_reading_imports_no_torch() -> None:
-    modules = "fastsimgan.data.source, fastsimgan.data.values, fastsimgan.pipeline"
+    modules = "fastsimgan.data.formats.open_images, fastsimgan.data.pixel_values, fastsimgan.refinement.worker"
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from fastsimgan.config import TrainConfig
-from fastsimgan.data import histogram
-from fastsimgan.data.histogram import equalise
+from fastsimgan.data import equalisation
+from fastsimgan.data.equalisation import equalise
 from fastsimgan.errors import UnavailableError
-from fastsimgan.exporting import export
+from fastsimgan.exporting.export import export
+from fastsimgan.hardware.precision import cpu_has_bfloat16
+from fastsimgan.inference import load_refiner, save_refiner, tiles
 from fastsimgan.models.refiner import Refiner
-from fastsimgan.precision import cpu_has_bfloat16
-from fastsimgan.runtime import load_refiner, save_refiner, tiles
 
 FILES = ["refiner.safetensors", "refiner.onnx", "refiner.fp16.onnx", "refiner.u8.fp16.onnx", "refiner.u8.int8-cpu.onnx"]
 
@@ -103,7 +103,7 @@ def test_a_large_picture_is_equalised_in_pieces(dtype: torch.dtype, monkeypatch:
     images = (images * (1 if dtype == torch.uint8 else 200)).to(dtype)
     images[1] = 7
     whole = equalise(images)
-    monkeypatch.setattr(histogram, "LARGE", 1000)
+    monkeypatch.setattr(equalisation, "LARGE", 1000)
     assert torch.equal(equalise(images), whole)
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import fastsimgan
-from fastsimgan.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from fastsimgan.config import PRESETS, TrainConfig, preset
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import InputError, TrainingError
-from fastsimgan.guard import WINDOW, GuardRails
+from fastsimgan.storage.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from fastsimgan.train import main
-from fastsimgan.training import fit
+from fastsimgan.training.loop import fit
+from fastsimgan.training.monitor import WINDOW, GuardRails
 
 SMALL = {"width": 20, "blocks": 1, "batch_size": 4, "history": 6, "pretrain_discriminator": 2, "device": "cpu"}
 
@@ -171,7 +171,7 @@ def test_guard_rails_speak_once_a_stay():
 
 
 def test_equalised_real_images_make_the_synthetic_ones_equalised(tmp_path):
-    from fastsimgan.data.histogram import equalise
+    from fastsimgan.data.equalisation import equalise
 
     plain = (images(12, 0) // 4 + 60).astype(np.uint8)
     equal = equalise(torch.from_numpy(images(9, 1) // 3)[:, None])[:, 0].numpy()

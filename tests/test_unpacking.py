@@ -16,11 +16,11 @@ import test_packed
 from PIL import Image
 from test_blocks import load_invert
 
-from fastsimgan import inputs
-from fastsimgan.data.images import read_image
+from fastsimgan.data.formats.image_file import read_image
 from fastsimgan.errors import InputError
-from fastsimgan.verification import verify
-from fastsimgan.workers import Job, check, refine
+from fastsimgan.refinement import sources
+from fastsimgan.refinement.local_workers import Job, check, refine
+from fastsimgan.refinement.verification import verify
 
 COUNT = 23
 
@@ -34,8 +34,8 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "FILES_PER_BLOCK", 10)
-    monkeypatch.setattr(inputs, "BYTES_PER_BLOCK", 10 * 35)
+    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 10)
+    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 10 * 35)
 
 
 class Invert:

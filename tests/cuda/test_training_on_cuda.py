@@ -13,22 +13,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsimgan import acceleration, algorithm
-from fastsimgan.acceleration import GraphedIterations, compile_networks, why_no_graph
-from fastsimgan.algorithm import OneTensor, SimGAN
-from fastsimgan.checkpoint import load_checkpoint
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.histogram import equalise
+from fastsimgan.data.equalisation import equalise
 from fastsimgan.data.sampler import Sampler
-from fastsimgan.device import current
 from fastsimgan.errors import UnavailableError
+from fastsimgan.hardware.device import current
 from fastsimgan.ops import history_swap
 from fastsimgan.ops.residual_block_race import RaceResult
-from fastsimgan.pools import Pools, open_pools
-from fastsimgan.ranks import Ranks
-from fastsimgan.reports import Numbers
-from fastsimgan.run_folder import RunFolder
-from fastsimgan.training import fit
+from fastsimgan.storage.checkpoint import load_checkpoint
+from fastsimgan.training import acceleration, simgan
+from fastsimgan.training.acceleration import GraphedIterations, compile_networks, why_no_graph
+from fastsimgan.training.batches import Pools, open_pools
+from fastsimgan.training.data_parallel import Ranks
+from fastsimgan.training.loop import fit
+from fastsimgan.training.progress import Numbers
+from fastsimgan.training.run_directory import RunFolder
+from fastsimgan.training.simgan import OneTensor, SimGAN
 
 PRETEND = os.environ.get("FASTSIMGAN_PRETEND_CUDA") == "1"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -43,7 +43,7 @@ CLOSE = {"rtol": 1e-5 if PRETEND else 1e-3, "atol": 1e-6}
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
     """No step is taken for slow: before those the ones before are reported, and the pretend device takes its time."""
-    monkeypatch.setattr("fastsimgan.training._SLOW", float("inf"))
+    monkeypatch.setattr("fastsimgan.training.loop._SLOW", float("inf"))
 
 
 @pytest.fixture(autouse=True)
@@ -212,8 +212,8 @@ def test_how_far_several_are_when_they_go_back_does_not_depend_on_their_clocks(t
             under_way.append(self.trainer.step)
             go_back(self, *arguments)
 
-        monkeypatch.setattr("fastsimgan.training._SLOW", slow)
-        monkeypatch.setattr("fastsimgan.training.join_ranks", lambda device: (Two(), device))
+        monkeypatch.setattr("fastsimgan.training.loop._SLOW", slow)
+        monkeypatch.setattr("fastsimgan.training.loop.join_ranks", lambda device: (Two(), device))
         monkeypatch.setattr(RunFolder, "go_back", watched)
         with monkeypatch.context() as patch:
             patch.setattr(Numbers, "read", poisoned)
@@ -244,8 +244,8 @@ def test_equalising_is_deterministic():
 
 def test_k_g_grows_on_a_small_set_without_moving_what_graphs_read(tmp_path, monkeypatch):
     """Its decision needs the newest accuracy: that one is waited for."""
-    monkeypatch.setattr(algorithm, "_WINDOW", 3)
-    monkeypatch.setattr(algorithm, "_BAND", (-1.0, -0.5))
+    monkeypatch.setattr(simgan, "_WINDOW", 3)
+    monkeypatch.setattr(simgan, "_BAND", (-1.0, -0.5))
     config = dataclasses.replace(SMALL, k_g=1, k_g_max=4, steps=14, checkpoint_every=20)
     for device in ("cpu", "cuda"):
         fit(images(12, 0), images(9, 1), dataclasses.replace(config, device=device, out=tmp_path / device))
@@ -355,7 +355,7 @@ def test_the_second_device_trains(tmp_path):
 @pytest.mark.parametrize(("method", "slow"), [("remember", 0.0), ("checkpoint", float("inf"))])
 def test_a_state_that_is_kept_is_that_of_reported_steps(method, slow, tmp_path, monkeypatch):
     """A checkpoint, and what SIGTERM would write in a slow step: metrics.jsonl holds all steps up to it."""
-    monkeypatch.setattr("fastsimgan.training._SLOW", slow)
+    monkeypatch.setattr("fastsimgan.training.loop._SLOW", slow)
     call, seen = getattr(RunFolder, method), []
 
     def called(self, *arguments):
