@@ -78,8 +78,8 @@ class Refiner(nn.Module):
     - "change": it is added to the image before the tanh, see `put_together`. The image goes round the network, so that
       features hold the change alone: 16 bits are enough for them, and R begins exactly as the identity, of any width
       and any number of channels, as the last layer begins at zero.
-    - "image": it is the image, before the tanh, as in the paper. The image goes through the network, which must learn to
-      hand it on.
+    - "image": it is the image, before the tanh, as in the paper. The image goes through the network, which must learn
+      to hand it on.
 
     The paper's gaze refiner is ``Refiner(1, computes="image")`` (3×3 → 64, 4 blocks, 296 k parameters), its hand
     refiner ``Refiner(1, blocks=10, first_kernel=7, computes="image")``. Borders are padded with zeros.
