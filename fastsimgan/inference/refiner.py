@@ -277,13 +277,9 @@ class RefinerFile:
     settings: dict[str, Any]
     training: str  # JSON, the settings it was trained with
     sha256: str
-
-    @property
-    def in_features(self) -> bool:
-        """Whether it carries the image as small differences of large features, as earlier versions had R begin at the
-        identity. In float16 throughout such a refiner was up to 36 grey levels off."""
-        lanes = bool(json.loads(self.training).get("identity_init")) and self.settings["computes"] == "image"
-        return lanes and bool(self.settings["width"] >= 20 * self.settings["channels"])
+    in_features: bool
+    """Whether it carries the image as small differences of large features, as earlier versions had R begin at the
+    identity. In float16 throughout such a refiner was up to 36 grey levels off."""
 
 
 def read_refiner(path: Path) -> RefinerFile:
@@ -314,10 +310,13 @@ def read_refiner(path: Path) -> RefinerFile:
                 computes=settings.setdefault("computes", "image"),
             )
         module.load_state_dict(tensors, assign=True)
+        training = header.get("training", "{}")
+        began_there = settings["computes"] == "image" and dict(json.loads(training)).get("identity_init") is True
+        in_features = began_there and settings["width"] >= 20 * settings["channels"]  # narrower ones began at random
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{file}: not a whole refiner: {type(error).__name__}: {reason}") from error
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{file}: weights must be finite, got NaN or Inf in {name}")
-    return RefinerFile(module, settings, header.get("training", "{}"), hashlib.sha256(data).hexdigest())
+    return RefinerFile(module, settings, training, hashlib.sha256(data).hexdigest(), in_features)

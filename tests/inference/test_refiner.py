@@ -188,6 +188,7 @@ def broken(tmp_path, **changes):
         ({"first_kernel": 4}, "first_kernel must be odd"),
         ({"histogram": "rm -rf"}, "histogram must be keep or equalise"),
         ({"channels": None}, "not a whole refiner"),
+        ({"computes": []}, "computes must be change or image"),
         ({"computes": "both"}, "computes must be change or image, got 'both'"),
     ],
 )

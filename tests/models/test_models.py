@@ -95,7 +95,7 @@ def test_at_the_identity_every_pixel_has_its_gradient(channels):
     images = torch.tensor([-1.0, -0.5, 0.0, 1.0]).expand(1, channels, 4, 4)
     change = torch.zeros(images.shape, requires_grad=True)
     put_together(images, change, "change").sum().backward()
-    assert (change.grad > 0.1).all()  # at black and white too
+    assert (change.grad > 0.4).all()  # at black and white too
     refiner(images).square().sum().backward()
     assert refiner.last.weight.grad.abs().max() > 0
     assert not refiner.first.weight.grad.any()  # nothing passes the last layer, which is zero, in the first step
