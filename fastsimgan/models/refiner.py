@@ -160,10 +160,10 @@ CURVE = 0.8
 def put_together(images: Tensor, computed: Tensor, computes: str) -> Tensor:
     """The refined images, at least float32, from the images and what R's last layer ``computed``, see `Refiner`.
 
-    Of a change u it is ``tanh(atanh(s x) + u) / s``, held in [-1, 1], s = `CURVE`: u is added before the tanh, where the
-    paper's network computes the image. A small u moves mid grey by 1.25 u, black and white by 0.45 u; with s = 1 these
-    could not move at all. A u of 0 leaves every bit of the image as it is: hence written as x and what is added to it,
-    with t = tanh(u).
+    Of a change u it is ``tanh(atanh(s x) + u) / s``, held in [-1, 1], s = `CURVE`: u is added before the tanh, where
+    the paper's network computes the image. A small u moves mid grey by 1.25 u, black and white by 0.45 u; with s = 1
+    these could not move at all. A u of 0 leaves every bit of the image as it is: hence written as x and what is added
+    to it, with t = tanh(u).
     """
     if computed.dtype in (torch.float16, torch.bfloat16):
         computed = computed.float()
