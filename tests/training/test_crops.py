@@ -424,7 +424,7 @@ def test_renders_and_photos_of_many_sizes_train_with_no_flag(tmp_path: Path, cap
         assert main([*command, "--resume", *change]) == 2
         assert "must stay" in capsys.readouterr().err
     for extra, text in (
-        (["--resize-real", "none", "--width", "20", "--dry-run"], "R starts at random weights"),
+        (["--resize-real", "none", "--width", "20", "--dry-run"], "nothing written"),
         (["--resize-real", "0.5", "--dry-run"], "real: 5 of 5 images resized by 0.5 (--resize-real)"),
         (["--crop", "24", "26", "--dry-run"], "crop: 24x26 at random places (--crop)"),
     ):
