@@ -289,6 +289,23 @@ def test_the_fallback_of_the_bfloat16_op_is_autocast() -> None:
 
 
 @needs_amx
+def test_amx_takes_bfloat16_features_and_gives_float32_ones() -> None:
+    """What a first layer under autocast hands on."""
+    features, *layers = arguments((2, 32, 7, 9))
+    narrow = features.bfloat16().requires_grad_()
+    out = residual_block(narrow, *layers, "amx")
+    assert out.dtype == torch.float32 and torch.equal(out, residual_block(narrow.float(), *layers, "amx"))
+    (grad,) = torch.autograd.grad(out.sum(), narrow)
+    assert grad.dtype == torch.bfloat16 and bool(grad.any())
+
+
+def test_cpp_takes_no_16_bits() -> None:
+    features, *layers = arguments((1, 16, 5, 5))
+    with pytest.raises(UnavailableError, match=r"residual_block impl='cpp': (it needs float32 on a CPU|.*)"):
+        residual_block(features.bfloat16(), *layers, "cpp")
+
+
+@needs_amx
 def test_the_refiner_takes_amx_under_autocast() -> None:
     refiner = trained(1, width=32, blocks=2)
     images = torch.rand(2, 1, 9, 11) * 2 - 1
