@@ -121,6 +121,17 @@ def test_a_fresh_refiner_is_the_identity_to_the_bit_in_every_form(tmp_path: Path
             assert np.array_equal(refiner(every), every), (name, refiner.backend.name)
 
 
+def test_the_papers_network_is_exported_too(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run", "equalise", channels=1, width=8, blocks=2, computes="image")
+    quantise = tuple(exporting.QUANTISED)
+    exporting.export(folder, tmp_path / "out", quantise=quantise, min_psnr=30, say=lambda line: None)
+    images = simulate_eyes(5, 1)["images"]
+    want = load_refiner(folder, "cpu")(images)
+    for name in (*FLOATS, "refiner.u8.fp16.onnx"):
+        assert np.abs(load_refiner(tmp_path / "out" / name, "cpu")(images).astype(int) - want).max() <= 1
+    assert np.abs(want.astype(int) - images).mean() > 20  # at random weights it is no identity
+
+
 def test_a_refiner_that_carries_the_image_in_its_features_is_float32_alone(tmp_path: Path) -> None:
     """One of a version before --computes; its header has no such setting, and says how it began."""
     run = before_computes(tmp_path / "run", identity_init=True, width=20, blocks=2)
