@@ -188,6 +188,8 @@ def start(job: Job) -> tuple[Run, Input, Output]:
         settings["pixels in a batch"] = job.pixels
     if job.compiled:
         settings["compiled"] = True
+    if job.precision != "float32":  # earlier versions, which do not say so, had float32 between the blocks
+        settings["features"] = "16 bits"
     if job.block != tuning.BLOCK:
         settings["residual block"] = job.block
     try:

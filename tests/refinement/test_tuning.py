@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastsimgan.config import TrainConfig
+from fastsimgan.errors import InputError
 from fastsimgan.inference import save_refiner
 from fastsimgan.models.refiner import Refiner
 from fastsimgan.ops import _shared, residual_block, residual_block_race
@@ -127,3 +128,16 @@ def test_on_a_cpu_a_run_is_what_it_always_was(tmp_path: Path, refiner: Path) -> 
     given = Job(refiner, tmp_path / "in.npy", tmp_path / "out.npy", device="cpu", batch_size=64)
     assert start(given)[0].identity == run.identity
     assert refine(given).images == 70 and refine(job).images == 70
+
+
+def test_a_run_in_16_bits_of_an_earlier_version_is_not_gone_on_with(refiner: Path, tmp_path: Path) -> None:
+    """Their features were float32 between the blocks, and so were the first and the last layer: other bytes."""
+    np.save(tmp_path / "in.npy", np.zeros((70, 4, 5), np.uint8))
+    job = Job(refiner, tmp_path / "in.npy", tmp_path / "out.npy", device="cpu", precision="bfloat16")
+    run, *_ = start(job)
+    assert run.identity["features"] == "16 bits" and start(job)[0].identity == run.identity
+    record = json.loads((run.state / "run.json").read_text())
+    del record["identity"]["features"]
+    (run.state / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="its features is None, here it is 16 bits"):
+        start(job)
