@@ -89,6 +89,14 @@ def test_the_change_is_added_before_the_tanh():
     torch.testing.assert_close(put_together(images, change, "change"), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("computes", ["change", "image"])
+def test_only_the_computed_change_is_rounded_to_16_bits(computes):
+    images, computed = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for dtype in (torch.float16, torch.bfloat16):
+        exact = put_together(images, computed.to(dtype).float(), computes)
+        assert torch.equal(put_together(images, computed.to(dtype), computes), exact)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_at_the_identity_every_pixel_has_its_gradient(channels):
     refiner = Refiner(channels, width=8, blocks=1)
