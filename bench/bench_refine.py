@@ -32,8 +32,8 @@ from fastsimgan.data.formats.image_file import decode_image, encode_image
 from fastsimgan.inference import load_refiner
 from fastsimgan.inference.per_core import CoreRefiner
 from fastsimgan.refine import print_stages
-from fastsimgan.refinement import sources
 from fastsimgan.refinement.local_workers import Job, Report, refine, start
+from fastsimgan.refinement.sources import folder as sources
 from fastsimgan.refinement.tuning import PIXELS_PER_BATCH, fitting
 
 TIMES = 8  # as many packed images as files: they take a fraction of a second otherwise

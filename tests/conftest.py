@@ -62,7 +62,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block of work is ten files, or ten images of five rows and seven columns."""
-    from fastsimgan.refinement import sources
+    from fastsimgan.refinement.sources import folder as sources
 
     monkeypatch.setattr(sources, "FILES_PER_BLOCK", 10)
     monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 10 * 35)

@@ -23,10 +23,10 @@ from fastsimgan.data.formats.image_file import JPEG_QUALITY, codecs
 from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
 from fastsimgan.refinement import tuning
 from fastsimgan.refinement.run_directory import Run, identity_on_record, open_run, partial_of
-from fastsimgan.refinement.sinks import ArraysOutput, FolderOutput, Output, PackedOutput, ShardsOutput
-from fastsimgan.refinement.sources import ArraysInput, FolderInput, Input, ShardsInput, open_input
+from fastsimgan.refinement.sinks.packed import ArraysOutput, FolderOutput, Output, PackedOutput, ShardsOutput
+from fastsimgan.refinement.sources.folder import ArraysInput, FolderInput, Input, ShardsInput, open_input
+from fastsimgan.refinement.sources.unpacked import UnpackedInput
 from fastsimgan.refinement.tuning import fitting
-from fastsimgan.refinement.unpacked import UnpackedInput
 from fastsimgan.refinement.worker import DeviceRefiner, ImageRefiner, Progress, Worker
 from fastsimgan.storage.files import hash_file, printable
 

@@ -25,10 +25,18 @@ from fastsimgan.data.formats.numpy_file import UNIT, Span, check_range
 from fastsimgan.data.pixel_values import WHITE
 from fastsimgan.errors import SKIP, FastSimGANError, InputError
 from fastsimgan.refinement.run_directory import Claim, Run
-from fastsimgan.refinement.sinks import ArraysBlock, ArraysOutput, FolderBlock, Output, PackedOutput, ShardBlock, sha256
-from fastsimgan.refinement.sources import ArraysInput, Input, RawUnit
+from fastsimgan.refinement.sinks.packed import (
+    ArraysBlock,
+    ArraysOutput,
+    FolderBlock,
+    Output,
+    PackedOutput,
+    ShardBlock,
+    sha256,
+)
+from fastsimgan.refinement.sources.folder import ArraysInput, Input, RawUnit
+from fastsimgan.refinement.sources.unpacked import UnpackedInput
 from fastsimgan.refinement.tuning import PIXELS_PER_BATCH, fitting
-from fastsimgan.refinement.unpacked import UnpackedInput
 from fastsimgan.storage.files import printable
 
 BYTES_AHEAD = 1 << 27  # of decoded images that wait to be put into batches

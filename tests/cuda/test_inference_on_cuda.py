@@ -21,8 +21,9 @@ from fastsimgan.inference import load_refiner, save_refiner, torch_backend
 from fastsimgan.inference.refiner import Refiner
 from fastsimgan.inference.torch_backend import Replay, TorchBackend
 from fastsimgan.models import refiner as network
-from fastsimgan.refinement import local_workers, sources, tuning
+from fastsimgan.refinement import local_workers, tuning
 from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement.sources import folder as sources
 
 OTHER = torch.device("cuda:1")
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

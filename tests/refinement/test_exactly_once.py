@@ -33,9 +33,10 @@ from builders import (
 )
 
 from fastsimgan.errors import FastSimGANError, InputError
-from fastsimgan.refinement import local_workers, run_directory, sources
+from fastsimgan.refinement import local_workers, run_directory
 from fastsimgan.refinement.local_workers import Job, refine, start
 from fastsimgan.refinement.run_directory import Run
+from fastsimgan.refinement.sources import folder as sources
 from fastsimgan.refinement.verification import verify
 
 TESTS = str(Path(__file__).resolve().parents[1])
@@ -337,7 +338,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import builders
-from fastsimgan.refinement import sources
+from fastsimgan.refinement.sources import folder as sources
 from fastsimgan.refinement.local_workers import Job, refine
 
 if __name__ in ("__main__", "__mp_main__"):

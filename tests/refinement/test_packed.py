@@ -132,7 +132,8 @@ def test_killed_at_the_end_between_any_two_steps(
     to: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last block is committed and the file put together and published; each step may be the last one."""
-    from fastsimgan.refinement import run_directory, sinks
+    from fastsimgan.refinement import run_directory
+    from fastsimgan.refinement.sinks import packed as sinks
 
     source = make_folder(tmp_path / "in", 8)
     packed(model, source, tmp_path / f"whole{SUFFIX[to]}")

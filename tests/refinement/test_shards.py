@@ -16,10 +16,10 @@ from PIL import Image
 
 from fastsimgan.data.formats.webdataset import read_samples, sample_key
 from fastsimgan.errors import InputError
-from fastsimgan.refinement import sources
 from fastsimgan.refinement.local_workers import Job, refine
-from fastsimgan.refinement.sinks import open_arrays
-from fastsimgan.refinement.sources import ShardsInput
+from fastsimgan.refinement.sinks.packed import open_arrays
+from fastsimgan.refinement.sources import folder as sources
+from fastsimgan.refinement.sources.folder import ShardsInput
 from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)

@@ -25,10 +25,11 @@ from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.errors import InputError
 from fastsimgan.inference import save_refiner
 from fastsimgan.models.refiner import Refiner
-from fastsimgan.refinement import sources, worker
+from fastsimgan.refinement import worker
 from fastsimgan.refinement.local_workers import Job, Report, refine, start
 from fastsimgan.refinement.run_directory import Run, state_of
-from fastsimgan.refinement.sinks import FolderBlock
+from fastsimgan.refinement.sinks.packed import FolderBlock
+from fastsimgan.refinement.sources import folder as sources
 from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)

@@ -25,8 +25,8 @@ from fastsimgan.data.formats.packed_writer import WRITERS
 from fastsimgan.data.formats.webdataset import read_members, sample_key, shard_stem
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.run_directory import Run, read_lines, rename, writing
-from fastsimgan.refinement.sources import ArraysInput, FolderInput, Part, RawUnit, ShardsInput
-from fastsimgan.refinement.unpacked import UnpackedInput
+from fastsimgan.refinement.sources.folder import ArraysInput, FolderInput, Part, RawUnit, ShardsInput
+from fastsimgan.refinement.sources.unpacked import UnpackedInput
 from fastsimgan.storage.files import printable
 
 FLUSH = 1 << 20  # bytes (or values) copied at a time

@@ -17,8 +17,8 @@ from fastsimgan.data.formats.labels import Labels, is_label_file
 from fastsimgan.data.formats.listing import STATE, stems
 from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.errors import InputError
-from fastsimgan.refinement import sources
-from fastsimgan.refinement.sources import ArraysInput, Part, RawUnit
+from fastsimgan.refinement.sources import folder as sources
+from fastsimgan.refinement.sources.folder import ArraysInput, Part, RawUnit
 from fastsimgan.storage.files import printable
 
 
