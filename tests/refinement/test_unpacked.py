@@ -18,7 +18,8 @@ from PIL import Image
 
 from fastsimgan.data.formats.image_file import read_image
 from fastsimgan.errors import InputError
-from fastsimgan.refinement.local_workers import Job, check, refine
+from fastsimgan.refinement.job import Job, check
+from fastsimgan.refinement.run import refine
 from fastsimgan.refinement.verification import verify
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
