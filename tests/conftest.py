@@ -60,8 +60,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block of work is ten files, or ten images of five rows and seven columns."""
+def small_work_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A work unit is ten files, or ten images of five rows and seven columns."""
     from fastsimgan.refinement.sources import base
 
     monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 10)

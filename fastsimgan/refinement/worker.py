@@ -17,7 +17,7 @@ from concurrent.futures import wait
 import numpy as np
 
 from fastsimgan.refinement.batching import Batching, Decoder
-from fastsimgan.refinement.image_refiner import ImageRefiner, RefinerDriver, Wait
+from fastsimgan.refinement.image_refiner import RefinerDriver, Wait
 from fastsimgan.refinement.lease import Lease
 from fastsimgan.refinement.manifest import Provenance
 from fastsimgan.refinement.open_unit import Batch, OpenUnit
@@ -36,26 +36,17 @@ class Worker:
 
     Args:
         session: whose units it does.
-        refiner: any `ImageRefiner`. It sees batches of images of one size and type.
-        threads: threads for decoding, and as many again for encoding.
-        report: called after each batch and each commit.
+        refiner: sees batches of images of one size and type.
+        threads: for decoding, and as many again for encoding.
 
     Raises:
         InputError: if all images are known to have other channels than the refiner.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        refiner: ImageRefiner,
-        *,
-        threads: int = 1,
-        report: Callable[[Progress], None] = lambda progress: None,
-    ) -> None:
+    def __init__(self, session: Session, refiner: RefinerDriver, threads: int) -> None:
         self.session = session
-        self.refiner = RefinerDriver(refiner)
+        self.refiner = refiner
         self.threads = threads
-        self.report = report
         session.source.check_channels(self.refiner.channels)
         self.provenance = Provenance(self.refiner.device_name, self.refiner.backend_name, versions())
         reading = ("read, decode", threads) if session.source.encoded else ("read", 1)
@@ -64,30 +55,31 @@ class Worker:
         self.times = StageTimes(stages | ({"device": 1} if self.refiner.is_queued else {}))
         self.read_stage, self.write_stage = reading[0], writing[0]
         self._begin = time.perf_counter()
-        self._telling = threading.Lock()
 
-    def run(self, work_units: Iterable[int]) -> None:
-        """Do each of ``work_units`` that can be leased.
+    def run(self, work_units: Iterable[int], report: Callable[[Progress], None]) -> None:
+        """Do each of ``work_units`` that can be leased; ``report`` is called after each batch and each commit.
 
         Raises:
             InputError: at a bad image ("fail") or a full disk.
         """
-        _Pass(self).run(work_units)
+        _Pass(self, report).run(work_units)
 
-    def tell(self, images: int, work_units: int) -> None:
-        """Report so many more."""
-        with self._telling:  # one at a time, whichever thread has something to tell
-            seconds = time.perf_counter() - self._begin
-            busy, threads = dict(self.times.busy), self.times.threads
-            backend, peak = self.refiner.backend_name, self.refiner.peak_bytes()
-            self.report(Progress(images, work_units, seconds, busy, threads, backend, peak))
+    def progress(self, images: int, work_units: int) -> Progress:
+        """So many more, and what the stages have done so far."""
+        seconds = time.perf_counter() - self._begin
+        busy, threads = dict(self.times.busy), self.times.threads
+        return Progress(
+            images, work_units, seconds, busy, threads, self.refiner.backend_name, self.refiner.peak_bytes()
+        )
 
 
 class _Pass:
     """One pass of a worker over work units."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, report: Callable[[Progress], None]) -> None:
         self.worker = worker
+        self.report = report
+        self._telling = threading.Lock()
         self.session = worker.session
         self.refiner = worker.refiner
         refining = worker.refiner.threads
@@ -191,7 +183,7 @@ class _Pass:
             )
         self.threads.acquire(self._slots)
         batch.unit.refined(len(images))
-        self.worker.tell(len(images), 0)
+        self._tell(len(images), 0)
         nbytes = images.nbytes
 
         def written() -> None:
@@ -214,7 +206,11 @@ class _Pass:
         with self.worker.times.time("commit"):
             self.session.run.commit(unit.close(self.worker.provenance), unit.manifest_lines())
             unit.lease.release()
-        self.worker.tell(unit.failed, 1)
+        self._tell(unit.failed, 1)
+
+    def _tell(self, images: int, work_units: int) -> None:
+        with self._telling:  # one at a time, whichever thread has something to tell
+            self.report(self.worker.progress(images, work_units))
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from fastsimgan.errors import InputError
 from fastsimgan.refinement import loading
+from fastsimgan.refinement.image_refiner import RefinerDriver
 from fastsimgan.refinement.loading import Loader
 from fastsimgan.refinement.report import Progress
 from fastsimgan.refinement.session import Session
@@ -61,20 +62,19 @@ def _do_units(session: Session, loader: Loader, worker: int, workers: int, repor
             done += progress.work_units
             report(progress)
 
-        working.report = count
-        working.run(left[offset:] + left[:offset])
+        working.run(left[offset:] + left[:offset], count)
         if not done:
             time.sleep(LOOK_AGAIN)
 
 
 def make_worker(session: Session, loader: Loader, worker: int, workers: int) -> Worker:
-    """Load the refiner; the `Worker` that it makes leases work units of the run."""
-    made = Worker(session, loader(session.job, worker, workers), threads=loading.cores(workers))
+    """Load the refiner, make it ready, and make the `Worker` that drives it."""
+    refiner = RefinerDriver(loader(session.job, worker, workers))
     file, choice = session.source.array_file, session.choice
     if choice.compiled and file is not None:
         height, width = file.size
-        made.refiner.warm_up(fitting(choice.batch_size, choice.pixels, height, width), height, width)
-    return made
+        refiner.warm_up(fitting(choice.batch_size, choice.pixels, height, width), height, width)
+    return Worker(session, refiner, loading.cores(workers))
 
 
 def _publish(session: Session) -> None:

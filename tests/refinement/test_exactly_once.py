@@ -53,7 +53,7 @@ SETS = int(os.environ.get("FASTSIMGAN_KILL_SETS", "2"))  # and 25
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
-    kind: str, model: Path, tmp_path: Path, small_blocks: None
+    kind: str, model: Path, tmp_path: Path, small_work_units: None
 ) -> None:
     make, suffix = MAKERS[kind]
     source = make(tmp_path / f"in{suffix}", 95, 0)
@@ -139,7 +139,7 @@ def test_a_touched_folder_with_the_same_names_goes_on(model: Path, tmp_path: Pat
     assert refine(job, loader=load_invert).images == 10
 
 
-def test_a_block_that_another_worker_holds_is_waited_for(model: Path, tmp_path: Path, small_blocks: None) -> None:
+def test_a_block_that_another_worker_holds_is_waited_for(model: Path, tmp_path: Path, small_work_units: None) -> None:
     job = Job(model, make_folder(tmp_path / "in", 30), tmp_path / "out", batch_size=5)
     run = open_session(job).run
     code = (
@@ -185,7 +185,7 @@ def test_a_file_system_without_locks_is_named(model: Path, tmp_path: Path, monke
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_full_disk_is_one_line_and_what_is_committed_stays(
-    kind: str, model: Path, tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+    kind: str, model: Path, tmp_path: Path, small_work_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, suffix = MAKERS[kind]
     job = Job(model, make(tmp_path / f"in{suffix}", 60, 0), tmp_path / f"out{suffix}", batch_size=5)
@@ -217,7 +217,7 @@ def test_a_full_disk_is_one_line_and_what_is_committed_stays(
 # --- verify
 
 
-def test_verify_finds_what_was_changed(model: Path, tmp_path: Path, small_blocks: None) -> None:
+def test_verify_finds_what_was_changed(model: Path, tmp_path: Path, small_work_units: None) -> None:
     source = make_folder(tmp_path / "in", 25)
 
     def output(name: str, **settings: Any) -> Path:
@@ -251,7 +251,7 @@ def rewrite(manifest: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".npy"])
-def test_verify_of_arrays(suffix: str, model: Path, tmp_path: Path, small_blocks: None) -> None:
+def test_verify_of_arrays(suffix: str, model: Path, tmp_path: Path, small_work_units: None) -> None:
     make = {".npz": make_npz, ".npy": make_npy}[suffix]
     job = Job(model, make(tmp_path / f"in{suffix}", 95), tmp_path / f"out{suffix}", batch_size=5)
     refine(job, loader=load_invert)
@@ -354,7 +354,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_kills(model: Path, tmp_path: Path, small_blocks: None) -> None:
+def test_kills(model: Path, tmp_path: Path, small_work_units: None) -> None:
     """Whole process groups are killed at random moments; with another number of workers at every start. Those that are
     killed refine in two threads, the run to compare with in one.
     """

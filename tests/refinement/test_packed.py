@@ -29,7 +29,7 @@ from fastsimgan.refinement.session import open_session
 from fastsimgan.refinement.verification import verify
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
-pytestmark = pytest.mark.usefixtures("small_blocks")
+pytestmark = pytest.mark.usefixtures("small_work_units")
 
 
 def packed(model: Path, source: Path, output: Path, **settings: Any) -> ArrayImages | HDF5Images:

@@ -22,7 +22,7 @@ from fastsimgan.refinement.job import Job, check
 from fastsimgan.refinement.run import refine
 from fastsimgan.refinement.verification import verify
 
-pytestmark = pytest.mark.usefixtures("small_blocks")
+pytestmark = pytest.mark.usefixtures("small_work_units")
 
 
 COUNT = 23
