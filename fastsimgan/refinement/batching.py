@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 
@@ -33,6 +32,9 @@ BYTES_PER_TASK = 1 << 17  # of pixels
 def task_size(nbytes: int) -> int:
     """Samples in a thread's task where each has ``nbytes`` of pixels."""
     return max(1, min(SAMPLES_PER_TASK, BYTES_PER_TASK // max(1, nbytes)))
+
+
+_Kind = tuple[tuple[int, ...], str]  # of images that go together: shape and type
 
 
 class Batching:
@@ -86,9 +88,7 @@ class Batching:
         groups = _Groups(unit)
         for decoded in self.decoder.decoded(self.source.samples(work_unit)):
             if decoded.error is not None and self.on_error == "fail":
-                raise (
-                    decoded.error if isinstance(decoded.error, UnfitError) else InputError(f"{decoded.error} ({SKIP})")
-                )
+                raise decoded.error if decoded.unfit else InputError(f"{decoded.error} ({SKIP})")
             if decoded.image is None:
                 self.aside(unit, decoded)
                 continue
@@ -111,29 +111,29 @@ class _Groups:
     def __init__(self, unit: OpenUnit) -> None:
         self.unit = unit
         self.pixels = 0  # values of all that wait
-        self._waiting: dict[Any, list[Decoded]] = {}
+        self._waiting: dict[_Kind, list[Decoded]] = {}
         self._number = 0  # of the next batch
 
-    def add(self, kind: Any, decoded: Decoded) -> int:
+    def add(self, kind: _Kind, decoded: Decoded) -> int:
         """Have an image wait; returns how many of its kind do."""
         group = self._waiting.setdefault(kind, [])
         group.append(decoded)
         self.pixels += _values(decoded)
         return len(group)
 
-    def oldest(self) -> Any:
+    def oldest(self) -> _Kind | None:
         """The kind whose first image came first; None if none waits."""
         return next(iter(self._waiting), None)  # dictionaries keep their order of insertion
 
-    def first(self, kind: Any) -> int:
+    def first(self, kind: _Kind) -> int:
         """Position of the first image of a kind."""
         return self._waiting[kind][0].sample.position
 
-    def largest(self) -> Any:
+    def largest(self) -> _Kind:
         """The kind that has most pixels."""
         return max(self._waiting, key=lambda each: sum(map(_values, self._waiting[each])))
 
-    def pop(self, kind: Any) -> Batch:
+    def pop(self, kind: _Kind) -> Batch:
         """A batch of all that wait of a kind."""
         group = self._waiting.pop(kind)
         self.pixels -= sum(map(_values, group))
@@ -146,10 +146,6 @@ class _Groups:
 def _values(decoded: Decoded) -> int:
     assert decoded.image is not None
     return decoded.image.pixels.size
-
-
-class UnfitError(InputError):
-    """A good image that this refiner does not take: the others will be no better."""
 
 
 class Decoder:
@@ -231,10 +227,11 @@ class Decoder:
             image = self.source.decode(sample, data, self.refiner.span)
             channels = image.pixels.shape[2] if image.pixels.ndim == 3 else 1
             if channels != self.refiner.channels:
-                raise UnfitError(
+                error = InputError(
                     f"{printable(sample.where)}: must have {self.refiner.channels} channel(s), as the refiner has, "
                     f"got {channels}"
                 )
+                return Decoded(sample, sha256=digest, error=error, unfit=True)
             self.sink.check(image.header, sample.where)
             self._task = task_size(image.pixels.nbytes)
             self._hold(image.pixels.nbytes)

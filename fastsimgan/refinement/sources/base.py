@@ -69,6 +69,7 @@ class Decoded:
     image: StoredImage | None = None
     sha256: str = ""  # of the encoded image
     error: InputError | None = None
+    unfit: bool = False  # a good image that this refiner does not take: the others will be no better
 
     def with_pixels(self, pixels: np.ndarray) -> Decoded:
         """The same with other pixels in its image."""

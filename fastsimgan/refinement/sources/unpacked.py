@@ -86,7 +86,11 @@ class UnpackedSource(Source):
                 )
 
     def _check_names(self) -> dict[str, int]:
-        """Every image by its stem. Raises InputError if one cannot be called as it is."""
+        """Every image by its stem.
+
+        Raises:
+            InputError: if one cannot be called as it is.
+        """
         by_stem: dict[str, int] = {}
         wide, colour = self.file.arrays.dtype == np.uint16, self.file.channels == 3
         for i, name in enumerate(self.names):
@@ -102,7 +106,11 @@ class UnpackedSource(Source):
         return by_stem
 
     def _give_files(self, by_stem: dict[str, int]) -> None:
-        """Give each file that the arrays carry to its image. Raises InputError if one cannot be called as it is."""
+        """Give each file that the arrays carry to its image.
+
+        Raises:
+            InputError: if one cannot be called as it is.
+        """
         taken = set(self.names)
         for name in self.file.arrays.file_names:
             self._check_name(name)
