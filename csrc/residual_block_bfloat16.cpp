@@ -1,5 +1,5 @@
 // The ops fastsimgan::residual_block_bfloat16 and its backward on the CPU: checks, memory and threads; the arithmetic is
-// in residual_block_amx.cpp, which no processor without AMX may enter.
+// in residual_block_bfloat16_amx.cpp, which no processor without AMX may enter.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,9 +9,9 @@
 #include <tuple>
 #include <vector>
 
-#include "block_tensors.h"
-#include "processor.h"
-#include "residual_block_amx.h"
+#include "cpu_features.h"
+#include "residual_block_bfloat16.h"
+#include "residual_block_tensors.h"
 
 namespace fastsimgan::amx {
 namespace {

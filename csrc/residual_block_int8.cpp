@@ -1,13 +1,13 @@
 // The op fastsimgan::residual_block_int8 on the CPU: checks, memory and threads; the arithmetic is in
-// residual_block_int8_kernels.cpp, which no processor without AVX-512's VNNI may enter.
+// residual_block_int8_vnni_amx.cpp, which no processor without AVX-512's VNNI may enter.
 #include "residual_block_int8.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "block_tensors.h"
-#include "processor.h"
+#include "cpu_features.h"
+#include "residual_block_tensors.h"
 
 namespace fastsimgan::int8 {
 namespace {

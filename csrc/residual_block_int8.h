@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "residual_block_amx.h"
+#include "residual_block_bfloat16.h"
 
 namespace fastsimgan::int8 {
 

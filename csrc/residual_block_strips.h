@@ -1,5 +1,5 @@
-// What the residual blocks of residual_block_amx.cpp and residual_block_int8_kernels.cpp share. For files compiled for
-// AVX-512 alone: it includes nothing whose inline functions could end up in other hands, and what it holds is their own.
+// What the residual blocks of residual_block_bfloat16_amx.cpp and residual_block_int8_vnni_amx.cpp share. For files
+// compiled for AVX-512 alone: it includes nothing whose inline functions could end up in other hands, and what it holds is their own.
 //
 // A strip's rows lie in buffers with a border: P = width + 2 pixels a row, a row above and one below, all zeros. There a
 // 3x3 convolution is nine matrix products on one and the same memory: for the output at position q = row * P + column
@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "residual_block_amx.h"
+#include "residual_block_bfloat16.h"
 
 namespace fastsimgan::amx {
 namespace {

@@ -1,6 +1,6 @@
-// The op fastsimgan::residual_block on the CPU: checks, memory and threads; the arithmetic is in residual_block_winograd.h,
-// compiled for AVX2 and for AVX-512.
-#include "residual_block.h"
+// The op fastsimgan::residual_block on the CPU: checks, memory and threads; the arithmetic is in
+// residual_block_float32_winograd.h, compiled for AVX2 and for AVX-512.
+#include "residual_block_float32.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
-#include "block_tensors.h"
-#include "processor.h"
+#include "cpu_features.h"
+#include "residual_block_tensors.h"
 
 namespace fastsimgan {
 namespace {

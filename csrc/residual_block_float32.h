@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "processor.h"
+#include "cpu_features.h"
 
 namespace fastsimgan {
 

@@ -1,9 +1,9 @@
-// The arithmetic of residual_block.h for vectors of FASTSIMGAN_LANES floats, which the file that includes this defines and
-// is compiled for. It includes nothing whose inline functions could end up in other hands: no torch header, no standard
+// The arithmetic of residual_block_float32.h for vectors of FASTSIMGAN_LANES floats, which the file that includes this
+// defines and is compiled for. It includes nothing whose inline functions could end up in other hands: no torch header, no standard
 // template; and all but the table at its end is that file's own.
 #pragma once
 
-#include "residual_block.h"
+#include "residual_block_float32.h"
 
 namespace fastsimgan {
 namespace {

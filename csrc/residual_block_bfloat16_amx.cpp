@@ -1,5 +1,5 @@
-// The arithmetic of residual_block_amx.h, compiled for AMX's bfloat16 as residual_block_strips.h has it.
-#include "residual_block_amx.h"
+// The arithmetic of residual_block_bfloat16.h, compiled for AMX's bfloat16 as residual_block_strips.h has it.
+#include "residual_block_bfloat16.h"
 
 #include "residual_block_strips.h"
 
