@@ -2,4 +2,8 @@
 #define FASTSIMGAN_LANES 8
 #include "residual_block_float32_winograd.h"
 
-const fastsimgan::Kernels fastsimgan::kAvx2 = fastsimgan::kTable;
+namespace fastsimgan::residual_block_float32 {
+
+const Kernels kAvx2 = kTable;
+
+}  // namespace fastsimgan::residual_block_float32

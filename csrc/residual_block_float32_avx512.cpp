@@ -2,4 +2,8 @@
 #define FASTSIMGAN_LANES 16
 #include "residual_block_float32_winograd.h"
 
-const fastsimgan::Kernels fastsimgan::kAvx512 = fastsimgan::kTable;
+namespace fastsimgan::residual_block_float32 {
+
+const Kernels kAvx512 = kTable;
+
+}  // namespace fastsimgan::residual_block_float32

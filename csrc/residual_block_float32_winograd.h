@@ -5,7 +5,7 @@
 
 #include "residual_block_float32.h"
 
-namespace fastsimgan {
+namespace fastsimgan::residual_block_float32 {
 namespace {
 
 constexpr int kLanes = FASTSIMGAN_LANES;
@@ -357,4 +357,4 @@ void mask_and_sum(const float* grad, const float* out, int64_t pixels, int64_t m
 constexpr Kernels kTable{kLanes, transform_weights, convolve, weight_gradient, transform_back, mask_and_sum};
 
 }  // namespace
-}  // namespace fastsimgan
+}  // namespace fastsimgan::residual_block_float32
