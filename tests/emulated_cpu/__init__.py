@@ -25,7 +25,7 @@ _FORMS = {
     "emulated": ["-Wno-psabi", f"-I{HERE}"],
     # what the processor's own instructions give, on one that has them all but AMX
     "native": ["-Wno-maybe-uninitialized"],
-    "sanitized": ["-Wno-psabi", f"-I{HERE}", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "sanitized": ["-Wno-psabi", f"-I{HERE}", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 _INSTRUCTIONS = {
     "avx2": ["-mavx2", "-mfma"],
@@ -101,10 +101,10 @@ def ops(form: str = "emulated") -> Path:
 def probes(form: str) -> Path:
     """The library of probes.cpp: each intrinsic as a function over arrays. ``form``: as above, or "amx": native with AMX."""
     flags = [*_FLAGS, *_FORMS["native" if form == "amx" else form]]
-    if form != "emulated":
-        flags += [*_INSTRUCTIONS["vnni"], "-mavx512bf16"] + (["-DAMX", *_INSTRUCTIONS["amx"]] if form == "amx" else [])
-    else:
-        flags += ["-DAMX"]
+    if form in ("native", "amx"):
+        flags += [*_INSTRUCTIONS["vnni"], "-mavx512bf16", *(_INSTRUCTIONS["amx"] if form == "amx" else [])]
+    if form != "native":
+        flags.append("-DAMX")
     return _compile(f"probes-{form}", [HERE / "probes.cpp"], flags)
 
 
@@ -118,7 +118,9 @@ def environment(has: str = EVERYTHING, form: str = "emulated") -> dict[str, str]
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {"PYTHONPATH": os.pathsep.join(path), "EMULATED_CPU": has, "EMULATED_CPU_LIBRARY": str(ops(form))}
     if form == "sanitized":
-        found["LD_PRELOAD"] = _run([_COMPILER, "-print-file-name=libasan.so"]).strip()
+        # the second, or the first does not find what throws exceptions
+        both = (_run([_COMPILER, f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so"))
+        found["LD_PRELOAD"] = " ".join(both)
         # what is not written yet is a NaN, in every type; what Python keeps until its end is no leak
         found["ASAN_OPTIONS"] = "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255"
         found["UBSAN_OPTIONS"] = "print_stacktrace=1"

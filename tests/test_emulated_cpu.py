@@ -1,0 +1,425 @@
+"""The blocks' sources for every instruction set, on a processor that is emulated where this one lacks it.
+
+And the emulation itself: each intrinsic against the instruction where this processor has it, the matrix unit against what
+Intel's manual says of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import emulated_cpu
+from tests.emulated_cpu import EVERYTHING, HERE, ROOT, environment, ops, probes
+
+pytestmark = pytest.mark.skipif(emulated_cpu.missing() is not None, reason=str(emulated_cpu.missing()))
+
+PROBED = (HERE / "probes.cpp").read_text()
+VECTORS = sorted(set(re.findall(r"(?:PROBE|GIVES|FLOATS_\d|WHOLES_\d)\((_mm\w+)", PROBED)))
+TILES = sorted(set(re.findall(r"TILES\((_tile\w+)", PROBED)))
+
+
+def flags() -> set[str]:
+    """What Linux says of this processor's instructions; nothing on others."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^flags\s*: (.*)$", path.read_text(), re.MULTILINE) if path.exists() else None
+    return set(found[1].split()) if found else set()
+
+
+LACKING = sorted({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"} - flags())
+
+
+def test_every_intrinsic_of_the_sources_is_emulated_and_compared() -> None:
+    sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc").glob("*.h")]
+    used = set(re.findall(r"\b_(?:mm\d*|tile)_\w+(?=\()", "".join(path.read_text() for path in sources)))
+    emulated = set(re.findall(r"\b_(?:mm\d*|tile)_\w+(?=\()", (HERE / "immintrin.h").read_text()))
+    assert len(used) > 40 and used == set(VECTORS) | set(TILES)
+    assert emulated >= used
+
+
+# -- vectors -----------------------------------------------------------------------------------------------------------
+
+
+def numbers(name: str, calls: int, takes: int) -> np.ndarray:
+    """Bytes for ``calls`` calls: ordinary floats, any bits, and what is special, in each lane and in all pairs of lanes."""
+    random = np.random.default_rng(sum(name.encode()))
+    words = random.integers(0, 2**32, (calls, takes, 16), np.uint32)
+    ordinary = (random.standard_normal((calls, takes, 16)) * 200).astype(np.float32).view(np.uint32)
+    zero, one, half, most = 0x00000000, 0x3F800000, 0x3F000000, 0x7F7FFFFF
+    special = [zero, one, half, most, 0x7F800000, 0x7FC00000, 0x7F800001, 0x00000001, 0x007FFFFF, 0x00800000]
+    special += [0x3FC00000, 0x40200000, 0x437F0000, 0x437F8000, 0x4EFFFFFF, 0x4F000000]  # 1.5, 2.5, 255, 255.5, 2^31
+    special += [0x3F808000, 0x3F818000, 0x7F7F8000, 0x00000080, 0x7FFF8000]  # halfway between two bfloat16
+    special += [word | 0x80000000 for word in special]
+    specials = random.choice(np.array(special, np.uint32), words.shape)
+    kind = random.integers(0, 3, words.shape)
+    return np.where(kind == 0, words, np.where(kind == 1, ordinary, specials)).view(np.uint8).copy()
+
+
+def called(library: ctypes.CDLL, name: str, given: np.ndarray) -> np.ndarray:
+    out = np.full((len(given), 64), 0xA5, np.uint8)
+    pointer = ctypes.POINTER(ctypes.c_uint8)
+    function = getattr(library, f"probe_{name}")
+    function(given.ctypes.data_as(pointer), out.ctypes.data_as(pointer), ctypes.c_int64(len(given)))
+    return out
+
+
+def comparable(name: str, out: np.ndarray) -> np.ndarray:
+    """NaNs that arithmetic makes are all one: which of two operands it keeps is not what a block's result depends on."""
+    if name not in ("_mm512_add_ps", "_mm512_mul_ps"):
+        return out
+    words = out.view(np.uint32)
+    return np.where(np.isnan(words.view(np.float32)), np.uint32(0x7FC00000), words)
+
+
+@pytest.fixture(scope="module")
+def emulated() -> ctypes.CDLL:
+    return ctypes.CDLL(str(probes("emulated")))
+
+
+@pytest.fixture(scope="module")
+def native() -> ctypes.CDLL:
+    return ctypes.CDLL(str(probes("native")))
+
+
+@pytest.mark.skipif(bool(LACKING), reason=f"no instructions to compare with: the processor lacks {', '.join(LACKING)}")
+@pytest.mark.parametrize("name", VECTORS)
+def test_an_intrinsic_gives_the_processors_bits(name: str, emulated: ctypes.CDLL, native: ctypes.CDLL) -> None:
+    takes = getattr(native, f"takes_{name}")()
+    given = numbers(name, 20_000, takes)
+    ours, theirs = (comparable(name, called(library, name, given)) for library in (emulated, native))
+    assert np.array_equal(ours, theirs)
+    assert len(np.unique(theirs)) > 20 or "setzero" in name  # it was not for nothing
+
+
+@pytest.mark.skipif(bool(LACKING), reason=f"no instructions to compare with: the processor lacks {', '.join(LACKING)}")
+def test_every_upper_half_of_a_float_is_rounded_to_bfloat16_as_the_processor_does(
+    emulated: ctypes.CDLL, native: ctypes.CDLL
+) -> None:
+    low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    words = (np.arange(2**16, dtype=np.uint32)[:, None] << 16 | low).ravel()
+    given = words.reshape(-1, 2, 16).view(np.uint8)
+    name = "_mm512_cvtne2ps_pbh"
+    assert np.array_equal(called(emulated, name, given), called(native, name, given))
+
+
+# -- the matrix unit ---------------------------------------------------------------------------------------------------
+
+
+def configuration(rows: int = 16, depth: int = 64, columns: int = 64) -> np.ndarray:
+    """64 bytes for `rows` x `depth` bytes times `depth / 4` rows of `columns` bytes."""
+    config = np.zeros(64, np.uint8)
+    config[0] = 1
+    sizes = [(rows, columns), (rows, depth), (depth // 4, columns)]
+    config[16:22].view(np.uint16)[:] = [width for _, width in sizes]
+    config[48:51] = [height for height, _ in sizes]
+    return config
+
+
+def tiles(library: ctypes.CDLL, name: str, config: np.ndarray, *three: np.ndarray) -> np.ndarray:
+    """What is left in the first tile, [16, 64] bytes, and behind it what the probe itself wrote."""
+    given = np.concatenate([config, *(np.ascontiguousarray(tile).view(np.uint8).ravel() for tile in three)])
+    out = np.full(16 * 64 + 64, 0xA5, np.uint8)
+    pointer = ctypes.POINTER(ctypes.c_uint8)
+    getattr(library, f"tiles{name}")(given.ctypes.data_as(pointer), out.ctypes.data_as(pointer))
+    return out
+
+
+def flushed(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x).astype(np.float32)
+
+
+def bfloat16(bits: np.ndarray) -> np.ndarray:
+    return flushed((bits.astype(np.uint32) << 16).view(np.float32))
+
+
+def as_the_manual_says(
+    before: np.ndarray, left: np.ndarray, right: np.ndarray, rows: int, depth: int, columns: int
+) -> np.ndarray:
+    """TDPBF16PS, place by place: float32 [16, 16], bfloat16 bits [16, 32] and [16, 32]."""
+
+    def multiply_add(total: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        exact = a.astype(np.longdouble) * b.astype(np.longdouble) + total.astype(np.longdouble)
+        return flushed(exact.astype(np.float32))
+
+    result = np.zeros((16, 16), np.float32)
+    with np.errstate(all="ignore"):
+        for m in range(rows):
+            sums = np.zeros((2, 16), np.float32)
+            for k in range(depth):
+                for i in range(2):
+                    factor = bfloat16(left[m, 2 * k + i : 2 * k + i + 1])
+                    sums[i] = multiply_add(sums[i], factor, bfloat16(right[k, i::2]))
+            result[m] = flushed(flushed(before[m]) + flushed(sums[0] + sums[1]))
+    result[:, columns:] = 0
+    return result
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "small and large", "any bits"])
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(16, 16, 16), (5, 7, 11), (1, 1, 1)])
+def test_products_of_bfloat16_are_added_up_in_the_manuals_order(
+    emulated: ctypes.CDLL, kind: str, rows: int, depth: int, columns: int
+) -> None:
+    random = np.random.default_rng(3)
+    config = configuration(rows, 4 * depth, 4 * columns)
+    for _ in range(20):
+        sizes = [(16, 16), (16, 32), (16, 32)]
+        if kind == "any bits":
+            before, left, right = (random.integers(0, 2**32, (a, b), np.uint32) for a, b in sizes)
+            before, left, right = before.view(np.float32), (left >> 16).astype(np.uint16), (right >> 16).astype(np.uint16)
+        else:
+            spread = 1 if kind == "ordinary" else np.exp2(random.integers(-75, 30, 32).astype(np.float32))
+            left, right = (
+                ((random.standard_normal(size) * spread).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+                for size in sizes[1:]
+            )
+            before = (random.standard_normal((16, 16)) * (1 if kind == "ordinary" else 2.0**-126)).astype(np.float32)
+        out = tiles(emulated, "_tile_dpbf16ps", config, before, left, right)[:1024].view(np.float32).reshape(16, 16)
+        expected = as_the_manual_says(before, left, right, rows, depth, columns)
+        # what is beyond a tile's rows and columns is not stored
+        assert np.array_equal(out[:rows, :columns], expected[:rows, :columns], equal_nan=True)
+        assert bool((out.view(np.uint32)[rows:] == 0xA5A5A5A5).all())
+        if kind == "small and large" and depth == 16:
+            assert bool(((expected == 0) & (before != 0)).any()) and bool((expected != 0).any())
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(16, 16, 16), (5, 7, 11)])
+def test_products_of_bytes_are_added_up_without_saturation(
+    emulated: ctypes.CDLL, rows: int, depth: int, columns: int
+) -> None:
+    random = np.random.default_rng(4)
+    before = random.integers(-(2**31), 2**31, (16, 16)).astype(np.int32)
+    left, right = random.integers(0, 256, (2, 16, 64), np.uint8)
+    left[0], right[:, :4] = 255, 128  # the largest sums
+    out = tiles(emulated, "_tile_dpbusd", configuration(rows, 4 * depth, 4 * columns), before, left, right)
+    out = out[:1024].view(np.int32).reshape(16, 16)
+    fours = right[:depth, : 4 * columns].view(np.int8).reshape(depth, columns, 4).transpose(0, 2, 1)
+    products = left[:rows, : 4 * depth].astype(np.int64) @ fours.reshape(4 * depth, columns).astype(np.int64)
+    assert np.array_equal(out[:rows, :columns], (before[:rows, :columns] + products).astype(np.int32))
+
+
+def test_tiles_are_loaded_stored_zeroed_configured_and_released(emulated: ctypes.CDLL) -> None:
+    random = np.random.default_rng(5)
+    three = [random.integers(0, 256, (16, 64), np.uint8) for _ in range(3)]
+    config = configuration(5, 28, 44)
+    config[1] = 0
+    kept = three[0][:5, :44]
+    for name, expected in [
+        ("_tile_loadd", kept),
+        ("_tile_stored", kept),
+        ("_tile_zero", np.zeros_like(kept)),
+        ("_tile_loadconfig", three[1][:5, :44]),  # it empties the tiles; then another is loaded
+        ("_tile_release", np.zeros_like(kept)),
+        ("_tile_storeconfig", kept),
+    ]:
+        out = tiles(emulated, name, config, *three)
+        assert np.array_equal(out[:1024].reshape(16, 64)[:5, :44], expected), name
+        if name == "_tile_storeconfig":
+            assert np.array_equal(out[1024:], config)
+        if name == "_tile_release":
+            assert not out[1024:].any()
+
+
+@pytest.mark.skipif("amx_tile" not in flags(), reason="no instructions to compare with: the processor lacks AMX")
+@pytest.mark.parametrize("name", TILES)
+def test_the_matrix_unit_gives_the_processors_bits(name: str, emulated: ctypes.CDLL) -> None:
+    from fastsimgan.ops import residual_block
+
+    if residual_block.implementations()["amx"] is not None:  # asking for it is what gets Linux's leave
+        pytest.skip(str(residual_block.implementations()["amx"]))
+    native = ctypes.CDLL(str(probes("amx")))
+    random = np.random.default_rng(6)
+    for config in (configuration(), configuration(5, 28, 44)):
+        for _ in range(200):
+            three = [random.integers(0, 2**32, (16, 16), np.uint32) for _ in range(3)]
+            if name == "_tile_dpbf16ps":  # of ordinary size: any bits are NaN before long
+                three = [random.standard_normal((16, 16)).astype(np.float32).view(np.uint32) for _ in range(3)]
+            assert np.array_equal(tiles(emulated, name, config, *three), tiles(native, name, config, *three))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({0: 0}, "tileloadd: tiles must be configured first"),
+        ({0: 2}, "ldtilecfg: the palette must be 0 or 1"),
+        ({5: 1}, "ldtilecfg: reserved bytes must be 0"),
+        ({48: 17}, "ldtilecfg: tiles have at most 16 rows of 64 bytes"),
+        ({32: 4, 56: 4}, "ldtilecfg: there are 8 tiles"),
+        ({50: 0}, "ldtilecfg: a tile with rows must have columns"),
+        ({50: 3}, "tdpbf16ps: the tiles' sizes do not fit"),
+    ],
+)
+def test_what_the_processor_traps_on_ends_the_process(change: dict[int, int], why: str) -> None:
+    config = configuration()
+    for at, value in change.items():
+        config[at] = value
+    code = (
+        "import ctypes, sys\n"
+        f"given = bytes.fromhex('{config.tobytes().hex()}') + bytes(3072)\n"
+        f"ctypes.CDLL({str(probes('emulated'))!r}).tiles_tile_dpbf16ps(given, bytes(2048))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and f"emulated processor: {why}" in done.stderr
+
+
+# -- the blocks --------------------------------------------------------------------------------------------------------
+
+
+def tests_of_the_blocks() -> list[str]:
+    """Every file with tests that ask for VNNI or AMX."""
+    pattern = re.compile(r"""implementations\(\)\[["'](amx|vnni)["']\]""")
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__).resolve()]
+    found = [str(path) for path in files if pattern.search(path.read_text())]
+    assert {"test_residual_block.py", "test_residual_block_int8.py"} <= {Path(path).name for path in found}
+    return found
+
+
+def run_tests(has: str, form: str, files: list[str], keywords: str) -> str:
+    """pytest's last lines from a process on an emulated processor; fails with its output where a test there failed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "tests.emulated_cpu.plugin"]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", keywords, *files]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    variables |= {"OMP_NUM_THREADS": "1"} | environment(has, form)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-6000:]
+    return output
+
+
+def counted(output: str, what: str) -> int:
+    found = re.search(rf"(\d+) {what}", output.strip().splitlines()[-1])
+    return int(found[1]) if found else 0
+
+
+def test_every_test_of_the_blocks_passes_on_a_processor_with_everything() -> None:
+    """AVX2 where the maps ask for 8 lanes, AVX-512, VNNI, AMX in bfloat16 and in 8 bits: none of their tests is skipped."""
+    output = run_tests(EVERYTHING, "emulated", tests_of_the_blocks(), "not triton and (residual_block or int8 or amx)")
+    assert "SKIPPED" not in output, output[-6000:]
+    assert counted(output, "passed") > 80
+
+
+def test_every_test_of_the_block_in_float32_passes_on_a_processor_with_avx2_alone() -> None:
+    """With AVX-512 only maps that are no multiple of 16 go through the kernels for AVX2."""
+    files = [path for path in tests_of_the_blocks() if path.endswith("test_residual_block.py")]
+    output = run_tests("avx2", "emulated", files, "not triton and not amx")
+    assert "SKIPPED" not in output, output[-6000:]
+    assert counted(output, "passed") > 40
+
+
+INSIDE = """
+import sys
+import tests.emulated_cpu.plugin
+sys.path[:0] = sys.argv[2].split(":")
+import test_residual_block as floats, test_residual_block_int8 as bytes_
+from fastsimgan.ops.residual_block_int8 import residual_block_int8
+
+found = []
+for shape in [(2, 32, 17, 9), (1, 24, 5, 3), (1, 16, 1, 1), (2, 8, 9, 10)]:
+    found += floats.run(floats.arguments(shape), "cpp", torch.float32, torch.ones(shape))
+found.append(residual_block_int8(*bytes_.arguments((2, 64, 35, 55)), impl="vnni"))
+with open(sys.argv[1], "wb") as file:
+    for tensor in found:
+        file.write(tensor.contiguous().numpy().tobytes())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(LACKING), reason=f"nothing to compare with: the processor lacks {', '.join(LACKING)}")
+@pytest.mark.parametrize("has", ["avx2", EVERYTHING])
+def test_the_blocks_give_the_bits_that_the_processor_gives(has: str, tmp_path: Path) -> None:
+    """Results and gradients, of the sources compiled for the processor but for fusing products with additions."""
+    folders = ":".join({str(Path(path).parent) for path in tests_of_the_blocks()})
+    for form in ("emulated", "native"):
+        command = [sys.executable, "-c", INSIDE, str(tmp_path / form), folders]
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | environment(has, form))
+    ours, theirs = ((tmp_path / form).read_bytes() for form in ("emulated", "native"))
+    assert len(ours) > 100_000 and ours == theirs
+
+
+def test_the_matrix_unit_is_left_as_it_was() -> None:
+    """PyTorch configures it once in a thread, here as never in this process; and nobody's is left behind."""
+    code = (
+        "import ctypes, os, sys\n"
+        "import torch\n"
+        "import tests.emulated_cpu.plugin\n"
+        "sys.path[:0] = sys.argv[1].split(':')\n"
+        "import test_residual_block as floats, test_residual_block_int8 as bytes_\n"
+        "from fastsimgan.ops.residual_block_int8 import residual_block_int8\n"
+        "library = ctypes.CDLL(os.environ['EMULATED_CPU_LIBRARY'])\n"
+        "torch.set_num_threads(1)\n"
+        "theirs = bytes([1, 0]) + bytes(14) + bytes([20, 0, 8, 0]) + bytes(28) + bytes([3, 2]) + bytes(14)\n"
+        "for config in (theirs, bytes(64)):\n"
+        "    for call in ('bfloat16', 'int8'):\n"
+        "        library.emulated_configure(config)\n"
+        "        if call == 'int8':\n"
+        "            residual_block_int8(*bytes_.arguments((2, 32, 9, 9)), impl='amx')\n"
+        "        else:\n"
+        "            floats.run(floats.arguments((2, 32, 9, 9)), 'amx', torch.float32, torch.ones(2, 32, 9, 9))\n"
+        "        after = ctypes.create_string_buffer(64)\n"
+        "        library.emulated_configuration(after)\n"
+        "        assert after.raw == config, (call, after.raw)\n"
+    )
+    folders = ":".join({str(Path(path).parent) for path in tests_of_the_blocks()})
+    done = subprocess.run(
+        [sys.executable, "-c", code, folders], cwd=ROOT, env=os.environ | environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_blocks_touch_nothing_but_their_own_memory_and_do_nothing_undefined() -> None:
+    """AddressSanitizer and UndefinedBehaviorSanitizer over every source; memory that is handed out is full of NaN."""
+    done = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True)
+    if not Path(done.stdout.strip()).is_absolute():
+        pytest.skip("the compiler has no AddressSanitizer")
+    files = [path for path in tests_of_the_blocks() if "residual_block" in Path(path).name]
+    output = run_tests(EVERYTHING, "sanitized", files, "not triton and not opcheck and not threads")
+    assert "SKIPPED" not in output and counted(output, "passed") > 70, output[-6000:]
+    # and that they would be seen
+    native = ops("sanitized")
+    assert b"__asan_report" in native.read_bytes() and b"__ubsan_handle" in native.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_emulation_is_the_same_under_sanitizers(emulated: ctypes.CDLL, tmp_path: Path) -> None:
+    """GCC 12 has compiled parts of it to other results there."""
+    variables = os.environ | environment(form="sanitized")
+    for name in VECTORS:
+        np.save(tmp_path / f"{name}.npy", numbers(name, 500, getattr(emulated, f"takes_{name}")()))
+    code = (
+        "import ctypes, sys\n"
+        "sys.path.insert(0, sys.argv[3])\n"
+        "import numpy as np\n"
+        "from tests.test_emulated_cpu import VECTORS, called\n"
+        "library = ctypes.CDLL(sys.argv[1])\n"
+        "for name in VECTORS:\n"
+        "    np.save(f'{sys.argv[2]}/{name}.out.npy', called(library, name, np.load(f'{sys.argv[2]}/{name}.npy')))\n"
+    )
+    command = [sys.executable, "-c", code, str(probes("sanitized")), str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, env=variables)
+    for name in VECTORS:
+        ours = called(emulated, name, np.load(tmp_path / f"{name}.npy"))
+        theirs = np.load(tmp_path / f"{name}.out.npy")
+        assert np.array_equal(comparable(name, ours), comparable(name, theirs)), name
+
+
+def test_an_emulated_processor_has_what_it_is_said_to_have() -> None:
+    code = (
+        "import torch, tests.emulated_cpu.plugin\n"
+        "from fastsimgan.ops import residual_block, residual_block_int8\n"
+        "print(*(module.implementations()[name] is None for module, name in\n"
+        "        [(residual_block, 'amx'), (residual_block_int8, 'amx'), (residual_block_int8, 'vnni')]))\n"
+    )
+    for has, expected in [("avx2", "False False False"), ("avx2 avx512 vnni", "False False True"), (EVERYTHING, "True " * 3)]:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment(has), capture_output=True, text=True
+        )
+        assert done.stdout.split() == expected.split(), done.stderr[-3000:]
+
+
