@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastsimgan.data.eye_simulator import simulate_eyes
+from fastsimgan.data.simulators.eyes import simulate_eyes
 
 COUNT = 2000
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from bench import limits
-from fastsimgan.acceleration import GraphedIterations, compile_networks
-from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import preset
-from fastsimgan.device import choose_device, keep_freed_memory
-from fastsimgan.pools import open_pools
-from fastsimgan.precision import DTYPES, choose_precision
-from fastsimgan.profiling import iteration_flops
+from fastsimgan.hardware.device import choose_device, keep_freed_memory
+from fastsimgan.hardware.precision import DTYPES, choose_precision
+from fastsimgan.training.acceleration import GraphedIterations, compile_networks
+from fastsimgan.training.batches import open_pools
+from fastsimgan.training.profiler import iteration_flops
+from fastsimgan.training.simgan import SimGAN
 
 
 def measure(

@@ -23,18 +23,18 @@ import torch
 from torch import Tensor
 
 from bench import limits
-from fastsimgan.batches import BATCH_SIZE_CUDA, fitting, read_shape, useful_pixels
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.builtin import builtin_pair
-from fastsimgan.data.values import from_float
+from fastsimgan.data.pixel_values import from_float
+from fastsimgan.data.simulators.builtin import builtin_pair
 from fastsimgan.errors import FastSimGANError
+from fastsimgan.hardware.precision import choose_precision
+from fastsimgan.inference.refiner import Refiner, load_refiner, read_refiner, save_refiner
+from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.models.refiner import Refiner as Network
-from fastsimgan.precision import choose_precision
-from fastsimgan.runtime.backend import prepare
-from fastsimgan.runtime.refiner import Refiner, load_refiner, read_refiner, save_refiner
+from fastsimgan.refinement.tuning import BATCH_SIZE_CUDA, fitting, read_shape, useful_pixels
 
 if TYPE_CHECKING:
-    from fastsimgan.runtime.onnx_file import OnnxFile
+    from fastsimgan.inference.onnx_file import OnnxFile
 
 SIZES = {"gaze": (35, 55, 64), "hand": (224, 224, 4)}  # height, width, batch on a CPU
 SHAPES = {"gaze": {}, "hand": {"blocks": 10, "first_kernel": 7}}
@@ -102,9 +102,9 @@ def sides_here(path: Path, folder: Path, device: torch.device, batch: int, size:
             sides[f"compile {precision}"] = plain(in_16_bits(network, precision), histogram, last)
     if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")):
         return sides
-    from fastsimgan.exporting import QUANTISED, engine, export
-    from fastsimgan.runtime import int8_backend, onnx_file
-    from fastsimgan.runtime.onnxruntime_backend import OnnxRuntimeBackend
+    from fastsimgan.exporting.export import QUANTISED, engine, export
+    from fastsimgan.inference import int8_backend, onnx_file
+    from fastsimgan.inference.onnxruntime_backend import OnnxRuntimeBackend
 
     export(path, folder / "exported", quantise=("int8-cpu",), min_psnr=0, say=lambda line: None)
     files = {"float32": "refiner.onnx", "int8": QUANTISED["int8-cpu"][0]}
@@ -136,7 +136,7 @@ def sides_here(path: Path, folder: Path, device: torch.device, batch: int, size:
 @torch.inference_mode()
 def before_rounding(path: Path, int8: OnnxFile) -> float:
     """PSNR of our int8 against float32 on built-in eyes, as floats: rounded, nearly equal ones may be a level off."""
-    from fastsimgan.runtime.int8_backend import Int8Backend
+    from fastsimgan.inference.int8_backend import Int8Backend
 
     file = read_refiner(path)
     eyes = torch.from_numpy(builtin_pair(0)[0]["images"][:64])[:, None]

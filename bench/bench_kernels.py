@@ -24,17 +24,17 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import limits
-from fastsimgan.acceleration import GraphedIterations, compile_networks
-from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig
+from fastsimgan.hardware.precision import choose_precision
+from fastsimgan.inference import load_refiner, save_refiner
 from fastsimgan.models.refiner import Refiner
 from fastsimgan.ops.discriminator_loss import discriminator_loss
 from fastsimgan.ops.history_swap import FILL, encode, history_swap, new_state
 from fastsimgan.ops.refiner_loss import refiner_loss
-from fastsimgan.pools import open_pools
-from fastsimgan.precision import choose_precision
-from fastsimgan.profiling import iteration_flops
-from fastsimgan.runtime import load_refiner, save_refiner
+from fastsimgan.training.acceleration import GraphedIterations, compile_networks
+from fastsimgan.training.batches import open_pools
+from fastsimgan.training.profiler import iteration_flops
+from fastsimgan.training.simgan import SimGAN
 
 SIZE, BATCH, WIDTH, PATCHES = ((16, 20), 8, 20, (4, 5)) if limits.SMALL else ((35, 55), 512, 64, (9, 14))
 CALLS = 2 if limits.SMALL else 5  # profiled

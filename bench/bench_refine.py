@@ -28,13 +28,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from bench import limits
-from fastsimgan import inputs
-from fastsimgan.batches import PIXELS_PER_BATCH, fitting
-from fastsimgan.cores import CoreRefiner
-from fastsimgan.data.images import decode_image, encode_image
+from fastsimgan.data.formats.image_file import decode_image, encode_image
+from fastsimgan.inference import load_refiner
+from fastsimgan.inference.per_core import CoreRefiner
 from fastsimgan.refine import print_stages
-from fastsimgan.runtime import load_refiner
-from fastsimgan.workers import Job, Report, refine, start
+from fastsimgan.refinement import sources
+from fastsimgan.refinement.local_workers import Job, Report, refine, start
+from fastsimgan.refinement.tuning import PIXELS_PER_BATCH, fitting
 
 TIMES = 8  # as many packed images as files: they take a fraction of a second otherwise
 
@@ -217,8 +217,8 @@ def packed(count: int, device: str, precisions: list[str], compiled: list[str]) 
 
     from fastsimgan.config import TrainConfig
     from fastsimgan.errors import FastSimGANError
+    from fastsimgan.inference import save_refiner
     from fastsimgan.models.refiner import Refiner
-    from fastsimgan.runtime import save_refiner
 
     folder = Path(tempfile.mkdtemp())
     try:
@@ -295,18 +295,18 @@ def scale(count: int, entries: int) -> None:
         for at, size, files in memory[:: max(1, len(memory) // 8)] + memory[-1:]:
             print(f"  after {at:6.1f} s: {size:7.1f} MB of its own, {files} files open")
 
-        source = inputs.FolderInput(folder / "many")
+        source = sources.FolderInput(folder / "many")
         (folder / "many").mkdir()
         Image.new("L", (8, 8)).save(folder / "many" / "0.png")
         job = Job(folder / "model", folder / "many", folder / "done")
         run, *_ = start(job)  # then give it the records of a much larger folder, all but one block of them done
-        number = -(-entries // inputs.FILES_PER_BLOCK)
+        number = -(-entries // sources.FILES_PER_BLOCK)
         state = run.state
         facts = json.loads((state / "listing.json").read_bytes())
         offsets = [0]
         with (state / "listing.jsonl").open("wb") as file:
             for block in range(number):
-                names = range(block * inputs.FILES_PER_BLOCK, min(entries, (block + 1) * inputs.FILES_PER_BLOCK))
+                names = range(block * sources.FILES_PER_BLOCK, min(entries, (block + 1) * sources.FILES_PER_BLOCK))
                 data = b"".join(b'["folder/%09d.png", "folder/%09d.json"]\n' % (i, i) for i in names)
                 file.write(data)
                 offsets.append(offsets[-1] + len(data))
@@ -314,9 +314,9 @@ def scale(count: int, entries: int) -> None:
         for block in range(number - 1):
             lines = (
                 f'{{"name": "folder/{block:04d}{i:05d}.png", "sha256": "{"0" * 64}", "from": "{"0" * 64}"}}'
-                for i in range(inputs.FILES_PER_BLOCK)
+                for i in range(sources.FILES_PER_BLOCK)
             )
-            run.commit(block, {"images": inputs.FILES_PER_BLOCK, "failed": 0, "others": 0, "change": 0.0}, lines)
+            run.commit(block, {"images": sources.FILES_PER_BLOCK, "failed": 0, "others": 0, "change": 0.0}, lines)
         size = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
         del run, source
         begin = time.perf_counter()
@@ -353,7 +353,7 @@ def main() -> None:
     if given.scale:
         scale(given.images, given.entries)
     elif given.packed is not None:
-        from fastsimgan.device import choose_device
+        from fastsimgan.hardware.device import choose_device
 
         on_cuda = choose_device(given.device).type == "cuda"
         ours = ["float32", "float16", "bfloat16"] if on_cuda else ["float32"]

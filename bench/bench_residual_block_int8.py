@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastsimgan.hardware.precision import choose_precision
 from fastsimgan.ops import residual_block as float_op
 from fastsimgan.ops import residual_block_int8 as op
-from fastsimgan.precision import choose_precision
 
 # [B, C, H, W]: the paper's eye refiner, and the quick presets'
 SIZES = {"gaze": (32, 64, 35, 55), "quick": (32, 32, 35, 55)}

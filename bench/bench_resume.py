@@ -33,7 +33,7 @@ WAIT = 240  # seconds for a process, of which compiling is the most
 def child(out: Path, resume: bool, deterministic: bool, device: str) -> None:
     """One run in this process."""
     from fastsimgan.config import TrainConfig
-    from fastsimgan.training import fit
+    from fastsimgan.training.loop import fit
 
     settings: dict[str, Any] = {"batch_size": 128, "width": 64, "k_g": 2, "history": 2048}
     size = (35, 55)

@@ -27,14 +27,14 @@ import torch
 
 from bench import limits
 from bench.baselines.plain_trainer import PlainTrainer
-from fastsimgan.acceleration import GraphedIterations, compile_networks
-from fastsimgan.algorithm import SimGAN
 from fastsimgan.config import TrainConfig, preset
-from fastsimgan.device import choose_device, keep_freed_memory
-from fastsimgan.pools import open_pools
-from fastsimgan.precision import DTYPES, choose_precision
-from fastsimgan.profiling import iteration_flops
-from fastsimgan.training import fit
+from fastsimgan.hardware.device import choose_device, keep_freed_memory
+from fastsimgan.hardware.precision import DTYPES, choose_precision
+from fastsimgan.training.acceleration import GraphedIterations, compile_networks
+from fastsimgan.training.batches import open_pools
+from fastsimgan.training.loop import fit
+from fastsimgan.training.profiler import iteration_flops
+from fastsimgan.training.simgan import SimGAN
 
 SIZE = (35, 55)
 

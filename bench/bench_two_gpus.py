@@ -29,7 +29,7 @@ WAIT = 200  # seconds for a process, of which compiling is the most
 def child(out: Path) -> None:
     """Train in this process, alone or as a rank."""
     from fastsimgan.config import TrainConfig
-    from fastsimgan.training import fit
+    from fastsimgan.training.loop import fit
 
     size, count = ((16, 20), 64) if limits.SMALL else ((35, 55), 8192)
     width, batch = (20, 8) if limits.SMALL else (64, 512)
@@ -89,10 +89,10 @@ def refine(folder: Path) -> int:
     import torch
 
     from fastsimgan.config import TrainConfig
+    from fastsimgan.inference import save_refiner
     from fastsimgan.models.refiner import Refiner
-    from fastsimgan.runtime import save_refiner
-    from fastsimgan.workers import Job
-    from fastsimgan.workers import refine as run
+    from fastsimgan.refinement.local_workers import Job
+    from fastsimgan.refinement.local_workers import refine as run
 
     count, size, shape = (3000, (16, 20), {"width": 20}) if limits.SMALL else (600_000, (35, 55), {})
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""``python -m bench.bench_waiting``: what it costs how OpenMP's threads wait for each other (`fastsimgan.openmp`).
+"""``python -m bench.bench_waiting``: what it costs how OpenMP's threads wait for each other (`hardware.openmp`).
 
 Forward and backward of the paper's gaze refiner and gaze network, batch 32, float32, on the CPU. Each side is a process
 of its own, since torch's OpenMP reads its settings when it is loaded; they take turns, one at a time. First with the
@@ -25,7 +25,7 @@ BATCH = 32
 
 def sides() -> dict[str, dict[str, str]]:
     """What each side has in its environment."""
-    from fastsimgan.openmp import SETTINGS
+    from fastsimgan.hardware.openmp import SETTINGS
 
     return {"as OpenMP has it": {}, "ours": SETTINGS, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 

@@ -6,7 +6,7 @@
     refined = refiner(images)
     fastsimgan.evaluate(synthetic, refined, real)["rows"]
 
-Importing it does not import torch; the first use does. It sets how long OpenMP's threads spin (`fastsimgan.openmp`) in
+Importing it does not import torch; the first use does. It sets how long OpenMP's threads spin (`hardware.openmp`) in
 the environment, unless that is set there or torch is loaded already.
 """
 
@@ -15,13 +15,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastsimgan import openmp
+from fastsimgan.hardware import openmp
 
 if TYPE_CHECKING:
     from fastsimgan import evaluate as evaluate
     from fastsimgan.config import TrainConfig as TrainConfig
-    from fastsimgan.runtime import load_refiner as load_refiner
-    from fastsimgan.training import fit as fit
+    from fastsimgan.inference import load_refiner as load_refiner
+    from fastsimgan.training.loop import fit as fit
 
 # Here, since every process of ours imports this before it imports torch: commands, workers, Ray's workers.
 openmp.wait_briefly()
@@ -31,8 +31,8 @@ __all__ = ["TrainConfig", "evaluate", "fit", "load_refiner"]
 
 _HOMES = {
     "TrainConfig": "fastsimgan.config",
-    "fit": "fastsimgan.training",
-    "load_refiner": "fastsimgan.runtime",
+    "fit": "fastsimgan.training.loop",
+    "load_refiner": "fastsimgan.inference",
 }
 
 

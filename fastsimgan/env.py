@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
-from fastsimgan import __version__, cli, openmp
+from fastsimgan import __version__, cli
+from fastsimgan.hardware import openmp
 
 DESCRIPTION = "Versions, devices, how fastsimgan._C was built, and which implementation of each op runs here."
 

@@ -11,11 +11,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fastsimgan import cli
-from fastsimgan.data.files import refuse_existing
 from fastsimgan.errors import InputError
+from fastsimgan.storage.files import refuse_existing
 
 if TYPE_CHECKING:
-    from fastsimgan.metrics.downstream import Judge, Labelled
+    from fastsimgan.evaluation.task_network import Judge, Labelled
 
 DESCRIPTION = """Train the same task network on the synthetic and on the refined images, test both on labelled real
 images, and print a table: mean ± standard deviation over the seeds, and the prediction averaged over them.
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate_command(config: EvaluateConfig) -> None:
     """The command itself, on parsed settings."""
-    from fastsimgan.data.source import refuse_inside
+    from fastsimgan.data.formats.open_images import refuse_inside
 
     for flag, path in (("--json", config.json), ("--plot", config.plot), ("--worst", config.worst)):
         if path is not None:
@@ -83,8 +83,8 @@ def evaluate_command(config: EvaluateConfig) -> None:
     if config.refined is not None and config.refiner is not None:
         raise InputError(f"give --refined or --refiner, not both: got {config.refined} and {config.refiner}")
 
-    from fastsimgan.comparison import compare, draw, equalised, pyplot, table
-    from fastsimgan.metrics.downstream import Judge, number_classes, unseen_classes
+    from fastsimgan.evaluation.comparison import compare, draw, equalised, pyplot, table
+    from fastsimgan.evaluation.task_network import Judge, number_classes, unseen_classes
 
     if config.plot is not None:
         pyplot()  # missing matplotlib is better said now than after the training
@@ -110,7 +110,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
     if drift:
         result["drift"] = _drift(synthetic, refined, config.worst)
     if config.json is not None:
-        from fastsimgan.checkpoint import write_atomically
+        from fastsimgan.storage.checkpoint import write_atomically
 
         write_atomically(config.json, (json.dumps(result, indent=2) + "\n").encode())
         print(f"numbers: {config.json}")
@@ -157,8 +157,8 @@ def _realism(
 
 def _task_features(synthetic: Labelled, judge: Judge, device: str) -> Callable[[Any], Any]:
     """Stored images to what the last layer of a task network sees, which was trained on the synthetic set."""
-    from fastsimgan.device import choose_device
-    from fastsimgan.metrics.downstream import number_classes, run_network, train_network
+    from fastsimgan.evaluation.task_network import number_classes, run_network, train_network
+    from fastsimgan.hardware.device import choose_device
 
     place = choose_device(device)
     synthetic = number_classes({}, synthetic)[1]
@@ -173,8 +173,8 @@ def _drift(synthetic: Labelled, refined: Labelled, worst: Path | None) -> dict[s
     drift = label_drift(synthetic.images, refined.images)
     print(describe(drift))
     if worst is not None:
-        from fastsimgan.data.values import from_float, to_float
-        from fastsimgan.pictures import save_rows
+        from fastsimgan.data.pixel_values import from_float, to_float
+        from fastsimgan.reporting.contact_sheet import save_rows
 
         rows = {
             name: from_float(to_float(part.images[drift["worst"]]), "uint8")
@@ -186,13 +186,13 @@ def _drift(synthetic: Labelled, refined: Labelled, worst: Path | None) -> dict[s
 
 
 def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
-    from fastsimgan.data.arrays import ArrayImages
-    from fastsimgan.data.builtin import builtin_pair, builtin_validation
-    from fastsimgan.data.hdf5 import HDF5Images
+    from fastsimgan.data.formats.hdf5_file import HDF5Images
+    from fastsimgan.data.formats.numpy_file import ArrayImages
+    from fastsimgan.data.formats.open_images import open_images
+    from fastsimgan.data.pixel_values import mismatch, value_range
     from fastsimgan.data.reading import Reading
-    from fastsimgan.data.source import open_images
-    from fastsimgan.data.values import mismatch, value_range
-    from fastsimgan.metrics.downstream import Labelled
+    from fastsimgan.data.simulators.builtin import builtin_pair, builtin_validation
+    from fastsimgan.evaluation.task_network import Labelled
 
     def read(name: str, path: Path) -> dict[str, Any]:
         source = open_images(path, Reading(images=config.images, key=config.key, links="inside"))
@@ -215,7 +215,7 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
     else:
         arrays, real = read("synthetic", config.synthetic), read("real", config.real)
     if config.refiner is not None:
-        from fastsimgan.runtime import load_refiner
+        from fastsimgan.inference import load_refiner
 
         refined = {**arrays, "images": load_refiner(config.refiner, config.device)(arrays["images"])}
     else:
@@ -236,7 +236,7 @@ class _Callable(ModuleType):
     """`fastsimgan.evaluate` names both this command and the function of the Python API: the module answers a call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        from fastsimgan.comparison import evaluate
+        from fastsimgan.evaluation.comparison import evaluate
 
         return evaluate(*args, **kwargs)
 

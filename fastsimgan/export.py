@@ -48,17 +48,17 @@ class ExportConfig:
 
 def export_command(config: ExportConfig) -> None:
     """The command itself, on parsed settings."""
-    from fastsimgan.data.files import printable, refuse_existing
-    from fastsimgan.data.source import refuse_inside
+    from fastsimgan.data.formats.open_images import refuse_inside
     from fastsimgan.errors import InputError
+    from fastsimgan.storage.files import printable, refuse_existing
 
     refuse_existing(config.out)
     refuse_inside(config.out, "--out", config.images)
     if config.sm is not None and config.engine != "tensorrt-rtx":
         raise InputError(f"--sm goes with --engine tensorrt-rtx, got {config.sm}")
 
-    from fastsimgan.exporting import engine, export
-    from fastsimgan.runtime.tensorrt_backend import library
+    from fastsimgan.exporting.export import engine, export
+    from fastsimgan.inference.tensorrt_backend import library
 
     if config.engine is not None:
         library(config.engine)  # missing, it is better said now than after the export

@@ -13,8 +13,8 @@ from fastsimgan import cli
 from fastsimgan.errors import InputError
 
 if TYPE_CHECKING:
-    from fastsimgan.pipeline import Progress
-    from fastsimgan.workers import Report
+    from fastsimgan.refinement.local_workers import Report
+    from fastsimgan.refinement.worker import Progress
 
 DESCRIPTION = """Refine every image of a dataset: a folder (PNG, JPEG, TIFF; 8, 16 bits or float32; any colour),
 WebDataset .tar shards, an .npz, .npy or HDF5 file. Pictures that seem to be labels (masks, depth maps) among the
@@ -76,12 +76,12 @@ class RefineConfig:
 
 def refine(config: RefineConfig) -> int:
     """Check the input and output first: they are quick to check, and loading torch is not."""
-    from fastsimgan.data.files import printable
+    from fastsimgan.storage.files import printable
 
     if config.verify is not None:
         if config.refiner or config.input or config.output:
             raise InputError("verify must be given alone, got --refiner, --input or --output too")
-        from fastsimgan.verification import verify
+        from fastsimgan.refinement.verification import verify
 
         found = verify(config.verify)
         print(f"{printable(config.verify)}: verified, {', '.join(f'{value} {key}' for key, value in found.items())}")
@@ -96,9 +96,9 @@ def refine(config: RefineConfig) -> int:
 
     from tqdm import tqdm
 
-    from fastsimgan import workers
+    from fastsimgan.refinement import local_workers
 
-    job = workers.Job(
+    job = local_workers.Job(
         refiner=config.refiner,
         input=config.input,
         output=config.output,
@@ -114,7 +114,7 @@ def refine(config: RefineConfig) -> int:
         key=config.key,
         follow_links=config.follow_links,
     )
-    run, source, _ = workers.start(job)
+    run, source, _ = local_workers.start(job)
     print(source.describe())
     packs = config.to in ("npz", "hdf5") and source.kind in ("folder", "shards")
     if packs:
@@ -136,11 +136,11 @@ def refine(config: RefineConfig) -> int:
 
         supervise = None
         if config.engine == "ray":
-            from fastsimgan import ray_engine
+            from fastsimgan.refinement import ray_workers
 
-            supervise = partial(ray_engine.supervise, address=config.address)
-        report = workers.refine(job, workers=config.workers, progress=progress, supervise=supervise)
-    for _, reason in workers.start(job)[0].failures():
+            supervise = partial(ray_workers.supervise, address=config.address)
+        report = local_workers.refine(job, workers=config.workers, progress=progress, supervise=supervise)
+    for _, reason in local_workers.start(job)[0].failures():
         print(f"skipped {reason}", file=sys.stderr)
     print_stages(report)
     by = f"by {', '.join(sorted(report.backends))}; " if report.backends else ""
@@ -151,7 +151,7 @@ def refine(config: RefineConfig) -> int:
         f"refiner sha256 {run.identity['refiner sha256']}"
     )
     if packs:
-        from fastsimgan.data.source import open_arrays
+        from fastsimgan.data.formats.open_images import open_arrays
 
         arrays = [name for name in open_arrays(config.output).label_names if name != "name"]
         print(f"labels that became arrays: {', '.join(map(printable, arrays)) or 'none'}")

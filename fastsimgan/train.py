@@ -52,7 +52,7 @@ def train(config: TrainConfig, *, width_given: bool = True) -> None:
         config: settings.
         width_given: whether ``config.width`` is the user's, and no default.
     """
-    from fastsimgan.data.source import refuse_inside
+    from fastsimgan.data.formats.open_images import refuse_inside
 
     config.validate()
     refuse_inside(config.out, "--out", config.synthetic, config.real)
@@ -61,7 +61,7 @@ def train(config: TrainConfig, *, width_given: bool = True) -> None:
     elif config.out.exists() and not config.dry_run:
         raise InputError(f"{config.out}: --out must not exist yet, or --resume goes on with it")
 
-    from fastsimgan.data.builtin import builtin_pair
+    from fastsimgan.data.simulators.builtin import builtin_pair
 
     if config.synthetic is None or config.real is None:
         synthetic, real = (part["images"] for part in builtin_pair(config.seed))
@@ -71,7 +71,7 @@ def train(config: TrainConfig, *, width_given: bool = True) -> None:
     if not width_given and not config.resume:
         config = _wide_enough(config, synthetic)
 
-    from fastsimgan.training import fit
+    from fastsimgan.training.loop import fit
 
     fit(synthetic, real, config)
 
@@ -82,12 +82,12 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     Synthetic images are read as stored: labels belong to them. Real ones carry none, so they are turned upright and
     made grey or RGB, as the synthetic ones are.
     """
-    from fastsimgan.data.arrays import UNIT
+    from fastsimgan.data.formats.numpy_file import UNIT
+    from fastsimgan.data.formats.open_images import open_images
+    from fastsimgan.data.pixel_values import mismatch, value_range
     from fastsimgan.data.ragged import channels_of
     from fastsimgan.data.reading import Reading, grey_in_colour, in_the_colour
     from fastsimgan.data.resizing import rescale
-    from fastsimgan.data.source import open_images
-    from fastsimgan.data.values import mismatch, value_range
 
     reading = Reading(
         images=config.images,
@@ -172,8 +172,8 @@ def _scale_text(config: TrainConfig, scale: Any) -> str:
 
 def _open_real(path: Path, reading: Any, config: TrainConfig) -> Any:
     """The real side; a glob that was given for both sides and that nothing matches here is left aside."""
+    from fastsimgan.data.formats.open_images import matches, open_images
     from fastsimgan.data.reading import real_images_flag
-    from fastsimgan.data.source import matches, open_images
 
     reading = dataclasses.replace(reading, flag=real_images_flag)
     if config.images is not None and config.real_images is None and not matches(path, reading):

@@ -18,14 +18,14 @@ import numpy as np
 from PIL import Image
 
 from fastsimgan import cli
-from fastsimgan.data.files import printable, refuse_existing, staged
-from fastsimgan.data.folder import FolderImages
+from fastsimgan.data.formats.image_folder import FolderImages
+from fastsimgan.data.formats.open_images import matches, open_images, refuse_inside
+from fastsimgan.data.formats.webdataset import ShardImages
 from fastsimgan.data.ragged import Images, crop_of
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.resizing import Scale, resize
-from fastsimgan.data.shards import ShardImages
-from fastsimgan.data.source import matches, open_images, refuse_inside
 from fastsimgan.errors import InputError
+from fastsimgan.storage.files import printable, refuse_existing, staged
 
 DESCRIPTION = """A visual Turing test: `make` writes one HTML page that needs no network and shows real and refined
 images in random order; whoever answers downloads a JSON file; `score` counts these."""

@@ -28,16 +28,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsimgan import algorithm, checkpoint, signals, training
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.ragged import RaggedImages
 from fastsimgan.errors import Stopped
-from fastsimgan.history import HistoryBuffer
+from fastsimgan.inference.refiner import read_refiner
 from fastsimgan.models.refiner import Refiner
-from fastsimgan.run_folder import RunFolder
-from fastsimgan.runtime.refiner import read_refiner
-from fastsimgan.selection import Selection
-from fastsimgan.training import fit
+from fastsimgan.storage import checkpoint
+from fastsimgan.training import graceful_stop, loop, simgan
+from fastsimgan.training.history_buffer import HistoryBuffer
+from fastsimgan.training.loop import fit
+from fastsimgan.training.model_selection import Selection
+from fastsimgan.training.run_directory import RunFolder
 
 CONFIG = TrainConfig(
     out=Path("run"), steps=8, batch_size=4, width=24, blocks=1, history=10, pretrain_refiner=1,
@@ -46,12 +47,12 @@ CONFIG = TrainConfig(
 
 
 STUCK: list[tuple[Any, str, int, str]] = [
-    (training, "compile_networks", 1, "pretrain-00000000"),
+    (loop, "compile_networks", 1, "pretrain-00000000"),
     (Refiner, "forward", 1, "pretrain-00000000"),
-    (algorithm.SimGAN, "_follow", 1, "pretrain-00000000"),
+    (simgan.SimGAN, "_follow", 1, "pretrain-00000000"),
     (HistoryBuffer, "swap", 1, "pretrain-00000001"),
-    (algorithm.SimGAN, "_backward", 8, "step-00000002"),
-    (algorithm.SimGAN, "update_refiner", 4, "step-00000003"),
+    (simgan.SimGAN, "_backward", 8, "step-00000002"),
+    (simgan.SimGAN, "update_refiner", 4, "step-00000003"),
     (RunFolder, "record", 7, "step-00000003"),
     (RunFolder, "picture", 1, "step-00000002"),
     (Selection, "look", 2, "step-00000005"),
@@ -118,7 +119,7 @@ def train(folder: Path, kill_at: int = 0, prepare: Callable[[], None] = lambda: 
 
 def impatient() -> None:
     """Each step is taken for a slow one, and SIGTERM waits for none."""
-    training._SLOW = signals.PATIENCE = 0.0
+    loop._SLOW = graceful_stop.PATIENCE = 0.0
 
 
 def stuck(owner: Any, name: str, call: int) -> None:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _import(config: ImportConfig) -> None:
     # here, so that --help stays quick
-    from fastsimgan.data.files import printable, refuse_existing, staged
+    from fastsimgan.storage.files import printable, refuse_existing, staged
 
     if config.output.suffix != ".npz":
         raise InputError(f"{printable(config.output)}: --output must end in .npz")
@@ -83,8 +83,8 @@ Found = tuple[int, list[str], dict[str, int], dict[str, str]]
 
 
 def _eyes(config: ImportConfig, size: tuple[int, int]) -> Found:
-    from fastsimgan.data.mpiigaze import read_mpiigaze
-    from fastsimgan.data.unityeyes import read_unityeyes
+    from fastsimgan.data.datasets.mpiigaze import read_mpiigaze
+    from fastsimgan.data.datasets.unityeyes import read_unityeyes
 
     if config.kind == "mpiigaze":
         found = read_mpiigaze(config.input, size, config.evaluation)
@@ -98,7 +98,7 @@ def _eyes(config: ImportConfig, size: tuple[int, int]) -> Found:
 def _hands(config: ImportConfig, size: tuple[int, int]) -> Found:
     from tqdm import tqdm
 
-    from fastsimgan.data.nyu_hands import import_nyu_hands
+    from fastsimgan.data.datasets.nyu_hands import import_nyu_hands
 
     if size[0] != size[1]:
         raise InputError(f"--size must be square for nyu-hands, got {size[0]} {size[1]}")

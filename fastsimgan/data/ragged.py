@@ -11,9 +11,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsimgan.data.files import printable
-from fastsimgan.data.room import SHARE, available_memory, room_for
 from fastsimgan.errors import InputError
+from fastsimgan.hardware.memory import SHARE, available_memory, room_for
+from fastsimgan.storage.files import printable
 
 Size = tuple[int, int]
 """(height, width)."""

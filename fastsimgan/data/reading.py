@@ -9,8 +9,8 @@ from typing import Literal, overload
 
 import numpy as np
 
-from fastsimgan.data.arrays import UNIT, Span
-from fastsimgan.data.listing import Links
+from fastsimgan.data.formats.listing import Links
+from fastsimgan.data.formats.numpy_file import UNIT, Span
 from fastsimgan.data.ragged import Images, RaggedImages, channels_of
 from fastsimgan.data.resizing import Scale, resize
 from fastsimgan.errors import InputError

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastsimgan import cli
-from fastsimgan.experiments.pieces import (
+from fastsimgan.experiments.cached_step import (
     check_counts,
     check_sets,
     claim,
@@ -29,7 +29,7 @@ from fastsimgan.experiments.pieces import (
 
 if TYPE_CHECKING:
     from fastsimgan.config import TrainConfig
-    from fastsimgan.experiments.report import Report
+    from fastsimgan.reporting.html_report import Report
 
 DESCRIPTION = """Train refiners with and without one part of the method, several seeds each, measure their images, and
 write report.html and report.json. The same command goes on after a kill: every finished piece is kept in --out, and
@@ -221,10 +221,10 @@ def _eyes(config: AblationConfig) -> _Task:
     import torch
 
     from fastsimgan.config import preset
-    from fastsimgan.device import choose_device
     from fastsimgan.errors import InputError
+    from fastsimgan.evaluation.task_network import Judge, Labelled, summarise, train_and_predict
     from fastsimgan.experiments.gaze import read_eyes
-    from fastsimgan.metrics.downstream import Judge, Labelled, summarise, train_and_predict
+    from fastsimgan.hardware.device import choose_device
     from fastsimgan.metrics.label_drift import label_drift
 
     arrays, hashes = read_eyes(config)
@@ -255,7 +255,7 @@ def _hands(config: AblationConfig) -> _Task:
     import numpy as np
 
     from fastsimgan.config import preset
-    from fastsimgan.device import choose_device
+    from fastsimgan.evaluation.pose_network import PoseJudge, train_and_find_joints
     from fastsimgan.experiments.hand import (
         PAPER_SIZE,
         QUICK_JUDGE,
@@ -264,9 +264,9 @@ def _hands(config: AblationConfig) -> _Task:
         quick_size,
         read_hands,
     )
+    from fastsimgan.hardware.device import choose_device
     from fastsimgan.metrics.depth_edges import joint_edge_shifts
     from fastsimgan.metrics.joints import joint_errors, share_within
-    from fastsimgan.metrics.pose import PoseJudge, train_and_find_joints
 
     sets, hashes = read_hands(config)
     joints = evaluated_joints(sets)
@@ -344,7 +344,7 @@ def _discriminator_losses(metrics: Path) -> list[float]:
 
 def _over_seeds(values: list[float | None]) -> dict[str, Any] | None:
     """Mean, deviation and each, as `comparison.statistics` has them; None where the measure has no sense."""
-    from fastsimgan.comparison import statistics
+    from fastsimgan.evaluation.comparison import statistics
 
     known = [{"value": value} for value in values if value is not None]
     return statistics(known)["value"] if len(known) == len(values) else None
@@ -352,7 +352,7 @@ def _over_seeds(values: list[float | None]) -> dict[str, Any] | None:
 
 def _findings(rows: dict[str, Any], measures: dict[str, Measure], ablation: Ablation) -> list[str]:
     """One sentence a measure: which side is better, and whether that is shown."""
-    from fastsimgan.metrics.intervals import difference_interval
+    from fastsimgan.metrics.statistics import difference_interval
 
     said = []
     for key, measure in measures.items():
@@ -384,8 +384,8 @@ def _draw(out: Path, synthetic: Any, real: Any, refined: dict[str, Any], held: d
     """The same unseen images, as they are and as seed 0's refiners make them, and real ones below."""
     import numpy as np
 
-    from fastsimgan.data.values import from_float, to_float
-    from fastsimgan.pictures import save_rows
+    from fastsimgan.data.pixel_values import from_float, to_float
+    from fastsimgan.reporting.contact_sheet import save_rows
 
     chosen = np.flatnonzero(held["synthetic"])[:PICTURES]
     rows = {"synthetic": synthetic[chosen], **{name: images[chosen] for name, images in refined.items()}}
@@ -399,7 +399,7 @@ def _page(
 ) -> Report:  # fmt: skip
     import numpy as np
 
-    from fastsimgan.experiments.report import Report, interval
+    from fastsimgan.reporting.html_report import Report, interval
 
     counts, seeds, training = numbers["counts"], numbers["seeds"], numbers["training"]
     builtin = config.synthetic is None

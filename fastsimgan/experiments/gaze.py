@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastsimgan import cli
 from fastsimgan.errors import InputError
-from fastsimgan.experiments.pieces import (
+from fastsimgan.experiments.cached_step import (
     SETS,
     array_piece,
     check_counts,
@@ -27,8 +27,8 @@ from fastsimgan.experiments.pieces import (
 )
 
 if TYPE_CHECKING:
-    from fastsimgan.experiments.report import Report
-    from fastsimgan.metrics.downstream import Labelled
+    from fastsimgan.evaluation.task_network import Labelled
+    from fastsimgan.reporting.html_report import Report
 
 DESCRIPTION = """Train refiners, refine the synthetic eyes, train gaze networks on synthetic, equalised and refined
 eyes, test them on labelled real ones, and write report.html and report.json. The same command goes on after a kill:
@@ -91,7 +91,7 @@ def run(config: GazeConfig, command: str) -> dict[str, Any]:
     import numpy as np
 
     from fastsimgan.config import preset
-    from fastsimgan.metrics.downstream import Judge, Labelled
+    from fastsimgan.evaluation.task_network import Judge, Labelled
 
     arrays, hashes = read_eyes(config)
     sets = {name: Labelled.from_arrays(arrays[name], name) for name in ("synthetic", "validation")}
@@ -143,7 +143,7 @@ def run(config: GazeConfig, command: str) -> dict[str, Any]:
 
 def read_eyes(config: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The three sets as arrays, and the SHA-256 of each: of its file, or of the built-in arrays' bytes."""
-    from fastsimgan.data.builtin import builtin_pair, builtin_validation
+    from fastsimgan.data.simulators.builtin import builtin_pair, builtin_validation
 
     if config.synthetic is not None:
         return read_sets(config)
@@ -155,8 +155,8 @@ def _sets(synthetic: Labelled, refined: list[Any], real: dict[str, Any], quick: 
     """What gaze networks are trained on, by name."""
     import numpy as np
 
-    from fastsimgan.comparison import equalised
-    from fastsimgan.metrics.downstream import Labelled
+    from fastsimgan.evaluation.comparison import equalised
+    from fastsimgan.evaluation.task_network import Labelled
 
     sets = {"synthetic": synthetic}
     if synthetic.images.ndim == 3 and synthetic.images.dtype != np.float32:
@@ -178,7 +178,7 @@ def _sets(synthetic: Labelled, refined: list[Any], real: dict[str, Any], quick: 
 def _compare(sets: dict[str, Labelled], real: Labelled, config: GazeConfig, judge: Any) -> dict[str, Any]:
     import numpy as np
 
-    from fastsimgan.comparison import compare, table
+    from fastsimgan.evaluation.comparison import compare, table
     from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
 
     def keep(name: str, work: Callable[[], Any]) -> Any:
@@ -199,11 +199,11 @@ def _drift(out: Path, synthetic: Labelled, some: Labelled, refined: Any, judge: 
     import numpy as np
     import torch
 
-    from fastsimgan.data.values import from_float, to_float
-    from fastsimgan.metrics.downstream import train_and_predict
+    from fastsimgan.data.pixel_values import from_float, to_float
+    from fastsimgan.evaluation.task_network import train_and_predict
     from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
     from fastsimgan.metrics.label_drift import describe, label_drift
-    from fastsimgan.pictures import save_rows
+    from fastsimgan.reporting.contact_sheet import save_rows
 
     drift = label_drift(some.images, refined)
     # as metrics.label_drift.gaze_drift, but trained on all synthetic images and asked about these
@@ -229,7 +229,7 @@ def _realism(synthetic: Any, refined: Any, real: Any) -> dict[str, Any]:
 def _page(numbers: dict[str, Any], out: Path, builtin: bool) -> Report:
     import numpy as np
 
-    from fastsimgan.experiments.report import Report, interval
+    from fastsimgan.reporting.html_report import Report, interval
 
     result, counts, drift = numbers["comparison"], numbers["counts"], numbers["drift"]
     rows, seeds = result["rows"], result["seeds"]

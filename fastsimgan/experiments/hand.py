@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastsimgan import cli
 from fastsimgan.errors import InputError
-from fastsimgan.experiments.pieces import (
+from fastsimgan.experiments.cached_step import (
     SETS,
     Sets,
     array_piece,
@@ -29,8 +29,8 @@ from fastsimgan.experiments.pieces import (
 )
 
 if TYPE_CHECKING:
-    from fastsimgan.experiments.report import Report
-    from fastsimgan.metrics.pose import PoseJudge
+    from fastsimgan.evaluation.pose_network import PoseJudge
+    from fastsimgan.reporting.html_report import Report
 
 DESCRIPTION = """Train a refiner of depth hands, refine the synthetic ones, train pose networks (stacked hourglasses) on
 synthetic and on refined hands and on the real ones' labels if there are any, test them on labelled real hands, and
@@ -104,7 +104,7 @@ def run(config: HandConfig, command: str) -> dict[str, Any]:
     check_sets(config, "hands")
     check_counts(config, "seeds", "steps", "judge_steps")
     from fastsimgan.config import preset
-    from fastsimgan.metrics.pose import PoseJudge
+    from fastsimgan.evaluation.pose_network import PoseJudge
 
     sets, hashes = read_hands(config)
     joints = evaluated_joints(sets)
@@ -152,8 +152,8 @@ def run(config: HandConfig, command: str) -> dict[str, Any]:
 def read_hands(config: Any) -> tuple[Sets, dict[str, str]]:
     """The three sets that ``config`` names or, for ``config.quick`` or not, the built-in ones; and the SHA-256 of each:
     of its file, or of the built-in arrays' bytes."""
-    from fastsimgan.data.eye_simulator import Role, population_seed
-    from fastsimgan.data.hand_simulator import simulate_hands
+    from fastsimgan.data.simulators.eyes import Role, population_seed
+    from fastsimgan.data.simulators.hands import simulate_hands
 
     if config.synthetic is not None:
         return read_sets(config)
@@ -175,7 +175,7 @@ def evaluated_joints(sets: Sets) -> dict[str, Any]:
     """Each set's joints ``[N, J, 2]`` that are evaluated, in pixels; of --real only if it has some."""
     import numpy as np
 
-    from fastsimgan.data.hand_simulator import EVALUATED, JOINTS
+    from fastsimgan.data.simulators.hands import EVALUATED, JOINTS
 
     found = {}
     shape = sets["validation"]["images"].shape[1:]
@@ -237,11 +237,11 @@ def _compare(
     import numpy as np
     from tqdm import tqdm
 
-    from fastsimgan.comparison import statistics
-    from fastsimgan.device import choose_device, keep_freed_memory
-    from fastsimgan.metrics.intervals import difference_interval
+    from fastsimgan.evaluation.comparison import statistics
+    from fastsimgan.evaluation.pose_network import train_and_find_joints
+    from fastsimgan.hardware.device import choose_device, keep_freed_memory
     from fastsimgan.metrics.joints import joint_errors, share_within
-    from fastsimgan.metrics.pose import train_and_find_joints
+    from fastsimgan.metrics.statistics import difference_interval
 
     device = choose_device(config.device)
     keep_freed_memory()
@@ -311,10 +311,10 @@ def _edges(out: Path, synthetic: Any, refined: Any, joints: Any, builtin: bool) 
     """Where the refiner's noise sits and how far edges by joints moved; and the same of the stand-in sensor itself."""
     import numpy as np
 
-    from fastsimgan.data.hand_simulator import through_sensor
-    from fastsimgan.data.values import from_float, to_float
+    from fastsimgan.data.pixel_values import from_float, to_float
+    from fastsimgan.data.simulators.hands import through_sensor
     from fastsimgan.metrics.depth_edges import joint_edge_shifts, noise_by_place
-    from fastsimgan.pictures import save_rows
+    from fastsimgan.reporting.contact_sheet import save_rows
 
     chosen = np.sort(np.random.default_rng(0).permutation(len(synthetic))[:DRIFT_IMAGES])
     clean = synthetic[chosen]
@@ -345,7 +345,7 @@ def _edges(out: Path, synthetic: Any, refined: Any, joints: Any, builtin: bool) 
 def _page(numbers: dict[str, Any], out: Path, builtin: bool) -> Report:
     import numpy as np
 
-    from fastsimgan.experiments.report import Report, interval
+    from fastsimgan.reporting.html_report import Report, interval
 
     result, counts, edges = numbers["comparison"], numbers["counts"], numbers["edges"]
     judge, seeds, (height, width) = numbers["judge"], numbers["seeds"], numbers["size"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsimgan.data.values import normalise
+from fastsimgan.data.pixel_values import normalise
 from fastsimgan.errors import InputError
 from fastsimgan.metrics.label_drift import edge_shifts
 

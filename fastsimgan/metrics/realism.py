@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+from fastsimgan.data.pixel_values import to_float
 from fastsimgan.data.sampler import Sampler
-from fastsimgan.data.values import to_float
 from fastsimgan.errors import InputError, UnavailableError
 
 Array = NDArray[Any]

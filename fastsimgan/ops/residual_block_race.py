@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastsimgan.cuda_graphs import Captured, capture
 from fastsimgan.errors import InputError
+from fastsimgan.hardware.cuda_graphs import Captured, capture
 from fastsimgan.ops import residual_block as op
 
 ROUNDS = 5

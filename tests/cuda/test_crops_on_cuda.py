@@ -9,21 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from fastsimgan.acceleration import GraphedIterations
-from fastsimgan.algorithm import SimGAN
 from fastsimgan.data.ragged import RaggedImages, pack
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.ops import history_swap
-from fastsimgan.pools import HostImages, Pools, ResidentCrops, open_pools
-from fastsimgan.training import fit
-from tests.cuda.conftest import PRETEND
-from tests.cuda.test_training_on_cuda import CLOSE, CPU, CUDA, SMALL, equal_runs, losses
+from fastsimgan.training.acceleration import GraphedIterations
+from fastsimgan.training.batches import HostImages, Pools, ResidentCrops, open_pools
+from fastsimgan.training.loop import fit
+from fastsimgan.training.simgan import SimGAN
+from tests.cuda.training_runs import CLOSE, CPU, CUDA, PRETEND, SMALL, equal_runs, losses
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """See `test_training`."""
-    monkeypatch.setattr("fastsimgan.training._SLOW", float("inf"))
+    monkeypatch.setattr("fastsimgan.training.loop._SLOW", float("inf"))
     if PRETEND:
         monkeypatch.setattr(history_swap, "BUILD_INFO", {"cuda": True, "torch": torch.__version__})
         monkeypatch.setattr(history_swap, "NOT_LOADED", None)

@@ -14,15 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsimgan import batches, inputs, workers
 from fastsimgan.config import TrainConfig
-from fastsimgan.cuda_graphs import capture
 from fastsimgan.errors import InputError, UnavailableError
+from fastsimgan.hardware.cuda_graphs import capture
+from fastsimgan.inference import load_refiner, save_refiner, torch_backend
+from fastsimgan.inference.refiner import Refiner
+from fastsimgan.inference.torch_backend import Replay, TorchBackend
 from fastsimgan.models import refiner as network
-from fastsimgan.runtime import backend, load_refiner, save_refiner
-from fastsimgan.runtime.backend import Replay, TorchBackend
-from fastsimgan.runtime.refiner import Refiner
-from fastsimgan.workers import Job, refine
+from fastsimgan.refinement import local_workers, sources, tuning
+from fastsimgan.refinement.local_workers import Job, refine
 
 OTHER = torch.device("cuda:1")
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -37,7 +37,7 @@ def asked():
 @pytest.fixture
 def tensorrt_backend():
     pytest.importorskip("onnx")  # it reads what files say of themselves
-    from fastsimgan.runtime import tensorrt_backend
+    from fastsimgan.inference import tensorrt_backend
 
     return tensorrt_backend
 
@@ -189,7 +189,7 @@ def test_each_size_of_each_refiner_is_compiled_however_many(tmp_path):
         path = make(tmp_path, width=width)
         refiner, on_cpu = load_refiner(path, "cuda", compiled=True), load_refiner(path, "cpu")
         assert refiner.backend.name == "torch float32, compiled"
-        for size in range(backend.MOST_COMPILED):
+        for size in range(torch_backend.MOST_COMPILED):
             images = noise(2, 6, 5 + size)
             before = counters["stats"]["unique_graphs"]
             for _ in range(3):
@@ -198,7 +198,7 @@ def test_each_size_of_each_refiner_is_compiled_however_many(tmp_path):
         with pytest.warns(UserWarning, match=r"\[2, 1, 9, 9\] run uncompiled: 8 other shapes are compiled"):
             for _ in range(2):
                 refiner(noise(2, 9, 9))
-    assert compiled == 2 * backend.MOST_COMPILED
+    assert compiled == 2 * torch_backend.MOST_COMPILED
 
 
 def test_a_size_is_compiled_when_it_comes_back_and_a_repeatable_one_when_it_is_named(tmp_path):
@@ -229,7 +229,7 @@ def test_a_compiler_that_fails_is_an_error(tmp_path, monkeypatch):
         UnavailableError, match=r"torch.compile failed for \[2, 1, 6, 7\]: RuntimeError: no C compiler$"
     ):
         refiner.warm_up(2, 6, 7)
-    monkeypatch.setattr(backend, "_cannot_compile", lambda: "triton is not installed")
+    monkeypatch.setattr(torch_backend, "_cannot_compile", lambda: "triton is not installed")
     with pytest.raises(UnavailableError, match="compiled was asked for, and triton is not installed"):
         load_refiner(tmp_path / "keep.safetensors", "cuda", compiled=True)
 
@@ -409,7 +409,7 @@ def test_an_engine_is_read_and_run_on_its_device(tmp_path, monkeypatch, tensorrt
 @pytest.fixture
 def small(monkeypatch):
     """Blocks of 32 images of 8x9 uint8, in batches of 16; of 100 images, 4 are left for the last."""
-    monkeypatch.setattr(inputs, "BYTES_PER_BLOCK", 32 * 72)
+    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 32 * 72)
     return {"batch_size": 16}
 
 
@@ -435,21 +435,21 @@ def test_refine_on_any_device_for_every_stored_type(dtype, tmp_path, small):
 def test_two_workers_share_two_devices(tmp_path):
     path = make(tmp_path)
     (tmp_path / "in").mkdir()
-    for number, image in enumerate(noise(inputs.FILES_PER_BLOCK + 80, 8, 9)):  # two blocks
+    for number, image in enumerate(noise(sources.FILES_PER_BLOCK + 80, 8, 9)):  # two blocks
         Image.fromarray(image).save(tmp_path / "in" / f"{number}.png")
     job = Job(path, tmp_path / "in", tmp_path / "one", device="cuda", precision="bfloat16")
     try:
-        loaded = [workers.load(job, worker, 2) for worker in range(3)]
+        loaded = [local_workers.load(job, worker, 2) for worker in range(3)]
         assert torch.cuda.current_device() == 0
         loaded[1].begin(noise(2, 8, 9))()
         assert [each.device.index for each in loaded] == [0, 1, 0]
         assert {parameter.device for parameter in loaded[1].refiner.backend._module.parameters()} == {OTHER}
-        assert workers.load(Job(path, path, path, device="cuda:1"), 0, 2).device == OTHER  # as asked
+        assert local_workers.load(Job(path, path, path, device="cuda:1"), 0, 2).device == OTHER  # as asked
     finally:
         torch.cuda.set_device(0)
     refine(job)
     report = refine(replace(job, output=tmp_path / "two"), workers=2)
-    assert report.backends == {"torch bfloat16"} and report.images == inputs.FILES_PER_BLOCK + 80
+    assert report.backends == {"torch bfloat16"} and report.images == sources.FILES_PER_BLOCK + 80
     one, two = (
         {file.name: file.read_bytes() for file in (tmp_path / name).rglob("*") if file.suffix in (".png", ".jsonl")}
         for name in ("one", "two")
@@ -463,9 +463,9 @@ def test_a_run_of_one_kind_of_device_is_not_gone_on_with_on_the_other(began, joi
     """They round otherwise, and whoever does a block must write the same bytes."""
     np.save(tmp_path / "in.npy", noise(40, 8, 9))
     job = Job(make(tmp_path), tmp_path / "in.npy", tmp_path / "out.npy", device=began, **small)
-    workers.start(job)
+    local_workers.start(job)
     with pytest.raises(InputError, match="device"):
-        workers.start(replace(job, device=joins))
+        local_workers.start(replace(job, device=joins))
     assert len(refined(job)) == 40
 
 
@@ -490,7 +490,7 @@ def test_batches_wait_for_the_weights_which_another_stream_moves_and_rounds(tmp_
         wait_stream(self, other)
 
     monkeypatch.setattr(torch.cuda.Stream, "wait_stream", watched)
-    refiner = workers.load(Job(make(tmp_path), tmp_path, tmp_path, device="cuda", precision="float16"))
+    refiner = local_workers.load(Job(make(tmp_path), tmp_path, tmp_path, device="cuda", precision="float16"))
     assert (refiner._stream, torch.cuda.current_stream(refiner.device)) in waits
 
 
@@ -512,15 +512,15 @@ def test_a_run_keeps_the_batches_that_it_began_with(tmp_path, monkeypatch, capsy
     path = make(tmp_path)
     np.save(tmp_path / "in.npy", noise(30, 35, 55))
     job = Job(path, tmp_path / "in.npy", tmp_path / "out.npy", device="cuda")
-    run, *_ = workers.start(job)
+    run, *_ = local_workers.start(job)
     assert run.identity["batch size"] == 1024 and "compiled" not in run.identity
     pixels = run.identity["pixels in a batch"]
-    monkeypatch.setattr(batches, "MOST_PIXELS", pixels // 2)  # on another machine
-    assert workers.start(job)[0].identity["pixels in a batch"] == pixels
-    monkeypatch.setattr(batches, "_has_driver", lambda: False)
-    assert workers.as_begun(Job(path, tmp_path / "in.npy", tmp_path / "out.npy")).pixels == pixels
+    monkeypatch.setattr(tuning, "MOST_PIXELS", pixels // 2)  # on another machine
+    assert local_workers.start(job)[0].identity["pixels in a batch"] == pixels
+    monkeypatch.setattr(tuning, "_has_driver", lambda: False)
+    assert local_workers.as_begun(Job(path, tmp_path / "in.npy", tmp_path / "out.npy")).pixels == pixels
     with pytest.raises(InputError, match="is another run's output"):
-        workers.start(replace(job, batch_size=512))
+        local_workers.start(replace(job, batch_size=512))
     report = refine(job)
     print_stages(report)
     assert report.peak_bytes > 0 and "device memory: " in capsys.readouterr().out
@@ -529,18 +529,18 @@ def test_a_run_keeps_the_batches_that_it_began_with(tmp_path, monkeypatch, capsy
 def test_a_run_with_much_work_is_compiled_by_all_who_join_it(tmp_path, monkeypatch, small):
     path = make(tmp_path)
     np.save(tmp_path / "in.npy", noise(100, 8, 9))
-    monkeypatch.setattr(batches, "COMPILE_FROM", 2.0 * 100 * 72 * (9 * 32 + 4 * 9 * 32 * 32 + 32) + 1)
+    monkeypatch.setattr(tuning, "COMPILE_FROM", 2.0 * 100 * 72 * (9 * 32 + 4 * 9 * 32 * 32 + 32) + 1)
     job = Job(path, tmp_path / "in.npy", tmp_path / "eager.npy", device="cuda", **small)
     assert refine(job).backends == {"torch float32"}  # one operation too few
-    monkeypatch.setattr(batches, "COMPILE_FROM", batches.COMPILE_FROM - 1)
+    monkeypatch.setattr(tuning, "COMPILE_FROM", tuning.COMPILE_FROM - 1)
     job = replace(job, output=tmp_path / "out.npy")
-    begin = workers.start(job)[0].partial / ".fastsimgan" / "run.json"
+    begin = local_workers.start(job)[0].partial / ".fastsimgan" / "run.json"
     assert json.loads(begin.read_text())["identity"]["compiled"] is True
-    monkeypatch.setattr(batches, "COMPILE_FROM", 1e99)  # whoever joins does as the run began
-    monkeypatch.setattr(backend, "_cannot_compile", lambda: "triton is not installed")
+    monkeypatch.setattr(tuning, "COMPILE_FROM", 1e99)  # whoever joins does as the run began
+    monkeypatch.setattr(torch_backend, "_cannot_compile", lambda: "triton is not installed")
     with pytest.raises(UnavailableError, match="compiled was asked for, and triton is not installed"):
-        workers.make_worker(*workers.start(job), job, workers.load, 0, 1)
-    monkeypatch.setattr(backend, "_cannot_compile", lambda: None)
+        local_workers.make_worker(*local_workers.start(job), job, local_workers.load, 0, 1)
+    monkeypatch.setattr(torch_backend, "_cannot_compile", lambda: None)
     seen = []
     forward = TorchBackend._forward
 
@@ -560,7 +560,7 @@ def test_the_residual_blocks_implementation_is_the_runs(tmp_path, monkeypatch, s
     path = make(tmp_path)
     np.save(tmp_path / "in.npy", noise(40, 8, 9))
     job = Job(path, tmp_path / "in.npy", tmp_path / "out.npy", device="cuda", precision="float16", **small)
-    assert workers.start(replace(job, block="reference"))[0].identity["residual block"] == "reference"
+    assert local_workers.start(replace(job, block="reference"))[0].identity["residual block"] == "reference"
     seen = set()
     block = network.residual_block
 
@@ -572,11 +572,11 @@ def test_the_residual_blocks_implementation_is_the_runs(tmp_path, monkeypatch, s
     refine(job)
     assert seen == {("reference", torch.float32, torch.float16, torch.float16)}
     with pytest.raises(InputError, match="its residual block is reference, here it is None"):
-        workers.start(replace(job, block="auto"))
+        local_workers.start(replace(job, block="auto"))
 
 
 def test_files_are_not_compiled_for(tmp_path):
     np.save(tmp_path / "in.npy", noise(3, 8, 9))
     job = Job(make(tmp_path), tmp_path / "in.npy", tmp_path / "out", device="cuda", to="folder", compiled=True)
     with pytest.raises(InputError, match="compile must be off where images are files"):
-        workers.start(job)
+        local_workers.start(job)

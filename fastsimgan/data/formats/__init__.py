@@ -1,0 +1,1 @@
+"""Files of images and of labels, as people have them."""

@@ -1,0 +1,1 @@
+"""Procedural eyes and hands, with labels."""

@@ -1,0 +1,1 @@
+"""Networks trained on sets of images and judged on real ones."""

@@ -1,0 +1,1 @@
+"""A refiner as files that other runtimes read, and proof that they agree with PyTorch."""

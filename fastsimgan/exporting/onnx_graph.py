@@ -1,0 +1,334 @@
+"""R as an ONNX graph, written node by node: nothing is traced, so nothing depends on a trace's mode, batch or size.
+
+Every graph takes ``[B, C, H, W]`` with B, H and W free, holds its weights itself, and is of one of two kinds:
+
+- float: prepared images in and refined ones out, float32 in [-1, 1]. An input that has to be histogram-equalised first
+  is *named* so (`input_name`), because a caller must write that name.
+- uint8: stored images in and out, with all that has to happen before and after R inside: histogram equalisation where
+  the refiner was trained with it, normalisation, rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastsimgan.errors import UnavailableError
+from fastsimgan.inference.graph_format import NEEDS_ONNX, OUTPUT, Form, input_name
+from fastsimgan.models import refiner as network
+
+try:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+except ImportError as error:  # an optional package
+    raise UnavailableError(NEEDS_ONNX) from error
+
+Array = NDArray[Any]
+Weights = Mapping[str, Array]
+
+OPSET = 19  # the first with float8; parsed by TensorRT 10 and later
+IR_VERSION = 9  # opset 19's; the next one, which nothing here needs, would take onnxruntime 1.18
+RUNS_IN = "onnxruntime 1.17"
+"""The oldest that runs every file: seen with 1.17.3 (the same bytes as 1.32), and 1.15.1 lacks Cast of opset 19."""
+_FP8_TOP = 448  # the largest float8 e4m3
+_NEIGHBOURHOODS = 1 << 15  # of which moments are taken: four times as many change nothing (0.1 dB)
+
+
+def build(
+    weights: Weights, settings: Mapping[str, Any], form: Form, calibration: Mapping[str, Array] | None = None
+) -> onnx.ModelProto:
+    """The graph of a refiner, checked, without metadata.
+
+    Args:
+        weights: the refiner's tensors by the names in its file, float32.
+        settings: the refiner's settings (`fastsimgan.inference.refiner.describe`).
+        form: what to write.
+        calibration: for a quantised form, what `calibrate` found.
+    """
+    graph = _Graph(weights, form, calibration or {})
+    kind = TensorProto.UINT8 if form.uint8 else TensorProto.FLOAT
+    name = input_name(form.uint8, settings["histogram"])
+    shape = ["batch", settings["channels"], "height", "width"]
+    x = _stored_to_float(graph, name, settings["histogram"]) if form.uint8 else name
+    x = graph.node("Relu", [graph.conv("first", x)], "first.relu")
+    for block in range(settings["blocks"]):
+        branch = graph.branch(f"blocks.{block}", x, form.of_branch(block, settings["blocks"]))
+        x = graph.node("Relu", [graph.node("Add", [x, branch], f"blocks.{block}.sum")], f"blocks.{block}.out")
+    last = graph.conv("last", x)
+    if form.uint8:
+        _float_to_stored(graph, graph.node("Tanh", [last], "tanh"))
+    else:
+        graph.node("Tanh", [last], OUTPUT)
+    model = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            "refiner",
+            [helper.make_tensor_value_info(name, kind, shape)],
+            [helper.make_tensor_value_info(OUTPUT, kind, shape)],
+            graph.initializers,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="fastsimgan",
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@torch.no_grad()
+def calibrate(module: network.Refiner, images: Tensor) -> dict[str, Array]:
+    """What rounding to 8 bits has to know of each block, over images like those to come.
+
+    ``blocks.I.in``, ``blocks.I.hidden`` and ``blocks.I.branch`` are each channel's largest magnitude (``[width]``);
+    ``blocks.I.conv1`` and ``blocks.I.conv2`` the second moments of what the layer's kernels see, with a 1 for the
+    bias (``[9 * width + 1, 9 * width + 1]``). ``images`` is ``[B, C, H, W]`` in [-1, 1].
+    """
+    x = F.relu(module.first(images))
+    found = {}
+    for index, block in enumerate(module.blocks):
+        assert isinstance(block, network.ResidualBlock)
+        hidden = F.relu(block.conv1(x))
+        branch = block.conv2(hidden)
+        for name, value in (("in", x), ("hidden", hidden), ("branch", branch)):
+            found[f"blocks.{index}.{name}"] = value.abs().amax((0, 2, 3)).numpy()
+        found[f"blocks.{index}.conv1"], found[f"blocks.{index}.conv2"] = _moments(x), _moments(hidden)
+        x = F.relu(x + branch)
+    return found
+
+
+def _moments(features: Tensor) -> Array:
+    """Means of the products of any two values in a 3x3 neighbourhood (as weights ``[C, 3, 3]``), a 1 behind them."""
+    count, _, height, width = features.shape
+    pixels = torch.arange(count * height * width)
+    if len(pixels) > _NEIGHBOURHOODS:  # at random: any regular step is in step with the width of some images
+        pixels = torch.randint(len(pixels), (_NEIGHBOURHOODS,), generator=torch.Generator().manual_seed(0))
+    image, y, x = pixels // (height * width), pixels // width % height, pixels % width
+    padded = F.pad(features, (1, 1, 1, 1)).permute(0, 2, 3, 1)
+    taps = torch.stack([padded[image, y + dy, x + dx] for dy in range(3) for dx in range(3)], 2).flatten(1)
+    seen = torch.cat([taps, taps.new_ones(len(taps), 1)], 1)
+    means: Array = (seen.T @ seen).double().div(len(seen)).numpy()
+    return means
+
+
+class _Graph:
+    """Nodes and constants as they are added, in order."""
+
+    def __init__(self, weights: Weights, form: Form, calibration: Mapping[str, Array]) -> None:
+        self.weights = weights
+        self.form = form
+        self.calibration = calibration
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[TensorProto] = []
+
+    def node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def constant(self, name: str, value: Any) -> str:
+        if all(name != known.name for known in self.initializers):
+            self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
+        return name
+
+    def conv(self, name: str, x: str, dtype: str = "float32") -> str:
+        """A convolution that keeps the size."""
+        weight, bias = (
+            self.constant(f"{name}.{part}", self.weights[f"{name}.{part}"].astype(dtype)) for part in ("weight", "bias")
+        )
+        return self.size_kept(name, [x, weight, bias])
+
+    def size_kept(self, name: str, inputs: Sequence[str]) -> str:
+        kernel = self.weights[f"{name}.weight"].shape[2:]
+        return self.node("Conv", inputs, name, kernel_shape=kernel, pads=[k // 2 for k in kernel] * 2)
+
+    def branch(self, name: str, x: str, numbers: str) -> str:
+        """conv2(relu(conv1(x))), float32 in and out whatever is in between."""
+        if numbers == "float32":
+            hidden = self.node("Relu", [self.conv(f"{name}.conv1", x)], f"{name}.hidden")
+            return self.conv(f"{name}.conv2", hidden)
+        if numbers == "float16":
+            half = self.node("Cast", [x], f"{name}.in.half", to=TensorProto.FLOAT16)
+            hidden = self.node("Relu", [self.conv(f"{name}.conv1", half, "float16")], f"{name}.hidden")
+            out = self.conv(f"{name}.conv2", hidden, "float16")
+            return self.node("Cast", [out], f"{name}.branch", to=TensorProto.FLOAT)
+        return self.quantised_branch(name, x)
+
+    def quantised_branch(self, name: str, x: str) -> str:
+        """The same in 8 bits, in units in which each channel's peak is the largest 8-bit value.
+
+        Channels differ in range, and the last layer weighs some of them ten times more than most. Runtimes take one
+        scale an activation tensor, so that each channel's own goes into the weights before and behind it (ReLU lets it
+        pass), and at the two ends of the branch into a multiplication.
+        """
+        parts = ("in", "hidden", "branch")
+        units = {part: self.units(self.calibration[f"{name}.{part}"]) for part in parts}
+        x = self.node("Mul", [x, self.channels(f"{name}.in.per_unit", 1 / units["in"])], f"{name}.in")
+        rounded = self.rounded(f"{name}.in", x)
+        conv1 = self.quantised_conv(f"{name}.conv1", rounded, units["in"], units["hidden"])
+        hidden = self.node("Relu", [conv1], f"{name}.hidden")
+        rounded = self.rounded(f"{name}.hidden", hidden)
+        out = self.quantised_conv(f"{name}.conv2", rounded, units["hidden"], units["branch"])
+        if self.form.branches == "u8s8":
+            # onnxruntime multiplies in 8 bits only where the result is rounded to 8 bits again
+            out = self.rounded(f"{name}.branch", out, signed=True)
+        return self.node("Mul", [out, self.channels(f"{name}.branch.unit", units["branch"])], f"{name}.branch")
+
+    def units(self, peaks: Array) -> Array:
+        """What the number 1 stands for in each channel; one that calibration found (nearly) dead gets some room.
+
+        Unsigned activations reach 127, not 255, at their peak: processors with AVX2 and no VNNI add two products in 16
+        bits, and 255 * 127 * 2 would not fit. What is above the peaks of calibration has the upper half.
+        """
+        if self.form.branches == "fp8":  # floats need no range of their own in each channel
+            peaks = np.full_like(peaks, peaks.max())
+        room: Array = np.maximum(peaks, max(0.01 * peaks.max(), 1e-6))
+        return room / (_FP8_TOP if self.form.branches == "fp8" else 127)
+
+    def channels(self, name: str, values: Array) -> str:
+        return self.constant(name, values.astype(np.float32)[:, None, None])
+
+    def rounded(self, name: str, x: str, signed: bool = False) -> str:
+        """``x``, in units, through 8 bits and back."""
+        if self.form.branches == "fp8":
+            zero = "float8_zero"
+            if all(zero != known.name for known in self.initializers):
+                self.float8(zero, np.float32(0))
+        elif self.form.branches == "s8s8":
+            zero = self.constant("int8_zero", np.int8(0))
+        else:
+            zero = self.constant("uint8_middle" if signed else "uint8_zero", np.uint8(128 if signed else 0))
+        about = [self.constant("one", np.float32(1)), zero]
+        small = self.node("QuantizeLinear", [x, *about], f"{name}.quantised")
+        return self.node("DequantizeLinear", [small, *about], f"{name}.dequantised")
+
+    def quantised_conv(self, name: str, x: str, x_units: Array, out_units: Array) -> str:
+        """A convolution with 8-bit weights, one scale an output channel; input and output are in their units."""
+        weight = self.weights[f"{name}.weight"] * x_units[:, None, None] / out_units[:, None, None, None]
+        fp8 = self.form.branches == "fp8"
+        top = _FP8_TOP if fp8 else 127
+        bias = self.weights[f"{name}.bias"] / out_units
+        # a bias, in units of the sums, leaves them most of their 32 bits, where the kernel is nearly zero too
+        largest = np.maximum(np.abs(weight).max((1, 2, 3)), np.abs(bias) * (top / 2**28))
+        scale = (np.maximum(largest, 1e-12) / top).astype(np.float32)
+        exact = np.concatenate([weight.reshape(len(scale), -1), bias[:, None]], 1)
+        seen = np.append(np.repeat(x_units, weight[0, 0].size), 1.0)
+        moments = self.calibration[name] / seen[:, None] / seen
+        held = compensated(exact / scale[:, None].astype(np.float64), moments, _to_float8 if fp8 else np.rint, top)
+        levels, bias = held[:, :-1].reshape(weight.shape), held[:, -1]
+        if fp8:
+            small, zero = self.float8(f"{name}.weight", levels), self.float8(f"{name}.zero", np.zeros(len(scale)))
+        else:
+            small = self.constant(f"{name}.weight", levels.astype(np.int8))
+            zero = self.constant(f"{name}.zero", np.zeros(len(scale), np.int8))
+        about = [self.constant(f"{name}.scale", scale), zero]
+        restored = self.node("DequantizeLinear", [small, *about], f"{name}.weight.dequantised", axis=0)
+        if self.form.branches == "u8s8":  # onnxruntime wants the bias in the accumulator's own units
+            whole = np.clip(np.rint(bias), -(2**30), 2**30).astype(np.int32)
+            about = [about[0], self.constant(f"{name}.bias.zero", np.zeros(len(scale), np.int32))]
+            added = self.constant(f"{name}.bias", whole)
+            added = self.node("DequantizeLinear", [added, *about], f"{name}.bias.dequantised", axis=0)
+        else:
+            added = self.constant(f"{name}.bias", (bias * scale).astype(np.float32))
+        return self.size_kept(name, [x, restored, added])
+
+    def float8(self, name: str, value: Any) -> str:
+        """A constant in float8 e4m3, which NumPy does not have: rounded by torch, kept as raw bytes."""
+        rounded = torch.from_numpy(np.array(value, np.float32)).to(torch.float8_e4m3fn)
+        raw = rounded.view(torch.uint8).numpy().tobytes()
+        self.initializers.append(helper.make_tensor(name, TensorProto.FLOAT8E4M3FN, list(rounded.shape), raw, raw=True))
+        return name
+
+
+def compensated(weights: Array, moments: Array, rounded: Callable[[Array], Array], top: float) -> Array:
+    """Rounded weights whose layer's output is nearest to the exact one's: columns are rounded one after the other, and
+    those behind make up for each one's error as far as they see the same (Frantar et al., 2023, arXiv 2210.17323).
+
+    Args:
+        weights: ``[outputs, inputs + 1]``, in units of the grid; the last column is the bias, which stays exact.
+        moments: ``[inputs + 1, inputs + 1]``, means of the products of what the columns are multiplied by.
+        rounded: to the grid.
+        top: the grid's largest magnitude.
+    """
+    damped = moments + np.eye(len(moments)) * 1e-3 * np.trace(moments) / len(moments)
+    factor = np.linalg.cholesky(np.linalg.inv(damped)).T
+    columns = weights.T.astype(np.float64)
+    for index in range(len(moments) - 1):
+        exact = columns[index].copy()
+        columns[index] = rounded(exact.clip(-top, top))
+        error = (exact - columns[index]) / factor[index, index]
+        columns[index + 1 :] -= factor[index, index + 1 :, None] * error
+    result: Array = columns.T
+    return result
+
+
+def _to_float8(values: Array) -> Array:
+    rounded: Array = torch.from_numpy(values).to(torch.float8_e4m3fn).double().numpy()
+    return rounded
+
+
+def _stored_to_float(graph: _Graph, images: str, histogram: str) -> str:
+    """uint8 ``[B, C, H, W]`` to floats in [-1, 1], as `fastsimgan.inference.torch_backend.prepare` does it."""
+    levels = graph.node("Cast", [images], "levels", to=TensorProto.FLOAT)
+    if histogram == "equalise":
+        levels = _equalise(graph, levels)
+    unit = graph.node("Div", [levels, graph.constant("half_white", np.float32(127.5))], "unit")
+    return graph.node("Sub", [unit, graph.constant("one", np.float32(1))], "normalised")
+
+
+def _float_to_stored(graph: _Graph, x: str) -> None:
+    """Floats in [-1, 1] to rounded uint8, as `fastsimgan.data.pixel_values.quantise` does it (ties to even)."""
+    x = graph.node("Add", [x, graph.constant("one", np.float32(1))], "from_zero")
+    x = graph.node("Mul", [x, graph.constant("half_white", np.float32(127.5))], "scaled")
+    x = graph.node("Round", [x], "rounded")
+    limits = graph.constant("black", np.float32(0)), graph.constant("white", np.float32(255))
+    x = graph.node("Clip", [x, *limits], "clipped")
+    graph.node("Cast", [x], OUTPUT, to=TensorProto.UINT8)
+
+
+def _equalise(graph: _Graph, levels: str) -> str:
+    """Histogram equalisation of each grey image, exactly as `fastsimgan.data.equalisation.equalise` does it.
+
+    A level is 16 h + l. One matrix product per image counts, for every h and l, the pixels whose high digit is h and
+    whose low digit is at most l; with the pixels of smaller high digits that is the cumulative histogram. No scatter,
+    no sort, no loop, so that every runtime takes it; and zeros and ones summed in float32 are exact up to 2^24 pixels,
+    in TF32 too.
+    """
+    node, constant = graph.node, graph.constant
+
+    def digits(op: str, digit: str, name: str) -> str:  # [B, 16, H*W] of zeros and ones
+        steps = constant("steps", np.arange(16, dtype=np.float32)[:, None])
+        return node("Cast", [node(op, [digit, steps], f"{name}.mask")], name, to=TensorProto.FLOAT)
+
+    shape = node("Shape", [levels], "image_shape")
+    flat = node("Reshape", [levels, constant("flat_shape", np.array([0, 1, -1]))], "flat")  # [B, 1, H*W]
+    sixteenth = node("Mul", [flat, constant("sixteenth", np.float32(1 / 16))], "sixteenths")
+    high = node("Floor", [sixteenth], "high")
+    low = node("Sub", [flat, node("Mul", [high, constant("sixteen", np.float32(16))], "high_part")], "low")
+
+    up_to_low = node("Transpose", [digits("LessOrEqual", low, "up_to_low")], "up_to_low.t", perm=[0, 2, 1])
+    within = node("MatMul", [digits("Equal", high, "at_high"), up_to_low], "within")  # [B, 16, 16]
+    axis_2, axis_1 = constant("axis_2", np.array([2])), constant("axis_1", np.array([1]))
+    below = node("ReduceSum", [digits("Less", high, "below_high"), axis_2], "below", keepdims=1)  # [B, 16, 1]
+    counts = node("Add", [within, below], "counts")
+    cdf = node("Reshape", [counts, constant("table_shape", np.array([0, 256]))], "cdf")
+
+    pixels = node("ReduceMax", [cdf, axis_1], "pixels", keepdims=1)
+    occurs = node("Greater", [cdf, constant("black", np.float32(0))], "occurs")
+    cdf_min = node("ReduceMin", [node("Where", [occurs, cdf, pixels], "occurring"), axis_1], "cdf_min", keepdims=1)
+    above = node("Sub", [cdf, cdf_min], "above_min")
+    spread = node("Max", [node("Sub", [pixels, cdf_min], "spread"), constant("one", np.float32(1))], "spread.min_1")
+    share = node("Div", [above, spread], "share")
+    table = node("Round", [node("Mul", [share, constant("white", np.float32(255))], "table.scaled")], "table.rounded")
+    one_value = node("Equal", [cdf_min, pixels], "one_value")  # such an image stays as it is
+    same = constant("all_levels", np.arange(256, dtype=np.float32)[None])
+    table = node("Where", [one_value, same, table], "table")
+
+    row = node("Reshape", [levels, constant("row_shape", np.array([0, -1]))], "row")
+    index = node("Cast", [row], "index", to=TensorProto.INT32)
+    equalised = node("GatherElements", [table, index], "equalised.row", axis=1)
+    return node("Reshape", [equalised, shape], "equalised")

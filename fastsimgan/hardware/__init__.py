@@ -1,0 +1,1 @@
+"""Devices, number types, memory and threads."""

@@ -1,5 +1,0 @@
-"""One Refiner interface over whatever runs the network."""
-
-from fastsimgan.runtime.refiner import Refiner, load_refiner, save_refiner
-
-__all__ = ["Refiner", "load_refiner", "save_refiner"]
