@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +38,8 @@ _INSTRUCTIONS = {
 
 def missing() -> str | None:
     """Why nothing can be built here; None if it can."""
+    if sys.platform != "linux":
+        return "libraries are built for Linux alone"
     return None if _COMPILER else "no C++ compiler"
 
 

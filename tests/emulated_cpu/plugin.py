@@ -9,8 +9,12 @@ import fastsimgan
 fastsimgan.__path__.insert(0, str(Path(__file__).resolve().parent / "extension"))
 
 
-def pytest_sessionstart() -> None:
+def pretend_to_torch() -> None:
+    """Where torch finds no AVX, on ARM as well, "cpp" would not be tried. Before fastsimgan's ops are imported."""
     import torch
 
-    # where torch finds no AVX, on ARM as well, "cpp" would not be tried
     torch.backends.cpu.get_cpu_capability = lambda: "AVX512"
+
+
+def pytest_sessionstart() -> None:
+    pretend_to_torch()
