@@ -44,9 +44,13 @@ def missing() -> str | None:
 
 
 def _compile(
-    name: str, sources: list[Path], flags: list[str], more: dict[Path, list[str]] | None = None, links: tuple[str, ...] = ()
+    name: str,
+    sources: list[Path],
+    flags: list[str],
+    more: dict[Path, list[str]] | None = None,
+    links: tuple[str, ...] = (),
 ) -> Path:
-    """A shared library of ``sources``, kept under ``build/emulated_cpu`` for as long as none of csrc/ and of this folder changes.
+    """A shared library of ``sources``, kept under ``build/emulated_cpu`` while csrc/ and this folder do not change.
 
     Args:
         name: of the library, ``{name}.so``.
@@ -102,7 +106,11 @@ def ops(form: str = "emulated") -> Path:
 
 
 def probes(form: str) -> Path:
-    """The library of probes.cpp: each intrinsic as a function over arrays. ``form``: as above, or "amx": native with AMX."""
+    """The library of probes.cpp: each intrinsic as a function over arrays.
+
+    Args:
+        form: as of `ops`; or "amx", which is "native" on a processor that has AMX too.
+    """
     flags = [*_FLAGS, *_FORMS["native" if form == "amx" else form]]
     if form in ("native", "amx"):
         flags += [*_INSTRUCTIONS["vnni"], "-mavx512bf16", *(_INSTRUCTIONS["amx"] if form == "amx" else [])]
@@ -115,8 +123,9 @@ def environment(has: str = EVERYTHING, form: str = "emulated") -> dict[str, str]
     """What a process needs to have its fastsimgan._C from `ops`, beside the environment it has.
 
     Args:
-        has: the instruction sets of the emulated processor, of `EVERYTHING`. AVX-512 is of no use without AVX2, VNNI and
-            AMX of none without AVX-512.
+        has: the instruction sets of the emulated processor, of `EVERYTHING`. AVX-512 is of no use without AVX2, VNNI
+            and AMX are of none without AVX-512.
+        form: as of `ops`.
     """
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {"PYTHONPATH": os.pathsep.join(path), "EMULATED_CPU": has, "EMULATED_CPU_LIBRARY": str(ops(form))}

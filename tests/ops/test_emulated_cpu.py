@@ -1,7 +1,7 @@
 """The blocks' sources for every instruction set, on a processor that is emulated where this one lacks it.
 
-And the emulation itself: each intrinsic against the instruction where this processor has it, the matrix unit against what
-Intel's manual says of it.
+And the emulation itself: each intrinsic against the instruction where this processor has it, the matrix unit against
+what Intel's manual says of it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,9 @@ import pytest
 
 from tests import emulated_cpu
 from tests.emulated_cpu import EVERYTHING, HERE, ROOT, environment, ops, probes
+from tests.emulated_cpu.probing import TILES, VECTORS, called, numbers, one_nan, tiles
 
 pytestmark = pytest.mark.skipif(emulated_cpu.missing() is not None, reason=str(emulated_cpu.missing()))
-
-PROBED = (HERE / "probes.cpp").read_text()
-VECTORS = sorted(set(re.findall(r"(?:PROBE|GIVES|FLOATS_\d|WHOLES_\d)\((_mm\w+)", PROBED)))
-TILES = sorted(set(re.findall(r"TILES\((_tile\w+)", PROBED)))
 
 
 def flags() -> set[str]:
@@ -47,36 +44,6 @@ def test_every_intrinsic_of_the_sources_is_emulated_and_compared() -> None:
 # -- vectors -----------------------------------------------------------------------------------------------------------
 
 
-def numbers(name: str, calls: int, takes: int) -> np.ndarray:
-    """Bytes for ``calls`` calls: ordinary floats, any bits, and what is special, in each lane and in all pairs of lanes."""
-    random = np.random.default_rng(sum(name.encode()))
-    words = random.integers(0, 2**32, (calls, takes, 16), np.uint32)
-    ordinary = (random.standard_normal((calls, takes, 16)) * 200).astype(np.float32).view(np.uint32)
-    zero, one, half, most = 0x00000000, 0x3F800000, 0x3F000000, 0x7F7FFFFF
-    special = [zero, one, half, most, 0x7F800000, 0x7FC00000, 0x7F800001, 0x00000001, 0x007FFFFF, 0x00800000]
-    special += [0x3FC00000, 0x40200000, 0x437F0000, 0x437F8000, 0x4EFFFFFF, 0x4F000000]  # 1.5, 2.5, 255, 255.5, 2^31
-    special += [0x3F808000, 0x3F818000, 0x7F7F8000, 0x00000080, 0x7FFF8000]  # halfway between two bfloat16
-    special += [word | 0x80000000 for word in special]
-    specials = random.choice(np.array(special, np.uint32), words.shape)
-    kind = random.integers(0, 3, words.shape)
-    return np.where(kind == 0, words, np.where(kind == 1, ordinary, specials)).view(np.uint8).copy()
-
-
-def called(library: ctypes.CDLL, name: str, given: np.ndarray) -> np.ndarray:
-    out = np.full((len(given), 64), 0xA5, np.uint8)
-    pointer = ctypes.POINTER(ctypes.c_uint8)
-    function = getattr(library, f"probe_{name}")
-    function(given.ctypes.data_as(pointer), out.ctypes.data_as(pointer), ctypes.c_int64(len(given)))
-    return out
-
-
-def comparable(name: str, out: np.ndarray) -> np.ndarray:
-    """NaNs that arithmetic makes are all one: which of two operands it keeps is not what a block's result depends on."""
-    if name not in ("_mm512_add_ps", "_mm512_mul_ps"):
-        return out
-    return one_nan(out.view(np.float32))
-
-
 @pytest.fixture(scope="module")
 def emulated() -> ctypes.CDLL:
     return ctypes.CDLL(str(probes("emulated")))
@@ -90,9 +57,8 @@ def native() -> ctypes.CDLL:
 @pytest.mark.skipif(bool(LACKING), reason=f"no instructions to compare with: the processor lacks {', '.join(LACKING)}")
 @pytest.mark.parametrize("name", VECTORS)
 def test_an_intrinsic_gives_the_processors_bits(name: str, emulated: ctypes.CDLL, native: ctypes.CDLL) -> None:
-    takes = getattr(native, f"takes_{name}")()
-    given = numbers(name, 20_000, takes)
-    ours, theirs = (comparable(name, called(library, name, given)) for library in (emulated, native))
+    given = numbers(emulated, name, 20_000)
+    ours, theirs = (called(library, name, given) for library in (emulated, native))
     assert np.array_equal(ours, theirs)
     assert len(np.unique(theirs)) > 20 or "setzero" in name  # it was not for nothing
 
@@ -119,15 +85,6 @@ def configuration(rows: int = 16, depth: int = 64, columns: int = 64) -> np.ndar
     config[16:22].view(np.uint16)[:] = [width for _, width in sizes]
     config[48:51] = [height for height, _ in sizes]
     return config
-
-
-def tiles(library: ctypes.CDLL, name: str, config: np.ndarray, *three: np.ndarray) -> np.ndarray:
-    """What is left in the first tile, [16, 64] bytes, and behind it what the probe itself wrote."""
-    given = np.concatenate([config, *(np.ascontiguousarray(tile).view(np.uint8).ravel() for tile in three)])
-    out = np.full(16 * 64 + 64, 0xA5, np.uint8)
-    pointer = ctypes.POINTER(ctypes.c_uint8)
-    getattr(library, f"tiles{name}")(given.ctypes.data_as(pointer), out.ctypes.data_as(pointer))
-    return out
 
 
 LEAST = np.longdouble(2.0**-126)  # of float32's normal numbers
@@ -162,11 +119,6 @@ def as_the_manual_says(before: np.ndarray, left: np.ndarray, right: np.ndarray, 
     return result
 
 
-def one_nan(x: np.ndarray) -> np.ndarray:
-    """Bits, with one for all NaNs."""
-    return np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32)
-
-
 @pytest.mark.parametrize("kind", ["ordinary", "small", "any bits"])
 @pytest.mark.parametrize(("rows", "depth", "columns"), [(16, 16, 16), (5, 7, 11), (1, 1, 1)])
 def test_products_of_bfloat16_are_added_up_in_the_manuals_order(
@@ -177,8 +129,8 @@ def test_products_of_bfloat16_are_added_up_in_the_manuals_order(
     for _ in range(20):
         sizes = [(16, 16), (16, 32), (16, 32)]
         if kind == "any bits":
-            before, left, right = (random.integers(0, 2**32, (a, b), np.uint32) for a, b in sizes)
-            before, left, right = before.view(np.float32), (left >> 16).astype(np.uint16), (right >> 16).astype(np.uint16)
+            before = random.integers(0, 2**32, sizes[0], np.uint32).view(np.float32)
+            left, right = (random.integers(0, 2**16, size, np.uint16) for size in sizes[1:])
         else:
             spread = 1 if kind == "ordinary" else np.exp2(random.integers(-75, -60, 32).astype(np.float32))
             left, right = (
@@ -302,7 +254,7 @@ def counted(output: str, what: str) -> int:
 
 
 def test_every_test_of_the_blocks_passes_on_a_processor_with_everything() -> None:
-    """AVX2 where the maps ask for 8 lanes, AVX-512, VNNI, AMX in bfloat16 and in 8 bits: none of their tests is skipped."""
+    """AVX2 where the maps ask for 8 lanes, AVX-512, VNNI, AMX in bfloat16 and in 8 bits: no test of them is skipped."""
     output = run_tests(EVERYTHING, "emulated", files_about_the_blocks("ops"), "not triton")
     assert "SKIPPED" not in output, output[-6000:]
     assert counted(output, "passed") > 80
@@ -377,21 +329,10 @@ def test_the_blocks_touch_nothing_but_their_own_memory_and_do_nothing_undefined(
 @pytest.mark.slow
 def test_the_emulation_is_the_same_under_sanitizers(emulated: ctypes.CDLL, tmp_path: Path) -> None:
     """GCC 12 has compiled parts of it to other results there."""
-    variables = os.environ | environment(form="sanitized")
     for name in VECTORS:
-        np.save(tmp_path / f"{name}.npy", numbers(name, 500, getattr(emulated, f"takes_{name}")()))
-    code = (
-        "import ctypes, sys\n"
-        "sys.path.insert(0, sys.argv[3])\n"
-        "import numpy as np\n"
-        "from tests.test_emulated_cpu import VECTORS, called\n"
-        "library = ctypes.CDLL(sys.argv[1])\n"
-        "for name in VECTORS:\n"
-        "    np.save(f'{sys.argv[2]}/{name}.out.npy', called(library, name, np.load(f'{sys.argv[2]}/{name}.npy')))\n"
-    )
-    command = [sys.executable, "-c", code, str(probes("sanitized")), str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, env=variables)
+        np.save(tmp_path / f"{name}.npy", numbers(emulated, name, 500))
+    command = [sys.executable, "-m", "tests.emulated_cpu.probing", str(probes("sanitized")), str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | environment(form="sanitized"))
     for name in VECTORS:
         ours = called(emulated, name, np.load(tmp_path / f"{name}.npy"))
-        theirs = np.load(tmp_path / f"{name}.out.npy")
-        assert np.array_equal(comparable(name, ours), comparable(name, theirs)), name
+        assert np.array_equal(ours, np.load(tmp_path / f"{name}.out.npy")), name
