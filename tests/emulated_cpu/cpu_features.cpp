@@ -1,5 +1,5 @@
 // In the place of csrc/cpu_features.cpp: the emulated processor has what EMULATED_CPU names, as "avx2 avx512 vnni amx". And
-// for the tests: this thread's configuration of the matrix unit.
+// for the tests: this thread's configuration of the matrix unit, and how many products it has computed.
 #include "../../csrc/cpu_features.h"
 
 #include <immintrin.h>
@@ -30,3 +30,4 @@ extern "C" __attribute__((visibility("default"))) void emulated_configure(const 
 extern "C" __attribute__((visibility("default"))) void emulated_configuration(void* config) {
   _tile_storeconfig(config);
 }
+extern "C" __attribute__((visibility("default"))) int64_t emulated_products() { return emulated::matrix_products; }

@@ -225,6 +225,7 @@ struct MatrixUnit {
 };
 
 inline thread_local MatrixUnit matrix_unit{};
+inline thread_local int64_t matrix_products = 0;  // of this thread, for the tests
 
 }  // namespace emulated
 
@@ -234,8 +235,14 @@ inline void _tile_release() { emulated::matrix_unit = {}; }
 inline void _tile_loadd(int to, const void* base, int64_t stride) { emulated::matrix_unit.load(to, base, stride); }
 inline void _tile_stored(int from, void* base, int64_t stride) { emulated::matrix_unit.store(from, base, stride); }
 inline void _tile_zero(int tile) { emulated::matrix_unit.zero(tile); }
-inline void _tile_dpbf16ps(int to, int left, int right) { emulated::matrix_unit.add_bfloat16_products(to, left, right); }
-inline void _tile_dpbusd(int to, int left, int right) { emulated::matrix_unit.add_byte_products(to, left, right); }
+inline void _tile_dpbf16ps(int to, int left, int right) {
+  ++emulated::matrix_products;
+  emulated::matrix_unit.add_bfloat16_products(to, left, right);
+}
+inline void _tile_dpbusd(int to, int left, int right) {
+  ++emulated::matrix_products;
+  emulated::matrix_unit.add_byte_products(to, left, right);
+}
 
 // -- memory -----------------------------------------------------------------------------------------------------------
 

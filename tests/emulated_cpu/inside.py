@@ -1,7 +1,8 @@
 """What a process on an emulated processor does for tests/ops/test_emulated_cpu.py.
 
 ``python -m tests.emulated_cpu.inside results FILE``: writes the bytes of the blocks' results and gradients.
-``python -m tests.emulated_cpu.inside tiles``: exit code 0 if the blocks leave the matrix unit as it was.
+``python -m tests.emulated_cpu.inside tiles``: exit code 0 if "amx" uses the matrix unit, "vnni" does not, and
+both leave it as it was.
 ``python -m tests.emulated_cpu.inside has``: prints which implementations say that they can run.
 """
 
@@ -64,9 +65,12 @@ def tiles() -> None:
     torch.set_num_threads(1)
     theirs = bytes([1, 0]) + bytes(14) + bytes([20, 0, 8, 0]) + bytes(28) + bytes([3, 2]) + bytes(14)
     for config in (theirs, bytes(64)):  # another library's, and none
-        for call in (lambda: floats((2, 32, 9, 9), "amx"), lambda: whole((2, 32, 9, 9), "amx")):
+        for block, impl in ((floats, "amx"), (whole, "amx"), (whole, "vnni")):
             library.emulated_configure(config)
-            call()
+            before = library.emulated_products()
+            block((2, 32, 9, 9), impl)
+            if (library.emulated_products() > before) != (impl == "amx"):
+                sys.exit(f"{block.__name__} by {impl}: {library.emulated_products() - before} products of tiles")
             after = ctypes.create_string_buffer(64)
             library.emulated_configuration(after)
             if after.raw != config:

@@ -293,7 +293,7 @@ def test_the_blocks_give_the_bits_that_the_processor_gives(tmp_path: Path) -> No
     assert len(ours) > 500_000 and ours == theirs
 
 
-def test_the_matrix_unit_is_left_as_it_was() -> None:
+def test_the_matrix_unit_is_used_by_amx_alone_and_left_as_it_was() -> None:
     """PyTorch configures it once in a thread; the emulated one, of which PyTorch knows nothing, is asked itself."""
     inside("tiles")
 
