@@ -81,8 +81,8 @@ class TrainConfig:
     blocks: int = 4
     """Residual blocks in R."""
     computes: Literal["change", "image"] = "change"
-    """What R's network computes: the change, to which the image is added outside it, so that R starts as the identity
-    and 16 bits are enough inside; or, as in the paper, the image itself."""
+    """What R's network computes: the change, to which the image is added outside, so that R starts as the identity and
+    16 bits are enough inside; or, as in the paper, the image itself."""
 
     crop: tuple[int, int] | None = None
     """Height and width of the random crops that training sees. auto: images whole where all have one size of at most
@@ -204,13 +204,7 @@ class TrainConfig:
         """Settings from `to_json`; unknown names are an InputError."""
         values: dict[str, Any] = json.loads(text)
         known = {field.name for field in dataclasses.fields(cls)}
-        if "computes" not in values:  # of a version whose network computed the image, from one of two beginnings
-            if values.pop("identity_init", False):
-                raise InputError(
-                    "config must be of a run begun by this version, or with --no-identity-init, got one whose R "
-                    "carries the image in its features: finish it with the version that began it"
-                )
-            values["computes"] = "image"
+        _bring_up(values)
         if unknown := sorted(set(values) - known):
             raise InputError(f"config has unknown settings: {', '.join(unknown)}")
         for name in ("synthetic", "real", "out"):
@@ -220,6 +214,18 @@ class TrainConfig:
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         return cls(**values)
+
+
+def _bring_up(values: dict[str, Any]) -> None:
+    """Give settings of before --computes what they mean today; InputError where this version cannot go on with them."""
+    if "computes" in values:
+        return
+    if values.pop("identity_init", False):
+        raise InputError(
+            "config must be of a run begun by this version, or with --no-identity-init, got one whose R carries the "
+            "image in its features: finish it with the version that began it"
+        )
+    values["computes"] = "image"
 
 
 def _flag(name: str) -> str:
