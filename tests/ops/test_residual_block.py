@@ -307,7 +307,7 @@ def test_cpp_takes_no_16_bits() -> None:
 
 @needs_amx
 def test_the_refiner_takes_amx_under_autocast() -> None:
-    refiner = trained(1, width=32, blocks=2)
+    refiner = trained(1, amount=0.1, width=32, blocks=2)
     images = torch.rand(2, 1, 9, 11) * 2 - 1
     with torch.autocast("cpu", torch.bfloat16):
         ours = refiner(images)
