@@ -66,7 +66,7 @@ class TrainConfig:
     """Adam's learning rate for R."""
     learning_rate_discriminator: float = 6e-4
     """Adam's learning rate for D."""
-    warm_up: int = 100
+    warm_up: int = 20
     """Iterations over which the learning rates rise to their full value, so that Adam's first steps, all of one size,
     do not throw R off the identity; 0 for none."""
     decay: bool = True
