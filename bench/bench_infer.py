@@ -25,11 +25,11 @@ from torch import Tensor
 from bench import limits
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.pixel_values import from_float
+from fastsimgan.data.preprocess import prepare
 from fastsimgan.data.simulators.builtin import builtin_pair
 from fastsimgan.errors import FastSimGANError
 from fastsimgan.hardware.precision import choose_precision
 from fastsimgan.inference.refiner import Refiner, load_refiner, read_refiner, save_refiner
-from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.models.refiner import Refiner as Network
 from fastsimgan.refinement.tuning import BATCH_SIZE_CUDA, fitting, read_shape, useful_pixels
 

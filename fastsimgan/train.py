@@ -82,9 +82,8 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     Synthetic images are read as stored: labels belong to them. Real ones carry none, so they are turned upright and
     made grey or RGB, as the synthetic ones are.
     """
-    from fastsimgan.data.formats.numpy_file import UNIT
     from fastsimgan.data.formats.open_images import open_images
-    from fastsimgan.data.pixel_values import mismatch, value_range
+    from fastsimgan.data.pixel_values import UNIT, mismatch, value_range
     from fastsimgan.data.ragged import channels_of
     from fastsimgan.data.reading import Reading, grey_in_colour, in_the_colour
     from fastsimgan.data.resizing import rescale

@@ -9,11 +9,13 @@ from typing import Literal, overload
 
 import numpy as np
 
-from fastsimgan.data.formats.listing import Links
-from fastsimgan.data.formats.numpy_file import UNIT, Span
+from fastsimgan.data.pixel_values import UNIT, Span
 from fastsimgan.data.ragged import Images, RaggedImages, channels_of
 from fastsimgan.data.resizing import Scale, resize
 from fastsimgan.errors import InputError
+
+Links = Literal["files", "inside", "all"]
+"""Which links of a folder are followed: to files inside it, to files and folders inside it, or all of them."""
 
 
 def images_flag(glob: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from fastsimgan.data.equalisation import equalise
+from fastsimgan.data.gaze_angles import pitch_yaw
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.evaluation.task_network import (
     Judge,
@@ -24,7 +25,7 @@ from fastsimgan.evaluation.task_network import (
     train_and_predict,
 )
 from fastsimgan.hardware.device import choose_device, keep_freed_memory
-from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
+from fastsimgan.metrics.gaze_error import angular_errors
 from fastsimgan.metrics.statistics import difference_interval
 from fastsimgan.storage.checkpoint import write_atomically
 

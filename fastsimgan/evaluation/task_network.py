@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastsimgan.data.gaze_angles import gaze_vectors, pitch_yaw
 from fastsimgan.data.pixel_values import as_images, to_float
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import InputError
 from fastsimgan.evaluation.task_training import train_task_network
 from fastsimgan.hardware.device import channels_last
-from fastsimgan.metrics.gaze_error import gaze_summary, gaze_vectors, pitch_yaw
+from fastsimgan.metrics.gaze_error import gaze_summary
 from fastsimgan.models.classifier import Classifier
 from fastsimgan.models.gaze import GazeNetwork
 

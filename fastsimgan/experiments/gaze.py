@@ -178,8 +178,9 @@ def _sets(synthetic: Labelled, refined: list[Any], real: dict[str, Any], quick: 
 def _compare(sets: dict[str, Labelled], real: Labelled, config: GazeConfig, judge: Any) -> dict[str, Any]:
     import numpy as np
 
+    from fastsimgan.data.gaze_angles import pitch_yaw
     from fastsimgan.evaluation.comparison import compare, table
-    from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
+    from fastsimgan.metrics.gaze_error import angular_errors
 
     def keep(name: str, work: Callable[[], Any]) -> Any:
         return array_piece(config.out, f"predicted-{name}", work)
@@ -199,9 +200,10 @@ def _drift(out: Path, synthetic: Labelled, some: Labelled, refined: Any, judge: 
     import numpy as np
     import torch
 
+    from fastsimgan.data.gaze_angles import pitch_yaw
     from fastsimgan.data.pixel_values import from_float, to_float
     from fastsimgan.evaluation.task_network import train_and_predict
-    from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
+    from fastsimgan.metrics.gaze_error import angular_errors
     from fastsimgan.metrics.label_drift import describe, label_drift
     from fastsimgan.reporting.contact_sheet import save_rows
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from fastsimgan import __version__
 from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.data.pixel_values import from_float
+from fastsimgan.data.preprocess import prepare
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.simulators.builtin import builtin_pair
 from fastsimgan.errors import FastSimGANError, InputError
@@ -30,7 +31,6 @@ from fastsimgan.inference.onnx_file import read, stamp
 from fastsimgan.inference.onnxruntime_backend import OnnxRuntimeBackend
 from fastsimgan.inference.refiner import RefinerFile, read_refiner
 from fastsimgan.inference.tensorrt_backend import Library, cached_engine
-from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.models import refiner as network
 from fastsimgan.reporting.contact_sheet import save_rows
 from fastsimgan.storage.checkpoint import newest_checkpoint

@@ -272,7 +272,7 @@ def _to_float8(values: Array) -> Array:
 
 
 def _stored_to_float(graph: _Graph, images: str, histogram: str) -> str:
-    """uint8 ``[B, C, H, W]`` to floats in [-1, 1], as `fastsimgan.inference.torch_backend.prepare` does it."""
+    """uint8 ``[B, C, H, W]`` to floats in [-1, 1], as `fastsimgan.data.preprocess.prepare` does it."""
     levels = graph.node("Cast", [images], "levels", to=TensorProto.FLOAT)
     if histogram == "equalise":
         levels = _equalise(graph, levels)

@@ -16,13 +16,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.formats.numpy_file import UNIT, Span, out_of_range
-from fastsimgan.data.pixel_values import as_images, from_float
+from fastsimgan.data.pixel_values import UNIT, Span, as_images, from_float, out_of_range
+from fastsimgan.data.preprocess import equalised, prepare
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.device import choose_device
 from fastsimgan.inference.graph_format import check_settings
 from fastsimgan.inference.tiles import in_tiles, margin, pixels
-from fastsimgan.inference.torch_backend import Backend, Precision, TorchBackend, equalised, prepare
+from fastsimgan.inference.torch_backend import Backend, Precision, TorchBackend
 from fastsimgan.models import refiner as network
 from fastsimgan.storage.checkpoint import write_atomically
 

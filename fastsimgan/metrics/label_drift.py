@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastsimgan.data.gaze_angles import pitch_yaw
 from fastsimgan.data.pixel_values import to_float
 from fastsimgan.errors import InputError
 from fastsimgan.evaluation.task_network import Judge, Labelled, train_and_predict
-from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
+from fastsimgan.metrics.gaze_error import angular_errors
 
 Array = NDArray[Any]
 

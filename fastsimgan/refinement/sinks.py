@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from fastsimgan.data.formats.array_file import IMAGES
 from fastsimgan.data.formats.hdf5_file import HDF5Images
 from fastsimgan.data.formats.image_file import ARRAY_FORMATS, FORMATS, Header, StoredImage, decode_image, encode_image
 from fastsimgan.data.formats.labels import Labels
 from fastsimgan.data.formats.listing import STATE
-from fastsimgan.data.formats.numpy_file import IMAGES, ArrayImages
+from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.open_images import open_arrays
 from fastsimgan.data.formats.packed_writer import WRITERS
 from fastsimgan.data.formats.webdataset import read_members, sample_key, shard_stem

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fastsimgan.data.formats.array_file import FILES
 from fastsimgan.data.formats.listing import STATE
-from fastsimgan.data.formats.numpy_file import FILES
 from fastsimgan.data.formats.open_images import open_arrays
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.run_directory import FORMAT, partial_of, read_header, read_json, read_lines, state_of

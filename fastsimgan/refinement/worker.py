@@ -21,8 +21,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from fastsimgan.data.formats.image_file import StoredImage, decode_image
-from fastsimgan.data.formats.numpy_file import UNIT, Span, check_range
-from fastsimgan.data.pixel_values import WHITE
+from fastsimgan.data.pixel_values import UNIT, WHITE, Span, check_range
 from fastsimgan.errors import SKIP, FastSimGANError, InputError
 from fastsimgan.refinement.run_directory import Claim, Run
 from fastsimgan.refinement.sinks import ArraysBlock, ArraysOutput, FolderBlock, Output, PackedOutput, ShardBlock, sha256

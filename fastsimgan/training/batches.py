@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.equalisation import non_uniformity
+from fastsimgan.data.preprocess import equalised, prepare
 from fastsimgan.data.ragged import CentreCrops, Images, RaggedImages, Size, channels_of, crop_of
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.memory import available_memory
-from fastsimgan.inference.torch_backend import equalised, prepare
 from fastsimgan.training.crops import Crop, choose_crop
 
 _EQUALISED = 0.06  # below this `non_uniformity`, images are taken for equalised

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsimgan.data.formats.numpy_file import UNIT
-from fastsimgan.data.pixel_values import from_float
+from fastsimgan.data.pixel_values import UNIT, from_float
+from fastsimgan.data.preprocess import prepare
 from fastsimgan.data.ragged import CentreCrops
 from fastsimgan.errors import TrainingError
 from fastsimgan.inference.refiner import Refiner
-from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.metrics.label_drift import describe, label_drift
 from fastsimgan.metrics.realism import kernel_distance, random_features
 from fastsimgan.models.refiner import Refiner as Network

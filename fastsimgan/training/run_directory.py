@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.pixel_values import to_float
+from fastsimgan.data.preprocess import prepare
 from fastsimgan.data.ragged import Size
 from fastsimgan.errors import InputError, TrainingError
 from fastsimgan.inference.refiner import BEST, FILE, Refiner, load_refiner, save_refiner
-from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.models.refiner import Refiner as Network
 from fastsimgan.reporting.contact_sheet import save_contact_sheet
 from fastsimgan.storage.checkpoint import (

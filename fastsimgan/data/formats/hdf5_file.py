@@ -14,16 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fastsimgan.data.formats.numpy_file import (
-    FILES,
-    UNIT,
-    Span,
-    check_images,
-    check_range,
-    choose_key,
-    combined_sha256,
-    read_as,
-)
+from fastsimgan.data.formats.array_file import FILES, check_images, choose_key, combined_sha256, read_as
+from fastsimgan.data.pixel_values import UNIT, Span, check_range
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.hardware.memory import room_for
 from fastsimgan.storage.files import natural_key, printable

@@ -25,6 +25,7 @@ import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
 
+from fastsimgan.data.formats.array_file import check_images, read_as
 from fastsimgan.data.formats.hdf5_file import HDF5Images
 from fastsimgan.data.formats.image_metadata import (
     PNG_SIGNATURE,
@@ -36,7 +37,7 @@ from fastsimgan.data.formats.image_metadata import (
     scan_png,
     scan_tiff,
 )
-from fastsimgan.data.formats.numpy_file import UNIT, Span, check_images, check_range, out_of_range, read_as
+from fastsimgan.data.pixel_values import UNIT, Span, check_range, out_of_range
 from fastsimgan.errors import InputError
 from fastsimgan.storage.files import printable
 

@@ -9,23 +9,17 @@ import hashlib
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from fastsimgan.data.formats.array_file import FILES, IMAGES, check_images, choose_key, combined_sha256, read_as
+from fastsimgan.data.pixel_values import UNIT, Span, check_range
 from fastsimgan.errors import InputError
 from fastsimgan.storage.files import printable
-
-IMAGES = "images"  # the array that holds the images
-FILES = "files/"  # members of an .npz under this name are files that travel along, not arrays
-MAX_CHANNELS = 4  # anything larger in last place is not channels: most likely the array is [N, C, H, W]
-Span = tuple[float, float]
-UNIT: Span = (0.0, 1.0)  # in which floats must lie, where no other range is stated
-HAIR = 1 / 1024  # by which floats may leave [0, 1], a quarter of an 8-bit level: rounding, which is clipped
-_SMALLEST = 8  # height and width from which on an unnamed array is taken for images
 
 
 class ArrayImages:
@@ -266,113 +260,6 @@ class ArrayImages:
             raise InputError(f"{printable(self.path)}: cannot be read as NumPy arrays: {reason}") from error
 
 
-def combined_sha256(files: dict[str, str]) -> dict[str, str]:
-    """One SHA-256 of many files' names and SHA-256, under the name ``files/``; nothing where there are none."""
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(f"{files[name]} {name}\n".encode("utf-8", "surrogateescape"))
-    return {FILES: digest.hexdigest()} if files else {}
-
-
-def read_as(stored: np.dtype) -> np.dtype:
-    """The type in which images are read: floats of any length are float32, integers stay what they are."""
-    return np.dtype("float32") if stored.kind == "f" else stored.newbyteorder("=")
-
-
-def choose_key(path: Path, held: Mapping[str, tuple[tuple[int, ...], np.dtype]], key: str | None) -> str:
-    """The name of the array of images among those that a file holds, by name with shape and type.
-
-    Raises InputError if the asked-for one is not there; if nothing was asked for, and there is neither ``images`` nor
-    just one array that can be images.
-    """
-    if key is not None:
-        if key not in held:
-            raise InputError(
-                f"{printable(path)}: must hold an array named {printable(key)} (--key), got {_names(held)}"
-            )
-        return key
-    if IMAGES in held:
-        return IMAGES
-    found = [name for name, (shape, dtype) in held.items() if _may_be_images(shape, dtype)]
-    if len(found) > 1 and len(usual := [name for name in found if name.lower() in _USUAL]) == 1:
-        return usual[0]
-    if len(found) != 1:
-        raise InputError(
-            f"{printable(path)}: must hold an array named images, got {_names(held)}"
-            + (f"; --key NAME tells which: {_names(found)}" if found else "")
-        )
-    return found[0]
-
-
-def _may_be_images(shape: tuple[int, ...], dtype: np.dtype) -> bool:
-    if dtype.hasobject or (dtype.kind, dtype.itemsize) not in _KINDS or len(shape) not in (3, 4):
-        return False
-    height, width = shape[:2] if len(shape) == 3 and shape[2] <= MAX_CHANNELS else shape[1:3]
-    return min(height, width) >= _SMALLEST and (len(shape) == 3 or shape[3] <= MAX_CHANNELS)
-
-
-_USUAL = ("image", "colors", "colours", "color", "colour", "rgb", "arr_0")
-_KINDS = {("u", 1), ("u", 2), ("f", 2), ("f", 4), ("f", 8)}
-
-
-def check_images(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
-    """The shape ``[N, H, W]`` or ``[N, H, W, C]`` of an array of images; of one picture, N is 1.
-
-    Raises InputError if it cannot be images.
-    """
-    if dtype.hasobject or (dtype.kind, dtype.itemsize) not in _KINDS:
-        got = "Python objects (pickled)" if dtype.hasobject else dtype.newbyteorder("=").name
-        way = ": astype(np.uint8), where they are 0 to 255" if dtype.kind == "i" else ""
-        raise InputError(
-            f"{printable(path)}: {printable(name)} must be uint8, uint16 or float32 in [0, 1], got {got}{way}"
-        )
-    if len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4) and min(shape[:2]) >= _SMALLEST):
-        shape = (1, *shape)
-    if len(shape) not in (3, 4) or (len(shape) == 4 and not 1 <= shape[3] <= MAX_CHANNELS):
-        way = ""
-        if len(shape) == 4 and shape[1] in (1, 3, 4):
-            way = "; it looks like [N, C, H, W], which np.moveaxis(images, 1, -1) turns round"
-        raise InputError(
-            f"{printable(path)}: {printable(name)} must be [N, H, W] or [N, H, W, C] with C from 1 to {MAX_CHANNELS}, "
-            f"got shape {shape}{way}"
-        )
-    if 0 in shape:
-        raise InputError(f"{printable(path)}: {printable(name)} must not be empty, got shape {shape}")
-    return shape
-
-
-def check_range(images: np.ndarray, path: Path, first: int, span: Span = UNIT) -> np.ndarray:
-    """The images, with floats a hair outside ``span`` clipped; a copy only where there are such.
-
-    Raises InputError if a float is further outside, or not a number. ``images[0]`` is image ``first`` of the file.
-    """
-    if images.dtype.kind != "f":
-        return images
-    low, high = span
-    hair = HAIR * (high - low)
-    good = ((images >= low - hair) & (images <= high + hair)).reshape(len(images), -1).all(axis=1)
-    if not good.all():
-        worst = int(np.argmin(good))
-        raise InputError(f"{printable(path)}: image {first + worst}: {out_of_range(images[worst], span)}")
-    outside = images.min() < low or images.max() > high
-    return np.clip(images, np.float32(low), np.float32(high)) if outside else images
-
-
-def out_of_range(values: np.ndarray, span: Span) -> str:
-    """Why floats that are not all in ``span`` are refused, and the way out."""
-    low, high = span
-    rule = "in [0, 1]" if span == UNIT else f"in the refiner's range {low:g} to {high:g} (train --range)"
-    if not np.isfinite(values).all():
-        return f"float images must be {rule}, got NaN or infinity: give such pixels a value, such as the background's"
-    least, largest = float(values.min()), float(values.max())
-    way = ""
-    if span == UNIT and least >= 0 and 1 < largest <= 255 and bool((values == np.rint(values)).all()):
-        way = ": divide by 255"
-    elif span == UNIT:
-        way = "; train --range LO HI takes another range, such as metres, and the refiner keeps it"
-    return f"float images must be {rule}, got {least:g} to {largest:g}{way}"
-
-
 def _is_archive(path: Path) -> bool:
     """Tell ``.npz`` from ``.npy`` by the file's first bytes, whatever its suffix."""
     try:
@@ -420,7 +307,3 @@ def _map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray | None:
         version = np.lib.format.read_magic(file)
         shape, fortran, dtype = _HEADER_READERS[version](file)
         return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
-
-
-def _names(headers: Iterable[str]) -> str:
-    return ", ".join(printable(name.removesuffix(".npy")) for name in headers) or "nothing"

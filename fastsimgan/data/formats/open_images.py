@@ -9,8 +9,9 @@ from pathlib import Path
 from fastsimgan.data.formats.hdf5_file import HDF5Images, is_hdf5
 from fastsimgan.data.formats.image_folder import FolderImages
 from fastsimgan.data.formats.listing import is_image, list_units
-from fastsimgan.data.formats.numpy_file import UNIT, ArrayImages, Span
+from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.webdataset import ShardImages, find_shards, is_shard, read_samples
+from fastsimgan.data.pixel_values import UNIT, Span
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
 from fastsimgan.storage.files import printable

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsimgan.data.formats.numpy_file import FILES, IMAGES
+from fastsimgan.data.formats.array_file import FILES, IMAGES
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.storage.files import printable
 
