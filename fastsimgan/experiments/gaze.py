@@ -198,22 +198,14 @@ def _compare(sets: dict[str, Labelled], real: Labelled, config: GazeConfig, judg
 
 def _drift(out: Path, synthetic: Labelled, some: Labelled, refined: Any, judge: Any) -> dict[str, Any]:
     import numpy as np
-    import torch
 
-    from fastsimgan.data.gaze_angles import pitch_yaw
     from fastsimgan.data.pixel_values import from_float, to_float
-    from fastsimgan.evaluation.task_network import train_and_predict
-    from fastsimgan.metrics.gaze_error import angular_errors
+    from fastsimgan.evaluation.gaze_drift import gaze_drift
     from fastsimgan.metrics.label_drift import describe, label_drift
     from fastsimgan.reporting.contact_sheet import save_rows
 
     drift = label_drift(some.images, refined)
-    # as metrics.label_drift.gaze_drift, but trained on all synthetic images and asked about these
-    vectors = train_and_predict(
-        synthetic, np.concatenate([some.images, refined]), classes=0, seed=0, judge=judge, device=torch.device("cpu")
-    )
-    before, after = np.split(pitch_yaw(vectors), 2)
-    moved = angular_errors(before, after)
+    moved = gaze_drift(synthetic, some.images, refined, judge=judge)
     drift["gaze_deg"] = {"median": float(np.median(moved)), "p90": float(np.quantile(moved, 0.9))}
     drift["text"] = describe(drift)
     pairs = {"synthetic": some.images, "refined": refined}
