@@ -121,7 +121,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
 
 def _features(config: EvaluateConfig, real: Labelled) -> Callable[[Any], Any] | None:
     """--features, tried on two images before the training, not after; None for the task network, still to come."""
-    from fastsimgan.metrics.realism import onnx_features, random_features
+    from fastsimgan.metrics.features import onnx_features, random_features
 
     if config.features == "task":
         return None

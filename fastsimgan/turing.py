@@ -7,7 +7,6 @@ import hashlib
 import html
 import io
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from fastsimgan.data.ragged import Images, crop_of
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.resizing import Scale, resize
 from fastsimgan.errors import InputError
+from fastsimgan.metrics.statistics import binomial_p
 from fastsimgan.storage.files import printable, refuse_existing, staged
 
 DESCRIPTION = """A visual Turing test: `make` writes one HTML page that needs no network and shows real and refined
@@ -184,14 +184,6 @@ def score(paths: Sequence[Path]) -> dict[str, Any]:
     return {
         "people": len(people), "confusion": confusion, "right": right, "answers": total, "p": binomial_p(right, total)
     }  # fmt: skip
-
-
-def binomial_p(right: int, total: int) -> float:
-    """P(at least ``right`` of ``total``) by tossing a coin, exact: integers until the last division."""
-    if not 0 <= right <= total or total < 1:
-        raise InputError(f"right must be from 0 to total, and total at least 1, got {right} of {total}")
-    ways = sum(math.comb(total, k) for k in range(right, total + 1))
-    return ways / (1 << total)  # Python divides integers of any size with one correct rounding
 
 
 def report(result: dict[str, Any]) -> str:

@@ -315,7 +315,9 @@ def _measure(task: _Task, images: Any, held: dict[str, Any], seed: int, losses: 
     """The measures of one refiner's ``images``, in the order of the synthetic ones; without ``losses``, of those."""
     import numpy as np
 
-    from fastsimgan.metrics.realism import high_frequency_energy, kernel_distance, patch_test, random_features
+    from fastsimgan.metrics.features import random_features
+    from fastsimgan.metrics.realism import high_frequency_energy, kernel_distance
+    from fastsimgan.metrics.two_sample import patch_test
 
     unseen, real = images[held["synthetic"]], task.sets["real"]["images"][held["real"]]
     unseen = unseen[: len(real)]

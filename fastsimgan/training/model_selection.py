@@ -15,8 +15,9 @@ from fastsimgan.data.preprocess import prepare
 from fastsimgan.data.ragged import CentreCrops
 from fastsimgan.errors import TrainingError
 from fastsimgan.inference.refiner import Refiner
+from fastsimgan.metrics.features import random_features
 from fastsimgan.metrics.label_drift import describe, label_drift
-from fastsimgan.metrics.realism import kernel_distance, random_features
+from fastsimgan.metrics.realism import kernel_distance
 from fastsimgan.models.refiner import Refiner as Network
 from fastsimgan.storage.checkpoint import flatten, select
 from fastsimgan.training.batches import Pools
