@@ -20,6 +20,7 @@ from fastsimgan.data.formats.hdf5_file import HDF5Images
 from fastsimgan.data.formats.image_file import ARRAY_FORMATS, FORMATS, Header, StoredImage, decode_image, encode_image
 from fastsimgan.data.formats.labels import Labels
 from fastsimgan.data.formats.listing import STATE
+from fastsimgan.data.formats.npy_format import write_images
 from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.open_images import open_arrays
 from fastsimgan.data.formats.packed_writer import WRITERS
@@ -262,12 +263,12 @@ class ArraysOutput:
         self.source = source
         self.kind = kind
         arrays = source.arrays
-        self.shape: tuple[int, ...] = arrays._shape
+        self.shape = arrays.images_shape
         self.row = int(np.prod(self.shape[1:])) * arrays.stored_dtype.itemsize
         self.header = b""
         if kind == "npy":
             buffer = io.BytesIO()
-            arrays._write_images(buffer, ())  # type: ignore[union-attr]
+            write_images(buffer, arrays.stored_shape, arrays.stored_dtype, ())
             self.header = buffer.getvalue()
         self.raw = run.partial / (run.output.name if kind == "npy" else "images.raw")
 

@@ -338,7 +338,7 @@ class Worker:
         with self.stages.time(self._read_stage):
             images = arrays.read_range(first, end)
         digest = hashlib.sha256()
-        size = self._fitting(arrays._shape[1:])
+        size = self._fitting(arrays.images_shape[1:])
         for number, start in enumerate(range(0, end - first, size)):
             with self.stages.time(self._read_stage):
                 piece = np.ascontiguousarray(images[start : start + size])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from fastsimgan.data.pixel_values import Span
 from fastsimgan.errors import InputError
 from fastsimgan.storage.files import printable
 
@@ -15,6 +18,100 @@ IMAGES = "images"  # the array that holds the images
 FILES = "files/"  # members of an .npz under this name are files that travel along, not arrays
 MAX_CHANNELS = 4  # anything larger in last place is not channels: most likely the array is [N, C, H, W]
 _SMALLEST = 8  # height and width from which on an unnamed array is taken for images
+
+
+class PackedImages(ABC):
+    """Images of one size and kind in one file, with labels and other files beside them.
+
+    Attributes:
+        path: the file.
+        span: in which floats must lie.
+        key: the array of the images.
+        images_shape: ``(N, H, W)`` or ``(N, H, W, C)``; of one picture, N is 1.
+        stored_shape, stored_dtype: as the file has them.
+        label_names: arrays of length N.
+        other_names: arrays that belong to no image, and travel along.
+    """
+
+    path: Path
+    span: Span
+    key: str
+    images_shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    stored_dtype: np.dtype
+    label_names: list[str]
+    other_names: list[str]
+
+    def __len__(self) -> int:
+        return self.images_shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
+        channels = self.images_shape[3] if len(self.images_shape) == 4 else 1
+        return channels, self.images_shape[1], self.images_shape[2]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The images' type as they are read: uint8, uint16 or float32, in native byte order."""
+        return read_as(self.stored_dtype)
+
+    @property
+    def bit_depth(self) -> int:
+        """Bits a channel: 8, 16 or 32."""
+        return self.stored_dtype.itemsize * 8
+
+    @property
+    @abstractmethod
+    def file_names(self) -> list[str]:
+        """Names of the files that travel along, without ``files/``."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What was found, in one line. Reads no pixels."""
+
+    @abstractmethod
+    def load(self) -> np.ndarray:
+        """All images, ``[N, H, W]`` or ``[N, H, W, C]``, of `dtype`.
+
+        Raises InputError if the file's data is damaged or a float is outside ``span``.
+        """
+
+    @abstractmethod
+    def read_range(self, first: int, end: int) -> np.ndarray:
+        """Images ``first`` to ``end - 1`` as the file holds them; floats unchecked. Raises InputError if damaged."""
+
+    @abstractmethod
+    def labels(self) -> dict[str, np.ndarray]:
+        """The other arrays of length N by name. Raises InputError if they are damaged."""
+
+    @abstractmethod
+    def others(self) -> dict[str, np.ndarray]:
+        """The arrays of other lengths, by name. Raises InputError if they are damaged."""
+
+    @abstractmethod
+    def label_sha256(self) -> dict[str, str]:
+        """SHA-256 of every other array, and one of all files. Raises InputError if one is damaged."""
+
+    @abstractmethod
+    def write_again(self, path: Path, images: Iterable[np.ndarray]) -> None:
+        """Write this file at ``path`` with other images of the same shape and type; all else is copied as it is stored.
+
+        ``images`` are consecutive pieces ``[n, H, W(, C)]`` that add up to all N.
+        Raises InputError if an array to be copied is damaged, OSError if ``path`` cannot be written.
+        """
+
+    @abstractmethod
+    def read_file(self, name: str) -> bytes:
+        """The bytes of one of `file_names`. Raises InputError if they are damaged."""
+
+    @abstractmethod
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Name and bytes of every file that travels along. Raises InputError if one is damaged."""
+
+    def file_sha256(self) -> dict[str, str]:
+        """SHA-256 of every one of `files`, by name. Raises InputError if one is damaged."""
+        return {name: hashlib.sha256(data).hexdigest() for name, data in self.files()}
 
 
 def combined_sha256(files: dict[str, str]) -> dict[str, str]:
@@ -90,6 +187,27 @@ def check_images(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype)
     if 0 in shape:
         raise InputError(f"{printable(path)}: {printable(name)} must not be empty, got shape {shape}")
     return shape
+
+
+def check_size(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, held: int) -> None:
+    """A header may promise more than the file holds, and NumPy would allocate all of it first."""
+    promised = dtype.itemsize
+    for length in shape:
+        promised *= length  # Python integers do not overflow, NumPy's would
+    if not dtype.hasobject and promised != held:
+        raise InputError(
+            f"{printable(path)}: array {printable(name)} must hold {promised} bytes, as {dtype}{list(shape)} "
+            f"takes, got {held}"
+        )
+
+
+def check_memory(path: Path, name: str, size: int) -> None:
+    """Compressed zeros shrink a thousandfold, so that a small file can fill the memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise InputError(
+            f"{printable(path)}: array {printable(name)} must fit the memory of {memory} bytes, got {size}"
+        )
 
 
 def _names(headers: Iterable[str]) -> str:
