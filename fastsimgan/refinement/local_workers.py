@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastsimgan.data.formats.hdf5_file import HDF5Images
-from fastsimgan.data.formats.image_file import JPEG_QUALITY, codecs
+from fastsimgan.data.formats.image_codecs import JPEG_QUALITY, codecs
 from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
 from fastsimgan.refinement import tuning
 from fastsimgan.refinement.run_directory import Run, identity_on_record, open_run, partial_of

@@ -17,13 +17,14 @@ import numpy as np
 
 from fastsimgan.data.formats.array_file import IMAGES
 from fastsimgan.data.formats.hdf5_file import HDF5Images
-from fastsimgan.data.formats.image_file import ARRAY_FORMATS, FORMATS, Header, StoredImage, decode_image, encode_image
+from fastsimgan.data.formats.image_file import decode_image, encode_image
 from fastsimgan.data.formats.labels import Labels
 from fastsimgan.data.formats.listing import STATE
 from fastsimgan.data.formats.npy_format import write_images
 from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.open_images import open_arrays
 from fastsimgan.data.formats.packed_writer import WRITERS
+from fastsimgan.data.formats.stored_image import ARRAY_FORMATS, FORMATS, Header, StoredImage
 from fastsimgan.data.formats.webdataset import read_members, sample_key, shard_stem
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.run_directory import Run, read_lines, rename, writing

@@ -15,12 +15,13 @@ from tarfile import TarInfo
 from typing import Any
 
 from fastsimgan.data.formats.hdf5_file import HDF5Images
-from fastsimgan.data.formats.image_file import ARRAY_FORMATS, FORMATS, lost_of, read_bytes, read_header, read_image
+from fastsimgan.data.formats.image_file import lost_of, read_bytes, read_header, read_image
 from fastsimgan.data.formats.image_folder import no_image
 from fastsimgan.data.formats.listing import STATE, Unit, is_image, list_units
 from fastsimgan.data.formats.mask_detection import Census
 from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.open_images import holds_shards, open_arrays
+from fastsimgan.data.formats.stored_image import ARRAY_FORMATS, FORMATS
 from fastsimgan.data.formats.webdataset import find_shards, is_shard, look_into, read_samples, shard_stem
 from fastsimgan.data.reading import Links, Reading
 from fastsimgan.errors import InputError

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from fastsimgan.data.formats.hdf5_file import HDF5Images
-from fastsimgan.data.formats.image_file import FORMATS, Header
 from fastsimgan.data.formats.label_table import parse
 from fastsimgan.data.formats.labels import Labels, is_label_file
 from fastsimgan.data.formats.listing import STATE, stems
 from fastsimgan.data.formats.numpy_file import ArrayImages
+from fastsimgan.data.formats.stored_image import FORMATS, Header
 from fastsimgan.errors import InputError
 from fastsimgan.refinement import sources
 from fastsimgan.refinement.sources import ArraysInput, Part, RawUnit

@@ -20,7 +20,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from fastsimgan.data.formats.image_file import StoredImage, decode_image
+from fastsimgan.data.formats.image_file import decode_image
+from fastsimgan.data.formats.stored_image import StoredImage
 from fastsimgan.data.pixel_values import UNIT, WHITE, Span, check_range
 from fastsimgan.errors import SKIP, FastSimGANError, InputError
 from fastsimgan.refinement.run_directory import Claim, Run

@@ -81,11 +81,7 @@ def import_nyu_hands(
     if not 16 <= size <= 1024:
         raise InputError(f"size must be from 16 to 1024, got {size}")
     uvd = _joints(folder / "joint_data.mat")
-    frames = []
-    for path in sorted(scan(folder, "synthdepth_*.png"), key=natural_key):
-        match = _NAME.fullmatch(path.name)
-        if match is not None and int(match[1]) in cameras:
-            frames.append((path, int(match[1]), int(match[2])))
+    frames = _frames(folder, cameras)
     found = Imported(0, [], {"frames": len(frames), "labelled frames": uvd.shape[1]})
 
     def cut(frame: tuple[Path, int, int]) -> tuple[Any, Any, Any] | InputError:
@@ -112,18 +108,24 @@ def import_nyu_hands(
         if not kept:
             partial.touch()  # nothing to keep: the caller is told by the count, and the file goes
         else:
-            numbers = np.array(kept, np.int64)
-            labels: dict[str, np.ndarray] = {
-                "joints": np.array(places, np.float32),
-                "depths": np.array(depths, np.float32),
-                "camera": numbers[:, 0],
-                "frame": numbers[:, 1],
-            }
+            camera_and_frame = np.array(kept, np.int64).T
+            joints = {"joints": np.array(places, np.float32), "depths": np.array(depths, np.float32)}
+            labels = joints | dict(zip(("camera", "frame"), camera_and_frame, strict=True))
             _write(partial, pixels, (len(kept), size, size), labels)
             found.arrays = ["images", *labels]
     if not kept:
         output.unlink()
     return found
+
+
+def _frames(folder: Path, cameras: Sequence[int]) -> list[tuple[Path, int, int]]:
+    """Rendered frames of these cameras in natural order: path, camera, number."""
+    frames = []
+    for path in sorted(scan(folder, "synthdepth_*.png"), key=natural_key):
+        match = _NAME.fullmatch(path.name)
+        if match is not None and int(match[1]) in cameras:
+            frames.append((path, int(match[1]), int(match[2])))
+    return frames
 
 
 def _joints(path: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fastsimgan.data.formats.image_file import FORMATS
+from fastsimgan.data.formats.stored_image import FORMATS
 from fastsimgan.data.reading import Links
 from fastsimgan.errors import InputError
 from fastsimgan.storage.files import natural_key, printable

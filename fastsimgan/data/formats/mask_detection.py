@@ -16,8 +16,8 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from fastsimgan.data.formats.image_file import ARRAY_FORMATS, StoredImage
 from fastsimgan.data.formats.listing import is_junk, looks_unread
+from fastsimgan.data.formats.stored_image import ARRAY_FORMATS, StoredImage
 from fastsimgan.errors import InputError
 from fastsimgan.storage.files import printable
 

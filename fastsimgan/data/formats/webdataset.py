@@ -19,10 +19,11 @@ from typing import IO
 
 import numpy as np
 
-from fastsimgan.data.formats.image_file import FORMATS, MAX_FILE_BYTES, Header, decode_image
+from fastsimgan.data.formats.image_file import MAX_FILE_BYTES, decode_image
 from fastsimgan.data.formats.labels import Labels, is_label_file
 from fastsimgan.data.formats.listing import ALL, is_image, is_junk
 from fastsimgan.data.formats.mask_detection import LOOKED_AT, Census
+from fastsimgan.data.formats.stored_image import FORMATS, Header
 from fastsimgan.data.ragged import Images, Packer, one_size
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
