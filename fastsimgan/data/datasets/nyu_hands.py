@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,7 @@ def import_nyu_hands(
     frames = _frames(folder, cameras)
     found = Imported(0, [], {"frames": len(frames), "labelled frames": uvd.shape[1]})
 
-    def cut(frame: tuple[Path, int, int]) -> tuple[Any, Any, Any] | InputError:
-        path, camera, number = frame
-        try:
-            if not 1 <= number <= uvd.shape[1]:
-                raise InputError(f"{printable(path)}: joint_data.mat has frames 1 to {uvd.shape[1]}, got {number}")
-            return _cut(path, uvd[camera - 1, number - 1], rendered, size)
-        except InputError as error:
-            return error
-
+    cut = partial(_cut_or_reason, uvd=uvd, rendered=rendered, size=size)
     places, depths, kept = [], [], []
     with staged(output) as partial, tempfile.TemporaryFile(dir=partial.parent) as pixels:
         for done, ((path, camera, number), result) in enumerate(zip(frames, in_threads(cut, frames), strict=True), 1):
@@ -157,6 +150,19 @@ def read_depth(path: Path) -> np.ndarray:
     if pixels.ndim != 3 or pixels.dtype != np.uint8:
         raise InputError(f"{printable(path)}: must be an 8-bit RGB PNG, got {pixels.dtype} {list(pixels.shape)}")
     return pixels[..., 1].astype(np.int32) * 256 + pixels[..., 2]
+
+
+def _cut_or_reason(
+    frame: tuple[Path, int, int], uvd: np.ndarray, rendered: bool, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | InputError:
+    """`_cut` of (path, camera, number), or why it is rejected."""
+    path, camera, number = frame
+    try:
+        if not 1 <= number <= uvd.shape[1]:
+            raise InputError(f"{printable(path)}: joint_data.mat has frames 1 to {uvd.shape[1]}, got {number}")
+        return _cut(path, uvd[camera - 1, number - 1], rendered, size)
+    except InputError as error:
+        return error
 
 
 def _cut(path: Path, uvd: np.ndarray, rendered: bool, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
