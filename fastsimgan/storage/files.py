@@ -74,13 +74,3 @@ def hash_file(path: Path, complaint: str = "cannot be read") -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{printable(path)}: {complaint}: {error.strerror}") from error
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy byte for byte. Raises InputError if ``source`` cannot be read, OSError if ``target`` cannot be written."""
-    try:
-        file = source.open("rb")
-    except OSError as error:
-        raise InputError(f"{printable(source)}: cannot be read: {error.strerror}") from error
-    with file, target.open("xb") as copy:
-        shutil.copyfileobj(file, copy)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from fastsimgan.errors import InputError
-from fastsimgan.turing import binomial_p, main, score
+from fastsimgan.metrics.statistics import binomial_p
+from fastsimgan.turing import main, score
 
 
 def test_the_papers_p_values():

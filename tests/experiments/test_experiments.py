@@ -13,7 +13,7 @@ from fastsimgan.data.simulators.eyes import simulate_eyes
 from fastsimgan.data.simulators.hands import simulate_hands
 from fastsimgan.experiments import ablation, gaze, hand
 from fastsimgan.experiments.__main__ import main
-from fastsimgan.metrics import realism
+from fastsimgan.metrics import two_sample
 from fastsimgan.reporting.html_report import Report
 from fastsimgan.storage.checkpoint import list_checkpoints
 
@@ -194,7 +194,7 @@ def test_a_whole_ablation_resumes_piece_by_piece(data, flags, tmp_path, monkeypa
     monkeypatch.setattr(hand, "QUICK_TRAINING", small)
     monkeypatch.setattr(hand, "QUICK_JUDGE", {"batch_size": 4, "features": 8, "depth": 2, "stride": 2})
     monkeypatch.setattr(ablation, "HELD_OUT", 2)
-    monkeypatch.setattr(realism, "patch_test", partial(realism.patch_test, steps=3))
+    monkeypatch.setattr(two_sample, "patch_test", partial(two_sample.patch_test, steps=3))
     name, out = ("ablation-local", tmp_path / "out") if data == "eyes" else ("ablation-history", tmp_path / "out")
     given = [name, "--out", str(out), "--data", data, "--seeds", "2", "--steps", "4", "--judge-steps", "2"]
     given += ["--device", "cpu", *(flags[1][9:15] if data == "eyes" else ["--quick"])]

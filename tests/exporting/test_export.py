@@ -18,6 +18,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 from fastsimgan.config import TrainConfig  # noqa: E402
 from fastsimgan.data.equalisation import equalise  # noqa: E402
 from fastsimgan.data.pixel_values import from_float  # noqa: E402
+from fastsimgan.data.preprocess import prepare  # noqa: E402
 from fastsimgan.data.simulators.eyes import simulate_eyes  # noqa: E402
 from fastsimgan.errors import InputError, UnavailableError  # noqa: E402
 from fastsimgan.export import main  # noqa: E402
@@ -27,7 +28,6 @@ from fastsimgan.inference import load_refiner, onnx_file, save_refiner  # noqa: 
 from fastsimgan.inference.graph_format import Form  # noqa: E402
 from fastsimgan.inference.onnxruntime_backend import OnnxRuntimeBackend  # noqa: E402
 from fastsimgan.inference.refiner import describe  # noqa: E402
-from fastsimgan.inference.torch_backend import prepare  # noqa: E402
 from fastsimgan.inference.trtexec import Profile, command  # noqa: E402
 from fastsimgan.models import refiner as network  # noqa: E402
 from fastsimgan.ops import residual_block, residual_block_int8  # noqa: E402

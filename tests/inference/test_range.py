@@ -13,7 +13,7 @@ from PIL import Image
 import fastsimgan
 from fastsimgan import export, refine, train
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.formats.numpy_file import check_range
+from fastsimgan.data.pixel_values import check_range
 from fastsimgan.data.resizing import resize
 from fastsimgan.errors import InputError
 from fastsimgan.inference import load_refiner, save_refiner

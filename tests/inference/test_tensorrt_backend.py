@@ -13,12 +13,12 @@ import torch
 
 pytest.importorskip("onnx", reason="onnx is not installed ([onnx])")
 
+from fastsimgan.data.preprocess import prepare
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.exporting import onnx_graph
 from fastsimgan.inference import onnx_file, tensorrt_backend
 from fastsimgan.inference.graph_format import Form
 from fastsimgan.inference.refiner import Refiner, describe, load_refiner
-from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.inference.trtexec import Profile
 from fastsimgan.models import refiner as network
 from fastsimgan.refine import main as refine_main

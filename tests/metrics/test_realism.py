@@ -5,17 +5,10 @@ import pytest
 import torch
 
 from fastsimgan.errors import InputError
-from fastsimgan.metrics.realism import (
-    classifier_test,
-    frechet_distance,
-    high_frequency_energy,
-    kernel_distance,
-    onnx_features,
-    patch_test,
-    random_features,
-    realism,
-    wilson_interval,
-)
+from fastsimgan.metrics.features import onnx_features, random_features
+from fastsimgan.metrics.realism import frechet_distance, high_frequency_energy, kernel_distance, realism
+from fastsimgan.metrics.statistics import wilson_interval
+from fastsimgan.metrics.two_sample import classifier_test, patch_test
 
 
 def features(seed, count=120, size=10, shift=0.0):

@@ -16,12 +16,12 @@ from PIL import Image
 from fastsimgan.config import TrainConfig
 from fastsimgan.data import ragged
 from fastsimgan.data.formats.open_images import open_images
+from fastsimgan.data.preprocess import equalised
 from fastsimgan.data.ragged import CentreCrops, Packer, RaggedImages, pack
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.resizing import Scale, rescale, resize
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import InputError
-from fastsimgan.inference.torch_backend import equalised
 from fastsimgan.models.discriminator import Discriminator, receptive_field
 from fastsimgan.train import main
 from fastsimgan.training import crops

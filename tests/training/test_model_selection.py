@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from fastsimgan.config import TrainConfig
 from fastsimgan.errors import InputError, TrainingError
-from fastsimgan.metrics.realism import kernel_distance, random_features
+from fastsimgan.metrics.features import random_features
+from fastsimgan.metrics.realism import kernel_distance
 from fastsimgan.storage.checkpoint import flatten, load_checkpoint
 from fastsimgan.training import model_selection
 from fastsimgan.training.batches import open_pools

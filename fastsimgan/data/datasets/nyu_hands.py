@@ -87,7 +87,7 @@ def import_nyu_hands(
 
     cut = partial(_cut_or_reason, uvd=uvd, rendered=rendered, size=size)
     places, depths, kept = [], [], []
-    with staged(output) as partial, tempfile.TemporaryFile(dir=partial.parent) as pixels:
+    with staged(output) as written, tempfile.TemporaryFile(dir=written.parent) as pixels:
         for done, ((path, camera, number), result) in enumerate(zip(frames, in_threads(cut, frames), strict=True), 1):
             progress(done, len(frames))
             if isinstance(result, InputError):
@@ -99,12 +99,12 @@ def import_nyu_hands(
             kept.append((camera, number))
         found.images = len(kept)
         if not kept:
-            partial.touch()  # nothing to keep: the caller is told by the count, and the file goes
+            written.touch()  # nothing to keep: the caller is told by the count, and the file goes
         else:
             camera_and_frame = np.array(kept, np.int64).T
             joints = {"joints": np.array(places, np.float32), "depths": np.array(depths, np.float32)}
             labels = joints | dict(zip(("camera", "frame"), camera_and_frame, strict=True))
-            _write(partial, pixels, (len(kept), size, size), labels)
+            _write(written, pixels, (len(kept), size, size), labels)
             found.arrays = ["images", *labels]
     if not kept:
         output.unlink()
