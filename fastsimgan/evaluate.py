@@ -83,11 +83,13 @@ def evaluate_command(config: EvaluateConfig) -> None:
     if config.refined is not None and config.refiner is not None:
         raise InputError(f"give --refined or --refiner, not both: got {config.refined} and {config.refiner}")
 
-    from fastsimgan.evaluation.comparison import compare, draw, equalised, pyplot, table
+    from fastsimgan.evaluation.comparison import compare, equalised
+    from fastsimgan.evaluation.tables import draw, table
     from fastsimgan.evaluation.task_network import Judge, number_classes, unseen_classes
+    from fastsimgan.reporting.plots import check_matplotlib
 
     if config.plot is not None:
-        pyplot()  # missing matplotlib is better said now than after the training
+        check_matplotlib("--plot")  # missing matplotlib is better said now than after the training
     synthetic, refined, real = _sets(config)
     features = _features(config, real) if config.realism else None
     sets = {"synthetic": synthetic, "refined": refined}

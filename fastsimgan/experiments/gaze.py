@@ -179,7 +179,8 @@ def _compare(sets: dict[str, Labelled], real: Labelled, config: GazeConfig, judg
     import numpy as np
 
     from fastsimgan.data.gaze_angles import pitch_yaw
-    from fastsimgan.evaluation.comparison import compare, table
+    from fastsimgan.evaluation.comparison import compare
+    from fastsimgan.evaluation.tables import table
     from fastsimgan.metrics.gaze_error import angular_errors
 
     def keep(name: str, work: Callable[[], Any]) -> Any:
