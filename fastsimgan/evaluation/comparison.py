@@ -22,7 +22,7 @@ from fastsimgan.evaluation.task_network import (
     train_and_predict,
 )
 from fastsimgan.hardware.device import choose_device, keep_freed_memory
-from fastsimgan.metrics.statistics import difference_interval
+from fastsimgan.metrics.statistics import check_scipy, difference_interval
 
 
 def evaluate(
@@ -69,6 +69,8 @@ def compare(
         InputError: the sets differ in task or size, or a number is out of range.
     """
     _check(sets, real, seeds, judge)
+    if seeds > 1:
+        check_scipy()  # missing, it is better said now than after the training
     place = choose_device(device)
     keep_freed_memory()
     sets, real, names = number_classes(sets, real)

@@ -36,6 +36,16 @@ def check_counts(config: Any, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
+def check_installed(seeds: int) -> None:
+    """UnavailableError if what the report will need is not installed: better said now than after the training."""
+    from fastsimgan.metrics.statistics import check_scipy
+    from fastsimgan.reporting.plots import check_matplotlib
+
+    check_matplotlib("the report")
+    if seeds > 1:
+        check_scipy()
+
+
 def read_sets(config: Any) -> tuple[Sets, dict[str, str]]:
     """The arrays of ``config.synthetic``, ``.real`` and ``.validation`` by name, and each file's SHA-256.
 

@@ -57,6 +57,11 @@ def binomial_p(right: int, total: int) -> float:
     return float(_scipy_stats().binomtest(right, total, 0.5, "greater").pvalue)
 
 
+def check_scipy() -> None:
+    """Raise UnavailableError if SciPy is not installed."""
+    _scipy_stats()
+
+
 def _scipy_stats() -> Any:
     """scipy.stats, which takes a second to import: only who asks for an interval pays."""
     try:

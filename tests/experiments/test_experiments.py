@@ -1,6 +1,7 @@
 """The gaze experiment whole, in a few steps, and its report."""
 
 import json
+import re
 import shutil
 from functools import partial
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ import pytest
 from fastsimgan.config import PRESETS
 from fastsimgan.data.simulators.eyes import simulate_eyes
 from fastsimgan.data.simulators.hands import simulate_hands
-from fastsimgan.experiments import ablation, gaze, hand
+from fastsimgan.experiments import ablation, ablation_measures, ablation_tasks, gaze, hand
 from fastsimgan.experiments.__main__ import main
 from fastsimgan.metrics import two_sample
 from fastsimgan.reporting.html_report import Report
@@ -115,7 +116,15 @@ def test_the_report_escapes_every_text_and_its_curve_is_in_place():
     report.curves({bad: (np.array([0.0, 10.0]), np.array([0.0, 100.0]))}, bad, bad, bad)
     links = Links(report.html())
     assert links.sources == ["data:image/png;base64,iVBORw=="]  # its own picture, and none of the text's
-    assert 'points="48.0,332.0 608.0,12.0"' in report.html()
+    page = report.html()
+    axes = re.search(r'id="patch_2">\s*<path d="M (\S+) (\S+) \s*L (\S+) (\S+) \s*L (\S+) (\S+)', page)
+    curve = re.search(
+        r'<path d="M (\S+) (\S+) \s*L (\S+) (\S+) \s*"[^>]*style="fill: none; stroke: #888888; stroke-width', page
+    )
+    assert axes and curve and curve.groups() == (*axes.groups()[:2], *axes.groups()[4:])  # from corner to corner
+    again = Report(bad)
+    again.curves({bad: (np.array([0.0, 10.0]), np.array([0.0, 100.0]))}, bad, bad, bad)
+    assert again.html().split("<svg")[1] == page.split("<svg")[1]  # the same curves, the same bytes
     with pytest.raises(ValueError, match="finite"):
         report.curves({"a": (np.array([np.nan]), np.array([0.0]))}, "", "", "")
 
@@ -231,11 +240,11 @@ def test_findings_say_which_way_round():
     def row(*each):
         return {"mean": float(np.mean(each)), "each": each}
 
-    measures = {key: ablation.MEASURES[key] for key in ("kid", "detail", "drift_px", "patches", "loss_spread")}
+    measures = {key: ablation_measures.MEASURES[key] for key in ("kid", "detail", "drift_px", "patches", "loss_spread")}
     whole = {"kid": row(0.1, 0.11), "detail": row(1.0, 1.0), "drift_px": row(2.0, 2.01), "patches": row(60, 80)}
     without = {"kid": row(0.2, 0.21), "detail": row(3.0, 3.0), "drift_px": row(1.0, 1.01), "patches": row(65, 78)}
     rows = {"local": whole | {"loss_spread": None}, "global": without | {"loss_spread": None}}
-    kid, drift, patches = ablation._findings(rows, measures, ablation.ABLATIONS["ablation-local"])
+    kid, drift, patches = ablation_measures.findings(rows, measures, ablation_tasks.ABLATIONS["ablation-local"])
     assert kid.endswith("Local is better, as in the paper's Fig. 8.") and "-0.1000" in kid
     assert drift.endswith("Global is better: the other way round than the paper's Fig. 8.")
     assert patches.endswith("No difference shown.")

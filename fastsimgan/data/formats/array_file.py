@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsimgan.data.pixel_values import Span
+from fastsimgan.data.ragged import Images
 from fastsimgan.errors import InputError
 from fastsimgan.storage.files import printable
 
@@ -41,6 +42,8 @@ class PackedImages(ABC):
     stored_dtype: np.dtype
     label_names: list[str]
     other_names: list[str]
+    left_out: tuple[str, ...] = ()
+    """Of a file all images are taken."""
 
     def __len__(self) -> int:
         return self.images_shape[0]
@@ -76,6 +79,10 @@ class PackedImages(ABC):
 
         Raises InputError if the file's data is damaged or a float is outside ``span``.
         """
+
+    def load_set(self) -> Images:
+        """As `load`: images of a file have one size."""
+        return self.load()
 
     @abstractmethod
     def read_range(self, first: int, end: int) -> np.ndarray:

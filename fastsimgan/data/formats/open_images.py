@@ -16,9 +16,9 @@ from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
 from fastsimgan.storage.files import printable
 
-#: All offer ``path``, ``describe()``, ``load()`` and ``labels()``; all but shards, which would have to be read first,
-#: ``len()``, ``shape`` (channels, height, width), ``dtype`` and ``bit_depth``. Where a folder's images differ,
-#: ``shape`` or ``dtype`` is None and ``load`` raises InputError.
+#: All offer ``path``, ``describe()``, ``load()``, ``load_set()``, ``left_out`` and ``labels()``; all but shards, which
+#: would have to be read first, ``len()``, ``shape`` (channels, height, width), ``dtype`` and ``bit_depth``. Where a
+#: folder's images differ, ``shape`` or ``dtype`` is None and ``load`` raises InputError.
 ImageSource = ArrayImages | HDF5Images | FolderImages | ShardImages
 
 
