@@ -16,8 +16,7 @@ from fastsimgan.training.acceleration import GraphedIterations
 from fastsimgan.training.batches import HostImages, Pools, ResidentCrops, open_pools
 from fastsimgan.training.loop import fit
 from fastsimgan.training.simgan import SimGAN
-from tests.cuda.conftest import PRETEND
-from tests.cuda.test_training_on_cuda import CLOSE, CPU, CUDA, SMALL, equal_runs, losses
+from tests.cuda.training_runs import CLOSE, CPU, CUDA, PRETEND, SMALL, equal_runs, losses
 
 
 @pytest.fixture(autouse=True)
