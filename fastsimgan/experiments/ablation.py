@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastsimgan import cli
+from fastsimgan.experiments.ablation_tasks import AblationConfig
 from fastsimgan.experiments.cached_step import (
     check_counts,
     check_installed,
@@ -37,32 +37,6 @@ HELD_OUT = 3  # one image in so many is kept from the refiners, for the tests th
 DESCRIPTION = """Train refiners with and without one part of the method, several seeds each, measure their images, and
 write report.html and report.json. The same command goes on after a kill: every finished piece is kept in --out, and
 another experiment's pieces are refused."""
-
-
-@dataclass(frozen=True)
-class AblationConfig:
-    """Settings of the experiment."""
-
-    out: Path
-    """Folder of the experiment."""
-    data: Literal["eyes", "hands"] = "eyes"
-    """What is refined; it decides about the networks, the task and the built-in images."""
-    synthetic: Path | None = None
-    """Synthetic images with `pitch_yaw` or `joints` (.npz). Left out with the others: the built-in ones."""
-    real: Path | None = None
-    """Real images (.npz or .npy); training the refiner reads no label of theirs."""
-    validation: Path | None = None
-    """Labelled real images to test the task networks on (.npz), none of them in --real."""
-    seeds: int = 3
-    """Refiners of each kind, and task networks trained on the images of each."""
-    quick: bool = False
-    """Preset quick, half of the gaze networks' steps, small hands: a look, not a result."""
-    steps: int | None = None
-    """Iterations of each refiner; default the preset's."""
-    judge_steps: int | None = None
-    """Steps of each task network; default as in the experiments gaze and hand."""
-    device: str = "auto"
-    """`auto`, `cpu` or `cuda`."""
 
 
 def main(argv: Sequence[str] | None, name: str) -> int:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastsimgan.data.pixel_values import from_float, to_float
 from fastsimgan.experiments.ablation_measures import Measure
-from fastsimgan.experiments.ablation_tasks import Ablation, Task
+from fastsimgan.experiments.ablation_tasks import Ablation, AblationConfig, Task
 from fastsimgan.reporting.contact_sheet import save_rows
 from fastsimgan.reporting.html_report import Report, interval
-
-if TYPE_CHECKING:
-    from fastsimgan.experiments.ablation import AblationConfig
 
 PICTURES = 10
 

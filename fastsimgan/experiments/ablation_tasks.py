@@ -1,15 +1,15 @@
-"""What an ablation is measured on: eyes with gaze networks, or hands with pose networks; and what it takes out."""
+"""An ablation's settings, what it takes out, and what it is measured on: eyes and gaze networks, or hands and poses."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from fastsimgan.config import TrainConfig
-    from fastsimgan.experiments.ablation import AblationConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,32 @@ ABLATIONS = {
     "ablation-local": Ablation("Local or global adversarial loss?", "Fig. 8", "local", "global"),
     "ablation-history": Ablation("A history of refined images, or none?", "Fig. 9", "history", "no history"),
 }
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Settings of the experiment."""
+
+    out: Path
+    """Folder of the experiment."""
+    data: Literal["eyes", "hands"] = "eyes"
+    """What is refined; it decides about the networks, the task and the built-in images."""
+    synthetic: Path | None = None
+    """Synthetic images with `pitch_yaw` or `joints` (.npz). Left out with the others: the built-in ones."""
+    real: Path | None = None
+    """Real images (.npz or .npy); training the refiner reads no label of theirs."""
+    validation: Path | None = None
+    """Labelled real images to test the task networks on (.npz), none of them in --real."""
+    seeds: int = 3
+    """Refiners of each kind, and task networks trained on the images of each."""
+    quick: bool = False
+    """Preset quick, half of the gaze networks' steps, small hands: a look, not a result."""
+    steps: int | None = None
+    """Iterations of each refiner; default the preset's."""
+    judge_steps: int | None = None
+    """Steps of each task network; default as in the experiments gaze and hand."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
 
 
 @dataclass(frozen=True)
