@@ -81,6 +81,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name.removeprefix("fastsimgan/kernels/") for name in names if "/kernels/" in name} == kernels
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastsimgan").rglob("*.py")}
     assert {name for name in names if name.startswith("fastsimgan/") and name.endswith(".py")} >= modules
+    package = (ROOT / "fastsimgan").rglob("*")
+    templates = {str(path.relative_to(ROOT)) for path in package if path.suffix in (".html", ".md")}
+    assert len(templates) == 3 and templates <= {*names}
     libraries = sorted(name for name in names if name.endswith(".so"))
     assert len(libraries) == 2 and libraries[0].startswith("fastsimgan/_C.")
     assert libraries[1] == "fastsimgan/libfastsimgan_ops.so"
@@ -100,6 +103,10 @@ def test_installed_wheel_works_outside_the_repository(wheel: Path, tmp_path: Pat
     assert "--synthetic" in python("-m", "fastsimgan.train", "--help", installed=installed)
     report = python("-m", "fastsimgan.env", installed=installed)
     assert "on cpu                  cpp" in report
+    page = python(
+        "-c", "from fastsimgan.reporting.html_report import Report; print(Report('A<B').html())", installed=installed
+    )
+    assert "<title>A&lt;B</title>" in page  # from a template file
 
 
 @pytest.mark.slow
