@@ -18,7 +18,7 @@ import numpy as np
 
 from fastsimgan.data.ragged import Images, RaggedImages
 from fastsimgan.errors import InputError
-from fastsimgan.hardware.memory import room_for
+from fastsimgan.hardware.memory import allocate
 from fastsimgan.storage.files import printable
 
 if TYPE_CHECKING:
@@ -192,11 +192,11 @@ def in_units(images: Images, span: Span, name: str) -> Images:
         raise InputError(f"--range must be given for float images, got {name} of {images.dtype}")
     low, high = span
     if isinstance(images, RaggedImages):
-        found: Images = RaggedImages.room(
+        found: Images = RaggedImages.empty(
             [(h, w) for h, w in images.sizes.tolist()], images.channels, "float32", Path()
         )
     else:
-        found = room_for(images.shape, "float32", Path())
+        found = allocate(images.shape, "float32", Path())
     for i in range(len(images)):
         if not bool(((images[i] >= low) & (images[i] <= high)).all()):
             raise InputError(f"{name}: image {i}: {out_of_range(images[i], span)}")

@@ -111,7 +111,7 @@ def in_the_colour(images: Images, colour: str) -> Images:
         if (images.channels, colour) not in ((1, "rgb"), (3, "grey")):
             return images
         sizes = [(height, width) for height, width in images.sizes.tolist()]
-        found = RaggedImages.room(sizes, 3 if colour == "rgb" else 1, images.dtype, Path("images made " + colour))
+        found = RaggedImages.empty(sizes, 3 if colour == "rgb" else 1, images.dtype, Path("images made " + colour))
         for i in range(len(images)):
             found[i][...] = Reading.coloured(images[i], colour)
         return found

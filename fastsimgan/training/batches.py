@@ -354,7 +354,7 @@ def _image_bytes(images: Images, size: Size) -> int:
 def _equalised(images: RaggedImages) -> RaggedImages:
     """Each grey image equalised as a whole, in integers."""
     dtype = np.dtype("uint16") if images.dtype == np.float32 else images.dtype
-    done = RaggedImages.room([(h, w) for h, w in images.sizes.tolist()], 1, dtype, Path("equalised images"))
+    done = RaggedImages.empty([(h, w) for h, w in images.sizes.tolist()], 1, dtype, Path("equalised images"))
     for i in range(len(images)):
         done[i][...] = equalised(torch.from_numpy(np.array(images[i]))[None, None], "equalise")[0, 0].numpy()
     return done

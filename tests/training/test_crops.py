@@ -361,7 +361,7 @@ def test_where_images_live_does_not_matter(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("fastsimgan.hardware.memory.available_memory", lambda: 0)  # so that room is a mapped file
     mapped = []
     for images in pair:
-        filled = RaggedImages.room([(h, w) for h, w in images.sizes.tolist()], 3, images.dtype, Path("x"))
+        filled = RaggedImages.empty([(h, w) for h, w in images.sizes.tolist()], 3, images.dtype, Path("x"))
         filled.flat[:] = images.flat
         assert filled.mapped
         mapped.append(filled)

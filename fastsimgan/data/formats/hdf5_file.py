@@ -25,7 +25,7 @@ from fastsimgan.data.formats.hdf5_layout import (
 )
 from fastsimgan.data.pixel_values import UNIT, Span, check_range
 from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.hardware.memory import room_for
+from fastsimgan.hardware.memory import allocate
 from fastsimgan.storage.files import printable
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -76,11 +76,11 @@ class HDF5Images(PackedImages):
         return f"{printable(self.path)}: HDF5, {len(self)} images, {kind}, {labels}{of}"
 
     def load(self) -> np.ndarray:
-        """All images, ``[N, H, W]`` or ``[N, H, W, C]``, in native byte order (see `room_for`).
+        """All images, ``[N, H, W]`` or ``[N, H, W, C]``, in native byte order (see `allocate`).
 
         Raises InputError if the file's data is damaged or a float is outside ``span``.
         """
-        images = room_for(self.images_shape, self.dtype, self.path)
+        images = allocate(self.images_shape, self.dtype, self.path)
         step = self._step()
         for first in range(0, len(self), step):
             part = images[first : first + step]

@@ -17,7 +17,7 @@ from fastsimgan.data.formats.stored_image import ARRAY_FORMATS, FORMATS, Header
 from fastsimgan.data.ragged import Images, RaggedImages, one_size
 from fastsimgan.data.reading import Reading, in_colour
 from fastsimgan.errors import InputError
-from fastsimgan.hardware.memory import room_for
+from fastsimgan.hardware.memory import allocate
 from fastsimgan.hardware.threads import in_threads
 from fastsimgan.storage.files import printable
 
@@ -135,7 +135,7 @@ class FolderImages:
         return one_size(self.path, self.reading.any_size, self.load_set)
 
     def load_set(self) -> Images:
-        """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, in the order of ``images`` (see `room_for`).
+        """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, in the order of ``images`` (see `allocate`).
 
         With ``reading.any_size`` several sizes come as `RaggedImages`. With ``reading.on_error`` "skip", images that
         cannot be read are left out, see ``left_out``.
@@ -149,7 +149,7 @@ class FolderImages:
             more = f"; and so {len(others)} more: {shortened(others)}" if others else ""
             raise self.reading.way_out(first + more)
         shapes, dtype, colour = self._agreed(good)
-        images = _room(shapes, dtype, self.path)
+        images = _allocate(shapes, dtype, self.path)
 
         def decode(index: int) -> str | None:
             try:
@@ -223,12 +223,12 @@ class FolderImages:
         return [header for header in self.headers if isinstance(header, Header)]
 
 
-def _room(shapes: list[tuple[int, ...]], dtype: str, path: Path) -> Images:
+def _allocate(shapes: list[tuple[int, ...]], dtype: str, path: Path) -> Images:
     """A set of images of these shapes, to be filled."""
     if len(set(shapes)) == 1:
-        return room_for((len(shapes), *shapes[0]), dtype, path)
+        return allocate((len(shapes), *shapes[0]), dtype, path)
     sizes = [(shape[0], shape[1]) for shape in shapes]
-    return RaggedImages.room(sizes, 3 if shapes[0][2:] else 1, dtype, path)
+    return RaggedImages.empty(sizes, 3 if shapes[0][2:] else 1, dtype, path)
 
 
 def no_image(path: Path, images: str | None, others: int, census: Census) -> str:

@@ -27,7 +27,7 @@ from fastsimgan.data.formats.stored_image import FORMATS, Header
 from fastsimgan.data.ragged import Images, Packer, one_size
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
-from fastsimgan.hardware.memory import room_for
+from fastsimgan.hardware.memory import allocate
 from fastsimgan.hardware.threads import AHEAD, in_threads, thread_count
 from fastsimgan.storage.files import natural_key, printable
 
@@ -75,7 +75,7 @@ class ShardImages:
         return one_size(self.path, self.reading.any_size, self.load_set)
 
     def load_set(self) -> Images:
-        """All images, ``[N, H, W]`` or ``[N, H, W, 3]`` (see `room_for`), or, with ``reading.any_size``, of any sizes.
+        """All images, ``[N, H, W]`` or ``[N, H, W, 3]`` (see `allocate`), or, with ``reading.any_size``, of any sizes.
 
         Raises InputError if a shard breaks a rule of `read_samples`, if an image is bad, naming it, or if two differ in
         size or kind, or if there is none.
@@ -126,7 +126,7 @@ class ShardImages:
                 continue
             if images is None:
                 most = sum(_count_images(shard, self.reading.images) for shard in self.shards)
-                images = room_for((most, *pixels.shape), header.dtype, self.path)
+                images = allocate((most, *pixels.shape), header.dtype, self.path)
             images[count - 1] = pixels
         if not count:
             raise InputError(f"{printable(self.path)}: must hold at least one image ({' '.join(FORMATS)}), got none")
@@ -221,7 +221,7 @@ def look_into(path: Path, shards: list[Path], reading: Reading) -> Census:
     census = Census()
     held: dict[str, tuple[bytes, Path]] = {}
     patterns: set[str] = set()
-    found, first, dotted, room = False, "", "", HELD
+    found, first, dotted, left = False, "", "", HELD
     for shard in shards:
         pattern = re.sub(r"\d+", "#", shard.name)
         new = pattern not in patterns and len(patterns) < LOOKED_AT
@@ -240,11 +240,11 @@ def look_into(path: Path, shards: list[Path], reading: Reading) -> Census:
             else:
                 found = True
                 info, data = sample.members[sample.image]
-                room -= len(data)
+                left -= len(data)
                 name = f"{shard_stem(shard)}/{info.name}" if len(shards) > 1 else info.name
                 census.image(name)
                 held[name] = data, shard / info.name
-            if found and (not new or seen >= LOOKED_AT or room < 0):
+            if found and (not new or seen >= LOOKED_AT or left < 0):
                 break
     if not found:
         why = ""
