@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from fastsimgan import cli
 from fastsimgan.experiments.ablation_tasks import AblationConfig
 from fastsimgan.experiments.cached_step import (
+    cached,
     check_counts,
     check_installed,
     check_sets,
     claim,
-    piece,
     refined_by,
     versions,
     write_report,
@@ -134,7 +134,7 @@ def _held_out(task: Task) -> dict[str, Any]:
 def _refine_and_measure(
     config: AblationConfig, task: Task, variants: dict[str, TrainConfig], held: dict[str, Any]
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, _Refined]]:
-    """Each refiner trained and measured, one piece each: all measures by kind, and what seed 0 made of each."""
+    """Each refiner trained and measured, each kept: all measures by kind, and what seed 0 made of each."""
     from fastsimgan.experiments.ablation_measures import discriminator_losses, measure
 
     synthetic, real = task.sets["synthetic"]["images"], task.sets["real"]["images"]
@@ -144,7 +144,7 @@ def _refine_and_measure(
     for seed in range(config.seeds):
         print(f"seed {seed} of {config.seeds}: synthetic", flush=True)
         work = partial(measure, task, synthetic, held, seed, None)
-        results["synthetic"].append(piece(config.out, f"measured-synthetic-{seed}", work))
+        results["synthetic"].append(cached(config.out, f"measured-synthetic-{seed}", work))
         for each, training in variants.items():
             print(f"seed {seed} of {config.seeds}: {each}", flush=True)
             label = f"{each}-{seed}".replace(" ", "-")
@@ -153,5 +153,5 @@ def _refine_and_measure(
             if seed == 0:
                 first[each] = _Refined(images, losses)
             work = partial(measure, task, images, held, seed, losses)
-            results[each].append(piece(config.out, f"measured-{label}", work))
+            results[each].append(cached(config.out, f"measured-{label}", work))
     return results, first

@@ -1,4 +1,4 @@
-"""What every experiment does alike: its folder, filled piece by piece, so that a kill loses one piece and no more."""
+"""What every experiment does alike: its folder, filled step by step, so that a kill loses one step and no more."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def hash_sets(sets: Sets, *keys: str) -> dict[str, str]:
 
 
 def claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Make ``out`` the folder of one experiment, or see that it is; so every piece in it was made of the same things.
+    """Make ``out`` the folder of one experiment, or see that it is; so every step kept in it was made of the same things.
 
     Args:
         out: the folder.
@@ -107,7 +107,7 @@ def claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return identity
 
 
-def piece(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """``work``'s result, kept as ``name.json``; not done again if that is there."""
     from fastsimgan.storage.checkpoint import write_atomically
 
@@ -118,7 +118,7 @@ def piece(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str,
     return kept
 
 
-def array_piece(out: Path, name: str, work: Callable[[], Any]) -> Any:
+def cached_array(out: Path, name: str, work: Callable[[], Any]) -> Any:
     """The same for one array, kept as ``name.npy``, with - for each space and x for each ×."""
     import numpy as np
 
@@ -155,7 +155,7 @@ def refined_by(out: Path, name: str, training: TrainConfig, synthetic: Any, real
         fit(synthetic, real, dataclasses.replace(training, out=folder, resume=folder.exists()))
         return load_refiner(folder, training.device)(synthetic if images is None else images)
 
-    return array_piece(out, f"refined-{name}", work)
+    return cached_array(out, f"refined-{name}", work)
 
 
 def versions() -> dict[str, str]:

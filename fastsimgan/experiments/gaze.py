@@ -14,13 +14,13 @@ from fastsimgan import cli
 from fastsimgan.errors import InputError
 from fastsimgan.experiments.cached_step import (
     SETS,
-    array_piece,
+    cached,
+    cached_array,
     check_counts,
     check_installed,
     check_sets,
     claim,
     hash_sets,
-    piece,
     read_sets,
     refined_by,
     versions,
@@ -114,9 +114,9 @@ def run(config: GazeConfig, command: str) -> dict[str, Any]:
         for seed in range(1 if config.quick else REFINERS)
     ]  # each [N, H, W]
     trained = _sets(synthetic, refined, arrays["real"], config.quick)
-    result = piece(config.out, "comparison", lambda: _compare(trained, sets["validation"], config, judge))
-    drift = piece(config.out, "drift", lambda: _drift(config.out, synthetic, refined[0], judge))
-    realism = piece(config.out, "realism", lambda: _realism(synthetic.images, refined[0], real))
+    result = cached(config.out, "comparison", lambda: _compare(trained, sets["validation"], config, judge))
+    drift = cached(config.out, "drift", lambda: _drift(config.out, synthetic, refined[0], judge))
+    realism = cached(config.out, "realism", lambda: _realism(synthetic.images, refined[0], real))
 
     numbers = {
         "command": command,
@@ -196,7 +196,7 @@ def _compare(sets: dict[str, Labelled], real: Labelled, config: GazeConfig, judg
     from fastsimgan.metrics.gaze_error import angular_errors
 
     def keep(name: str, work: Callable[[], Any]) -> Any:
-        return array_piece(config.out, f"predicted-{name}", work)
+        return cached_array(config.out, f"predicted-{name}", work)
 
     result, predictions = compare(sets, real, seeds=config.seeds, judge=judge, device=config.device, keep=keep)
     print(table(result))

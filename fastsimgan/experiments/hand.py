@@ -16,13 +16,13 @@ from fastsimgan.errors import InputError
 from fastsimgan.experiments.cached_step import (
     SETS,
     Sets,
-    array_piece,
+    cached,
+    cached_array,
     check_counts,
     check_installed,
     check_sets,
     claim,
     hash_sets,
-    piece,
     read_sets,
     refined_by,
     versions,
@@ -126,7 +126,7 @@ def run(config: HandConfig, command: str) -> dict[str, Any]:
     refined = refined_by(config.out, "0", training, synthetic, sets["real"]["images"])
     trained = _sets(sets, joints, refined, config.quick)
     result = _compare(config, trained, sets["validation"]["images"], joints["validation"], judge)
-    edges = piece(
+    edges = cached(
         config.out, "edges",
         lambda: _edges(config.out, synthetic, refined, joints["synthetic"], config.synthetic is None),
     )  # fmt: skip
@@ -242,7 +242,7 @@ def _sets(sets: Sets, joints: dict[str, Any], refined: Any, quick: bool) -> dict
 def _compare(
     config: HandConfig, sets: dict[str, tuple[Any, Any]], images: Any, joints: Any, judge: PoseJudge
 ) -> dict[str, Any]:
-    """Pose networks of every set and seed, each a piece of its own, and how near they come to ``joints``."""
+    """Pose networks of every set and seed, each kept, and how near they come to ``joints``."""
     import numpy as np
     from tqdm import tqdm
 
@@ -265,7 +265,7 @@ def _compare(
                 train_and_find_joints, pictures, places, images,
                 seed=seed, judge=judge, device=device, progress=bar.update,
             )  # fmt: skip
-            found = array_piece(config.out, f"joints-{name}-{seed}", work)
+            found = cached_array(config.out, f"joints-{name}-{seed}", work)
             errors[name].append(joint_errors(found, joints) / unit)
             bar.update(sum(map(len, errors.values())) * judge.steps - bar.n)  # past what was kept
     bar.close()
