@@ -49,7 +49,7 @@ QUICK_TRAINING: dict[str, Any] = {
     "learning_rate_refiner": 1e-3,
 }  # fmt: skip
 QUICK_JUDGE: dict[str, Any] = {
-    "steps": 500, "batch_size": 16, "learning_rate": 3e-3, "average": 0.98, "features": 32, "depth": 3, "stride": 2,
+    "steps": 500, "batch_size": 16, "learning_rate": 3e-3, "ema_decay": 0.98, "features": 32, "depth": 3, "stride": 2,
 }  # fmt: skip
 
 
