@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -143,11 +143,12 @@ def _realism(
     print(f"{'against the real images':<24}{'KID':>10}{'Fréchet':>10}   told apart from them by a classifier")
     found = {}
     for name, part in (("synthetic", synthetic), ("refined", refined)):
-        found[name] = row = realism(part.images, real.images, features=features)
-        test = row["c2st"]
+        row = realism(part.images, real.images, features=features)
+        found[name] = asdict(row)
+        test = row.c2st
         print(
-            f"{name:<24}{row['kid']:>10.4f}{row['frechet']:>10.4f}   "
-            f"{test['accuracy']:.1f} % (95 % interval {test['low']:.1f} to {test['high']:.1f}; 50 is guessing)"
+            f"{name:<24}{row.kid:>10.4f}{row.frechet:>10.4f}   "
+            f"{test.accuracy:.1f} % (95 % interval {test.low:.1f} to {test.high:.1f}; 50 is guessing)"
         )
     named = {
         "random": "a fixed random convolution",

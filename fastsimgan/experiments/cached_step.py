@@ -78,7 +78,7 @@ def hash_sets(sets: Sets, *keys: str) -> dict[str, str]:
 
 
 def claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Make ``out`` the folder of one experiment, or see that it is; so every step kept in it was made of the same things.
+    """Make ``out`` the folder of one experiment, or see that it is: all steps kept in it were made of the same things.
 
     Args:
         out: the folder.

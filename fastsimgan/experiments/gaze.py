@@ -232,4 +232,5 @@ def _drift(out: Path, synthetic: Labelled, refined: Any, judge: Any) -> dict[str
 def _realism(synthetic: Any, refined: Any, real: Any) -> dict[str, Any]:
     from fastsimgan.metrics.realism import realism
 
-    return {name: realism(images, real) for name, images in (("synthetic", synthetic), ("refined", refined))}
+    sets = {"synthetic": synthetic, "refined": refined}
+    return {name: dataclasses.asdict(realism(images, real)) for name, images in sets.items()}

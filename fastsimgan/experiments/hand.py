@@ -315,7 +315,8 @@ def _edges(out: Path, synthetic: Any, refined: Any, joints: Any, builtin: bool) 
         noisy["stand-in sensor"] = through_sensor(clean, 0)
     result: dict[str, Any] = {"images": len(clean), "noise": {}, "drift": {}}
     for name, images in noisy.items():
-        result["noise"][name] = noise_by_place(clean, images)
+        noise = noise_by_place(clean, images)
+        result["noise"][name] = dataclasses.asdict(noise)
         shifts = joint_edge_shifts(clean, images, joints[chosen])
         known = shifts[np.isfinite(shifts)]
         result["drift"][name] = {
@@ -326,9 +327,8 @@ def _edges(out: Path, synthetic: Any, refined: Any, joints: Any, builtin: bool) 
             worst = np.argsort(-np.nan_to_num(shifts, nan=-1.0), kind="stable")[:8]
             rows = {"synthetic": clean[worst], "refined": images[worst]}
             save_rows(out / "moved_most.png", {key: from_float(to_float(each), "uint8") for key, each in rows.items()})
-        noise = result["noise"][name]
         print(
-            f"{name}: noise {noise['edges']['error']:.4f} on depth edges, {noise['flat']['error']:.4f} on flat parts; "
-            f"{noise['edges']['lost']:.1f} and {noise['flat']['lost']:.1f} % of the hand's pixels lost"
+            f"{name}: noise {noise.edges.error:.4f} on depth edges, {noise.flat.error:.4f} on flat parts; "
+            f"{noise.edges.lost:.1f} and {noise.flat.lost:.1f} % of the hand's pixels lost"
         )
     return result

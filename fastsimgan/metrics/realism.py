@@ -10,6 +10,7 @@ The sizes of two distances are only comparable if they were taken with the same 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,23 @@ from torch.nn import functional as F
 from fastsimgan.data.pixel_values import to_float
 from fastsimgan.errors import InputError
 from fastsimgan.metrics.features import random_features
-from fastsimgan.metrics.two_sample import LIMIT, classifier_test
+from fastsimgan.metrics.two_sample import LIMIT, ClassifierTest, classifier_test
 
 Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Realism:
+    """How like real images a set is."""
+
+    kid: float
+    """Kernel distance, see `kernel_distance`."""
+    frechet: float
+    """See `frechet_distance`."""
+    c2st: ClassifierTest
+    """How well a classifier tells them apart."""
+    images: int
+    """How many of each set were compared."""
 
 
 def kernel_distance(a: Array, b: Array) -> float:
@@ -86,7 +101,7 @@ def high_frequency_energy(images: Array) -> float:
 
 def realism(
     images: Array, real: Array, *, features: Callable[[Array], Array] = random_features, steps: int = 150, seed: int = 0
-) -> dict[str, Any]:
+) -> Realism:
     """All three numbers of one set against real images (at most 5,000 of each, drawn by ``seed``).
 
     Args:
@@ -94,20 +109,13 @@ def realism(
         features: in which the two distances are taken, stored images to ``[N, d]``.
         steps: of the classifier's training.
         seed: of the draw and of the classifier.
-
-    Returns:
-        ``kid``, ``frechet`` and ``c2st`` (see `classifier_test`), and ``images``, how many of each set were compared.
     """
     rng = np.random.default_rng(seed)
     count = min(len(images), len(real), LIMIT)
     parts = [part[np.sort(rng.permutation(len(part))[:count])] for part in (images, real)]
     a, b = (features(part) for part in parts)
-    return {
-        "kid": kernel_distance(a, b),
-        "frechet": frechet_distance(a, b),
-        "c2st": classifier_test(*parts, steps=steps, seed=seed),
-        "images": count,
-    }
+    test = classifier_test(*parts, steps=steps, seed=seed)
+    return Realism(kernel_distance(a, b), frechet_distance(a, b), test, count)
 
 
 def _check(a: Array, b: Array) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,18 @@ Array = NDArray[Any]
 LIMIT = 5000  # images of each set that are looked at
 
 
-def classifier_test(a: Array, b: Array, *, steps: int = 150, seed: int = 0) -> dict[str, float]:
+@dataclass(frozen=True)
+class ClassifierTest:
+    """How often a classifier was right, in per cent, with the 95 % Wilson interval; 50 is guessing."""
+
+    accuracy: float
+    low: float
+    high: float
+    tested: float
+    """Images that it was asked about."""
+
+
+def classifier_test(a: Array, b: Array, *, steps: int = 150, seed: int = 0) -> ClassifierTest:
     """Classifier two-sample test: a small network learns to tell half of the images apart and is asked about the rest.
 
     Both sets count alike. 50 % is guessing, so the sets look alike *to this network*; 100 % means that it tells them
@@ -34,16 +46,12 @@ def classifier_test(a: Array, b: Array, *, steps: int = 150, seed: int = 0) -> d
         steps: of the training.
         seed: of the halves and the weights.
 
-    Returns:
-        ``accuracy`` (per cent) with its 95 % Wilson interval ``low`` and ``high``, and ``tested``, the number of
-        images that it was asked about.
-
     Raises:
         InputError: sizes differ, or too few images.
     """
-    found = _tell_apart(a, b, lambda channels: Classifier(2, channels), steps=steps, seed=seed)
-    low, high = wilson_interval(int(found["right"]), int(found["tested"]))
-    return {"accuracy": found["accuracy"], "low": 100 * low, "high": 100 * high, "tested": found["tested"]}
+    right, tested = _tell_apart(a, b, lambda channels: Classifier(2, channels), steps=steps, seed=seed)
+    low, high = wilson_interval(right, tested)
+    return ClassifierTest(100 * right / tested, 100 * low, 100 * high, float(tested))
 
 
 def patch_test(a: Array, b: Array, *, kind: str = "gaze", steps: int = 150, seed: int = 0) -> float:
@@ -62,12 +70,13 @@ def patch_test(a: Array, b: Array, *, kind: str = "gaze", steps: int = 150, seed
     Raises:
         InputError: sizes differ, or too few images.
     """
-    return _tell_apart(a, b, lambda channels: Discriminator(channels, kind=kind), steps=steps, seed=seed)["accuracy"]
+    right, tested = _tell_apart(a, b, lambda channels: Discriminator(channels, kind=kind), steps=steps, seed=seed)
+    return 100 * right / tested
 
 
-def _tell_apart(a: Array, b: Array, build: Callable[[int], nn.Module], *, steps: int, seed: int) -> dict[str, float]:
+def _tell_apart(a: Array, b: Array, build: Callable[[int], nn.Module], *, steps: int, seed: int) -> tuple[int, int]:
     """Train ``build(channels)``, with logits ``[N, 2]`` or ``[N, 2, h, w]``, on half of each set and ask about the
-    rest: how many answers there were (``tested``), how many were right, and that as a share (``accuracy``, %)."""
+    rest: how many answers were right, and how many there were."""
     if a.shape[1:] != b.shape[1:]:
         raise InputError(f"both sets must have images of one size, got {list(a.shape[1:])} and {list(b.shape[1:])}")
     count = min(len(a), len(b), LIMIT)
@@ -101,4 +110,4 @@ def _tell_apart(a: Array, b: Array, build: Callable[[int], nn.Module], *, steps:
                 answers = network(part[first : first + 256]).argmax(1)
                 right += int((answers == kind).sum())
                 tested += answers.numel()
-    return {"right": float(right), "tested": float(tested), "accuracy": 100 * right / tested}
+    return right, tested
