@@ -13,7 +13,7 @@ import torch
 from fastsimgan import __version__
 from fastsimgan.data.preprocess import prepare
 from fastsimgan.errors import FastSimGANError, InputError
-from fastsimgan.exporting import onnx_graph
+from fastsimgan.exporting import gptq, onnx_graph
 from fastsimgan.exporting.exported_files import CARD, FORMS, QUANTISED, RECORD, how_to_call
 from fastsimgan.exporting.model_card import model_card
 from fastsimgan.exporting.parity import Parity, Truth
@@ -67,7 +67,7 @@ def export(
     facts = _facts(refiner, file, what)
     seen = prepare(calibration, file.settings["histogram"])
     writer = _Writer(
-        file, Truth(file, compared), facts, onnx_graph.calibrate(file.module, seen) if quantise else None, min_psnr, log
+        file, Truth(file, compared), facts, gptq.calibrate(file.module, seen) if quantise else None, min_psnr, log
     )
     forms = FORMS | dict(QUANTISED[name] for name in quantise)
     with staged(out) as folder:
@@ -127,7 +127,7 @@ class _Writer:
         file: the refiner.
         truth: PyTorch's answers.
         facts: for the files' metadata.
-        calibration: for quantised forms, what `onnx_graph.calibrate` found.
+        calibration: for quantised forms, what `gptq.calibrate` found.
         min_psnr: that quantised files must have, in dB.
         log: called with each line of the report.
 

@@ -23,7 +23,7 @@ from fastsimgan.data.simulators.eyes import simulate_eyes  # noqa: E402
 from fastsimgan.errors import InputError, UnavailableError  # noqa: E402
 from fastsimgan.export import main  # noqa: E402
 from fastsimgan.exporting import export as exporting  # noqa: E402
-from fastsimgan.exporting import onnx_graph  # noqa: E402
+from fastsimgan.exporting import gptq, onnx_graph  # noqa: E402
 from fastsimgan.exporting.exported_files import QUANTISED  # noqa: E402
 from fastsimgan.exporting.parity import Truth  # noqa: E402
 from fastsimgan.inference import load_refiner, onnx_file, save_refiner  # noqa: E402
@@ -266,7 +266,7 @@ def test_moments_are_those_of_all_neighbourhoods(shape: tuple[int, int, int, int
     patches = torch.nn.functional.unfold(features, 3, padding=1).permute(0, 2, 1).reshape(-1, 9 * shape[1])
     patches = torch.cat([patches, torch.ones(len(patches), 1)], 1).double()
     full = (patches.T @ patches / len(patches)).numpy()
-    assert np.abs(onnx_graph._moments(features) - full).max() < (1e-5 if shape[0] == 2 else 0.02)
+    assert np.abs(gptq.moments_of(features) - full).max() < (1e-5 if shape[0] == 2 else 0.02)
 
 
 def test_channels_of_no_kernel_and_dead_ones(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_rounded_weights_make_up_for_each_other() -> None:
     inputs = np.concatenate([common, np.ones((4000, 1))], 1)
     weights = random.normal(size=(6, 21)) * 3
     moments = inputs.T @ inputs / len(inputs)
-    found = onnx_graph.compensated(weights, moments, np.rint, 8)
+    found = gptq.compensated(weights, moments, np.rint, 8)
     assert np.array_equal(found[:, :-1], np.rint(found[:, :-1])) and np.abs(found[:, :-1]).max() <= 8
     plain = np.concatenate([np.rint(weights[:, :-1]), weights[:, -1:]], 1)
 
@@ -299,9 +299,7 @@ def test_rounded_weights_make_up_for_each_other() -> None:
         return float(np.square(inputs @ (rounded - weights).T).mean())
 
     assert error(found) < error(plain) / 2
-    assert np.array_equal(
-        onnx_graph.compensated(np.rint(weights), moments, np.rint, 8)[:, :-1], np.rint(weights)[:, :-1]
-    )
+    assert np.array_equal(gptq.compensated(np.rint(weights), moments, np.rint, 8)[:, :-1], np.rint(weights)[:, :-1])
 
 
 def test_eight_bits_need_a_branch_to_be_in(tmp_path: Path) -> None:
