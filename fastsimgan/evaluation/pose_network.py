@@ -102,9 +102,8 @@ def train_and_find_joints(
     with torch.inference_mode():
         for start in range(0, len(test_images), 64):
             part = test_images[start : start + 64]
-            views = random_views(
-                len(part), (height, width), seen, torch.Generator(), rotation=0, zoom=1, shift=0
-            )  # the plain picture
+            plain = dict(rotation=0, zoom=1, shift=0)
+            views = random_views(len(part), (height, width), seen, torch.Generator(), **plain)
             batch = views.images(torch.from_numpy(to_float(np.ascontiguousarray(part))).to(device))
             maps = probabilities(ema(batch)[-1])
             found.append(views.joints_back(find_joints(maps, judge.stride).cpu()))
