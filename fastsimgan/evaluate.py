@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastsimgan import cli
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import refuse_existing
+from fastsimgan.storage.atomic import refuse_existing
 
 if TYPE_CHECKING:
     from fastsimgan.evaluation.task_network import Judge, Labelled
@@ -110,7 +110,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
     if drift:
         result["drift"] = _drift(synthetic, refined, config.worst)
     if config.json is not None:
-        from fastsimgan.storage.checkpoint import write_atomically
+        from fastsimgan.storage.atomic import write_atomically
 
         write_atomically(config.json, (json.dumps(result, indent=2) + "\n").encode())
         print(f"numbers: {config.json}")

@@ -50,7 +50,8 @@ def export_command(config: ExportConfig) -> None:
     """The command itself, on parsed settings."""
     from fastsimgan.data.formats.open_images import refuse_inside
     from fastsimgan.errors import InputError
-    from fastsimgan.storage.files import printable, refuse_existing
+    from fastsimgan.storage.atomic import refuse_existing
+    from fastsimgan.storage.names import printable
 
     refuse_existing(config.out)
     refuse_inside(config.out, "--out", config.images)

@@ -76,7 +76,7 @@ class RefineConfig:
 
 def refine(config: RefineConfig) -> int:
     """Check the input and output first: they are quick to check, and loading torch is not."""
-    from fastsimgan.storage.files import printable
+    from fastsimgan.storage.names import printable
 
     if config.verify is not None:
         if config.refiner or config.input or config.output:

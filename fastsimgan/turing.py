@@ -25,7 +25,8 @@ from fastsimgan.data.ragged import Images, crop_of
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.resizing import Scale, resize
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable, refuse_existing, staged
+from fastsimgan.storage.atomic import refuse_existing, staged
+from fastsimgan.storage.names import printable
 
 DESCRIPTION = """A visual Turing test: `make` writes one HTML page that needs no network and shows real and refined
 images in random order; whoever answers downloads a JSON file; `score` counts these."""

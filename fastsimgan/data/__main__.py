@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _import(config: ImportConfig) -> None:
     # here, so that --help stays quick
-    from fastsimgan.storage.files import printable, refuse_existing, staged
+    from fastsimgan.storage.atomic import refuse_existing, staged
+    from fastsimgan.storage.names import printable
 
     if config.output.suffix != ".npz":
         raise InputError(f"{printable(config.output)}: --output must end in .npz")

@@ -26,7 +26,7 @@ from fastsimgan.evaluation.task_network import (
 from fastsimgan.hardware.device import choose_device, keep_freed_memory
 from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
 from fastsimgan.metrics.statistics import difference_interval
-from fastsimgan.storage.checkpoint import write_atomically
+from fastsimgan.storage.atomic import write_atomically
 
 
 def evaluate(

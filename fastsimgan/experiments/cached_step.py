@@ -43,7 +43,8 @@ def read_sets(config: Any) -> tuple[Sets, dict[str, str]]:
         InputError: one is no packed array, breaks its rules, or --validation is the file given as --real.
     """
     from fastsimgan.data.formats.open_images import open_images
-    from fastsimgan.storage.files import hash_file, printable
+    from fastsimgan.storage.checksum import hash_file
+    from fastsimgan.storage.names import printable
 
     paths: dict[str, Path] = {name: getattr(config, name) for name in SETS}
     for name, path in paths.items():
@@ -80,7 +81,7 @@ def claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: ``out`` holds another experiment, or something else.
     """
-    from fastsimgan.storage.checkpoint import write_atomically
+    from fastsimgan.storage.atomic import write_atomically
 
     identity = json.loads(json.dumps({"version": __version__} | identity, default=str))
     path = out / "experiment.json"
@@ -99,7 +100,7 @@ def claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 def piece(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """``work``'s result, kept as ``name.json``; not done again if that is there."""
-    from fastsimgan.storage.checkpoint import write_atomically
+    from fastsimgan.storage.atomic import write_atomically
 
     path = out / f"{name}.json"
     if not path.is_file():
@@ -112,7 +113,7 @@ def array_piece(out: Path, name: str, work: Callable[[], Any]) -> Any:
     """The same for one array, kept as ``name.npy``, with - for each space and x for each ×."""
     import numpy as np
 
-    from fastsimgan.storage.files import staged
+    from fastsimgan.storage.atomic import staged
 
     path = out / f"{name.replace(' ', '-').replace('×', 'x')}.npy"
     if not path.is_file():
@@ -169,7 +170,7 @@ def write_report(out: Path, report: Report, numbers: dict[str, Any]) -> None:
         report: the page.
         numbers: what report.json holds; ``command``, ``versions`` and ``data_sha256`` are told in the page too.
     """
-    from fastsimgan.storage.checkpoint import write_atomically
+    from fastsimgan.storage.atomic import write_atomically
 
     report.heading("How to get this again")
     report.paragraph(numbers["command"])

@@ -34,7 +34,8 @@ from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.models import refiner as network
 from fastsimgan.reporting.contact_sheet import save_rows
 from fastsimgan.storage.checkpoint import newest_checkpoint
-from fastsimgan.storage.files import printable, staged
+from fastsimgan.storage.atomic import staged
+from fastsimgan.storage.names import printable
 
 FORMS = {
     "refiner.onnx": Form(False, "float32"),

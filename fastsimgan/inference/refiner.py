@@ -24,7 +24,7 @@ from fastsimgan.inference.graph_format import check_settings
 from fastsimgan.inference.tiles import in_tiles, margin, pixels
 from fastsimgan.inference.torch_backend import Backend, Precision, TorchBackend, equalised, prepare
 from fastsimgan.models import refiner as network
-from fastsimgan.storage.checkpoint import write_atomically
+from fastsimgan.storage.atomic import write_atomically
 
 FILE, BEST = "refiner.safetensors", "best.safetensors"
 _FORMAT = "fastsimgan.refiner/1"

@@ -28,7 +28,8 @@ from fastsimgan.refinement.sources import ArraysInput, FolderInput, Input, Shard
 from fastsimgan.refinement.tuning import fitting
 from fastsimgan.refinement.unpacked import UnpackedInput
 from fastsimgan.refinement.worker import DeviceRefiner, ImageRefiner, Progress, Worker
-from fastsimgan.storage.files import hash_file, printable
+from fastsimgan.storage.checksum import hash_file
+from fastsimgan.storage.names import printable
 
 SUFFIXES = {"npz": (".npz",), "npy": (".npy",), "hdf5": (".h5", ".hdf5")}  # of outputs that are one file
 LOOK_AGAIN = 0.5  # seconds between two looks at blocks that other workers hold

@@ -30,7 +30,7 @@ from typing import Any
 
 from fastsimgan.data.formats.listing import STATE
 from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 FORMAT = "fastsimgan.run/1"
 

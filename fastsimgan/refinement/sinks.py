@@ -27,7 +27,7 @@ from fastsimgan.errors import InputError
 from fastsimgan.refinement.run_directory import Run, read_lines, rename, writing
 from fastsimgan.refinement.sources import ArraysInput, FolderInput, Part, RawUnit, ShardsInput
 from fastsimgan.refinement.unpacked import UnpackedInput
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 FLUSH = 1 << 20  # bytes (or values) copied at a time
 PIXELS = b"pixels"  # instead of a member's type: it goes into the images, not into the tar

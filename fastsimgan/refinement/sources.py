@@ -24,7 +24,8 @@ from fastsimgan.data.formats.open_images import holds_shards, open_arrays
 from fastsimgan.data.formats.webdataset import find_shards, is_shard, look_into, read_samples, shard_stem
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import hash_file, printable
+from fastsimgan.storage.checksum import hash_file
+from fastsimgan.storage.names import printable
 
 FILES_PER_BLOCK = 1024  # units; a kill loses a few seconds' work, and ten million files make ten thousand manifests
 BYTES_PER_BLOCK = 1 << 24  # of packed images

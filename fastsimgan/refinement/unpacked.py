@@ -19,7 +19,7 @@ from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.errors import InputError
 from fastsimgan.refinement import sources
 from fastsimgan.refinement.sources import ArraysInput, Part, RawUnit
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class UnpackedInput(ArraysInput):

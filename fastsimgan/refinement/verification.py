@@ -16,7 +16,8 @@ from fastsimgan.data.formats.numpy_file import FILES
 from fastsimgan.data.formats.open_images import open_arrays
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.run_directory import FORMAT, partial_of, read_header, read_json, read_lines, state_of
-from fastsimgan.storage.files import hash_file, printable
+from fastsimgan.storage.checksum import hash_file
+from fastsimgan.storage.names import printable
 
 
 def verify(output: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from fastsimgan.refinement.sinks import ArraysBlock, ArraysOutput, FolderBlock, 
 from fastsimgan.refinement.sources import ArraysInput, Input, RawUnit
 from fastsimgan.refinement.tuning import PIXELS_PER_BATCH, fitting
 from fastsimgan.refinement.unpacked import UnpackedInput
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 BYTES_AHEAD = 1 << 27  # of decoded images that wait to be put into batches
 BYTES_IN_BATCHES = 1 << 26  # of batches from the reader to the disk; one batch may be larger

@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,16 +22,8 @@ from fastsimgan.inference.refiner import BEST, FILE, Refiner, load_refiner, save
 from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.models.refiner import Refiner as Network
 from fastsimgan.reporting.contact_sheet import save_contact_sheet
-from fastsimgan.storage.checkpoint import (
-    STOPPED,
-    flush_directory,
-    list_checkpoints,
-    newest_checkpoint,
-    remove_old,
-    remove_unfinished,
-    save_checkpoint,
-    write_atomically,
-)
+from fastsimgan.storage.atomic import flush, remove_unfinished, write_atomically, writing
+from fastsimgan.storage.checkpoint import STOPPED, list_checkpoints, newest_checkpoint, remove_old, save_checkpoint
 from fastsimgan.training.batches import Pools
 from fastsimgan.training.model_selection import Selection, seen
 from fastsimgan.training.simgan import PHASES, SimGAN
@@ -88,15 +78,14 @@ class RunFolder:
         if self.folder.exists():
             raise InputError(f"{self.folder}: --out must not exist yet, or --resume goes on with it")
         # Filled under another name, so that the folder is never there without something to resume from.
-        final, self.folder = self.folder, self.folder.with_name(f".writing-{self.folder.name}")
-        if self.writes:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.writes:
+            self.checkpoint()
+            return
+        final = self.folder
+        with writing(final) as self.folder:
             (self.folder / "pictures").mkdir(parents=True)
             self._write_config()
-        self.checkpoint()
-        if self.writes:
-            self.folder.rename(final)
-            flush_directory(final.parent)
+            self.checkpoint()
         self.folder = final
 
     def _resume(self) -> None:
@@ -197,7 +186,7 @@ class RunFolder:
     def write(self, state: State, due: bool) -> None:
         """Write a state as a checkpoint, unless the newest is just that, and its refiners."""
         if self.writes and state.name != self._newest:  # to replace it would leave a moment without it
-            _flush(self.folder / "metrics.jsonl")
+            flush(self.folder / "metrics.jsonl")
             name = state.name if due else state.name + STOPPED
             save_checkpoint(self.folder / "checkpoints", name, state.tensors, state.facts, keep=self.config.keep)
             self._save_refiners(state.refiners)
@@ -305,9 +294,3 @@ def _where(done: dict[str, int]) -> str:
 
 def _few(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-
-
-def _flush(path: Path) -> None:
-    if path.exists():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())

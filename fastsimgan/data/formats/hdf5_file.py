@@ -26,7 +26,7 @@ from fastsimgan.data.formats.numpy_file import (
 )
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.hardware.memory import room_for
-from fastsimgan.storage.files import natural_key, printable
+from fastsimgan.storage.names import natural_key, printable
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 

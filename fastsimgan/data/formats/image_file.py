@@ -38,7 +38,7 @@ from fastsimgan.data.formats.image_metadata import (
 )
 from fastsimgan.data.formats.numpy_file import UNIT, Span, check_images, check_range, out_of_range, read_as
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 def _optional(name: str) -> Any:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from fastsimgan.data.formats.image_file import FORMATS
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import natural_key, printable
+from fastsimgan.storage.names import natural_key, printable
 
 Links = Literal["files", "inside", "all"]
 

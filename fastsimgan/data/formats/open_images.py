@@ -13,7 +13,7 @@ from fastsimgan.data.formats.numpy_file import UNIT, ArrayImages, Span
 from fastsimgan.data.formats.webdataset import ShardImages, find_shards, is_shard, read_samples
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 #: All offer ``path``, ``describe()``, ``load()`` and ``labels()``; all but shards, which would have to be read first,
 #: ``len()``, ``shape`` (channels, height, width), ``dtype`` and ``bit_depth``. Where a folder's images differ,

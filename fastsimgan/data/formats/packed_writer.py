@@ -16,7 +16,7 @@ import numpy as np
 
 from fastsimgan.data.formats.numpy_file import FILES, IMAGES
 from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class NpzWriter:
