@@ -45,13 +45,13 @@ test-all: install
 	$(PYTHON) -m pytest $(TWO_PROCESSES) tests
 
 kills: install
-	FASTSIMGAN_KILLS=325 FASTSIMGAN_KILL_SETS=25 $(PYTHON) -m pytest -s tests/test_blocks.py -k test_kills
+	FASTSIMGAN_KILLS=325 FASTSIMGAN_KILL_SETS=25 $(PYTHON) -m pytest -s tests/refinement/test_exactly_once.py -k test_kills
 
 labels: install
-	FASTSIMGAN_LABELS=10000 $(PYTHON) -m pytest -s tests/test_labels.py
+	FASTSIMGAN_LABELS=10000 $(PYTHON) -m pytest -s tests/refinement/test_labels.py
 
 ray: install
-	FASTSIMGAN_RAY_RUNS=10 $(PYTHON) -m pytest -s tests/test_ray_engine.py
+	FASTSIMGAN_RAY_RUNS=10 $(PYTHON) -m pytest -s tests/refinement/test_ray_workers.py
 
 demo: install
 	$(PYTHON) -m fastsimgan.demo

@@ -118,6 +118,12 @@ def tool(name: str) -> str | None:
     return next((str(place) for place in places if os.access(place, os.X_OK) and place.is_file()), None)
 
 
+def test_file(name: str) -> str:
+    """Where the tests of that name are; no two have one name."""
+    (file,) = (ROOT / "tests").rglob(f"test_{name}.py")
+    return str(file.relative_to(ROOT))
+
+
 def steps_of(part: str) -> list[Step]:
     """What ``part`` runs here, most telling first."""
     small = limits.SMALL
@@ -128,7 +134,7 @@ def steps_of(part: str) -> list[Step]:
 
     def tests(*names: str, share: float) -> list[Step]:
         """Those that need a GPU first: there are few of them, and on no other machine were they run."""
-        files = tuple(f"tests/test_{name}.py" for name in names)
+        files = tuple(map(test_file, names))
         marked = tuple(file for file in files if NEEDS_A_GPU.search((ROOT / file).read_text()))
         gpu = [Step("tests, GPU", (sys.executable, *PYTEST, "-s", "-m", "gpu", *marked), share / 3)] if marked else []
         return [*gpu, Step("tests, others", (sys.executable, *PYTEST, "-m", "not gpu", *files), 2 * share / 3)]
@@ -150,7 +156,7 @@ def steps_of(part: str) -> list[Step]:
     measured = Step("limits", (sys.executable, "-m", "bench.limits"), 0.5)
     of_part: dict[str, list[Step]] = {
         "ops": [
-            *tests(*losses, "history", "residual_block_race", share=3),
+            *tests(*losses, "history_buffer", "residual_block_race", share=3),
             on_cuda("residual_block_race", 1),
             *(benchmark(name, 1) for name in losses),
             benchmark("residual_block", 2),
@@ -160,24 +166,24 @@ def steps_of(part: str) -> list[Step]:
         "train": [
             script("train_step", 1.5, "--rounds", "2" if small else "20"),
             on_cuda("training", 1.5),
-            *tests("acceleration", "algorithm", "training", share=2),
+            *tests("acceleration", "simgan", "loop", share=2),
             script("two_gpus", 1, "train", left_out="a pretend device has no NCCL" if limits.PRETEND else two),
             script("train_step", 5, "--schedule"),
         ],
         "infer": [
             *(benchmark("infer", 2, "-k", size) for size in (("gaze",) if small else ("gaze", "hand"))),
             on_cuda("inference", 1),
-            *tests("runtime", "export", "runtime_tensorrt", share=2),
+            *tests("refiner", "export", "tensorrt_backend", share=2),
         ],
         "refine": [
             script("refine", 2, *packed, "--device", "cuda"),
-            *tests("pipeline", "refine", "blocks", share=2),
+            *tests("worker", "refine", "exactly_once", share=2),
             script("two_gpus", 1, "refine", left_out=two),
         ],
         # 128: below it there is nothing to learn, and every size is compiled for itself
         "hand": [
             script("hand_step", 4, *(() if small else ("--first", "128"))),
-            *tests("joints", "hand_simulator", "algorithm", share=2),
+            *tests("joints", "hand_simulator", "simgan", share=2),
         ],
         "resume": [script("resume", 4), *tests("resume", share=1)],
     }
@@ -203,7 +209,7 @@ def _build() -> list[Step]:
 
 def _sanitised(checker: str, suites: Sequence[str]) -> Step:
     program = tool("compute-sanitizer")
-    files = [f"tests/test_{name}.py" for name in suites]
+    files = map(test_file, suites)
     # small: a sanitizer is 10 to 50 times slower
     chosen = ("-k", "gaze and triton and float32 or test_gpu_equals_cpu")
     command = (program or "", f"--tool={checker}", "--error-exitcode=1", "--target-processes=all", sys.executable)

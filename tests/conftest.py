@@ -52,6 +52,23 @@ def commands_need_tyro(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A refiner's file, as far as a run of refinement with a refiner of `builders` is concerned: it is hashed."""
+    path = tmp_path / "refiner.safetensors"
+    path.write_bytes(b"weights")
+    return path
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of work is ten files, or ten images of five rows and seven columns."""
+    from fastsimgan.refinement import sources
+
+    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 10)
+    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 10 * 35)
+
+
+@pytest.fixture
 def poisoned_memory():
     """Every uninitialised float tensor holds NaN: what a kernel forgets to write cannot look right by chance."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

@@ -1,4 +1,4 @@
-// The CUDA kernel's source as a C++ library with one plain function, which tests/test_history_swap.py calls.
+// The CUDA kernel's source as a C++ library with one plain function, which tests/ops/test_history_swap.py calls.
 #include "../../csrc/history_swap.cu"
 
 extern "C" const char* history_swap(void* storage, int stored, int64_t* state, const void* fresh, void* drawn, int image,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import Invert
 
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.local_workers import Job, refine
@@ -15,13 +16,6 @@ from fastsimgan.refinement.verification import verify
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
 RNG = np.random.default_rng(0)
-
-
-class Invert:
-    channels = 1
-
-    def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
-        return np.iinfo(images.dtype).max - images
 
 
 def run(tmp_path: Path, name: str = "in.h5") -> Path:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import hashlib
 import io
 import os
 import random
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from builders import (
+    CONVERSIONS,
+    MAKERS,
+    Invert,
+    content,
+    load_dying,
+    load_invert,
+    load_mortal,
+    make_folder,
+    make_npy,
+    make_npz,
+    make_shards,
+)
 
 from fastsimgan.errors import FastSimGANError, InputError
 from fastsimgan.refinement import local_workers, run_directory, sources
@@ -29,151 +38,10 @@ from fastsimgan.refinement.local_workers import Job, refine, start
 from fastsimgan.refinement.run_directory import Run
 from fastsimgan.refinement.verification import verify
 
+TESTS = str(Path(__file__).resolve().parents[1])
 RNG = np.random.default_rng(0)
 KILLS = int(os.environ.get("FASTSIMGAN_KILLS", "4"))  # `make kills` sets 300
 SETS = int(os.environ.get("FASTSIMGAN_KILL_SETS", "2"))  # and 25
-
-
-class Invert:
-    """A refiner of our own; the delay gives a kill something to hit. Module level: workers import it."""
-
-    channels = 1
-
-    def __init__(self, delay: float = 0.0) -> None:
-        self.delay = delay
-
-    def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
-        time.sleep(self.delay)
-        return 255 - images
-
-
-def load_invert(job: Job, worker: int, workers: int) -> Invert:
-    if "MARK" in os.environ:
-        Path(os.environ["MARK"]).touch()  # a worker is about to claim its first block
-    return Invert(float(os.environ.get("DELAY", "0")))
-
-
-class Inverts(Invert):
-    """Called by two threads at a time."""
-
-    threads = 2
-
-    def shared(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-def load_inverts(job: Job, worker: int, workers: int) -> Invert:
-    return Inverts(2 * load_invert(job, worker, workers).delay)
-
-
-def load_dying(job: Job, worker: int, workers: int) -> Invert:
-    """The first to come dies, as if killed for memory; whoever comes next finds the mark and lives."""
-    try:
-        (job.output.parent / "mark").touch(exist_ok=False)
-    except FileExistsError:
-        return Invert()
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
-
-
-def load_mortal(job: Job, worker: int, workers: int) -> Invert:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "refiner.safetensors"
-    path.write_bytes(b"weights")
-    return path
-
-
-def make_folder(root: Path, count: int, seed: int = 0, sizes: int = 3) -> Path:
-    """Images of ``sizes`` sizes with sidecars, in three folders, with a file that belongs to none."""
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        path = root / f"d{i % 3}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (4 + i % sizes, 7), dtype=np.uint8)).save(path, compress_level=1)
-        path.with_suffix(".json").write_text(f'{{"gaze": {rng.random()}}}')
-        if i % 7 == 0:
-            path.with_suffix(".mask.npy").write_bytes(rng.bytes(40))
-    (root / "README").write_text("of nobody")
-    return root
-
-
-def make_shards(root: Path, count: int, seed: int = 0, sizes: int = 3) -> Path:
-    rng = np.random.default_rng(seed)
-    root.mkdir(parents=True)
-    for first in range(0, count, 20):
-        with tarfile.open(root / f"s{first:05d}.tar", "w") as tar:
-            for i in range(first, min(count, first + 20)):
-                add(tar, f"{i:05d}.png", png(rng.integers(0, 256, (4 + i % sizes, 7), dtype=np.uint8)))
-                add(tar, f"{i:05d}.json", f'{{"gaze": {rng.random()}}}'.encode())
-    (root / "README").write_text("beside the shards")
-    return root
-
-
-def make_npz(path: Path, count: int, seed: int = 0) -> Path:
-    rng = np.random.default_rng(seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, images=rng.integers(0, 256, (count, 5, 7), dtype=np.uint8), gaze=rng.random((count, 2)))
-    return path
-
-
-def make_npy(path: Path, count: int, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, np.random.default_rng(seed).integers(0, 256, (count, 5, 7), dtype=np.uint8))
-    return path
-
-
-def make_hdf5(path: Path, count: int, seed: int = 0) -> Path:
-    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
-    rng = np.random.default_rng(seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        file.create_dataset("images", data=rng.integers(0, 256, (count, 5, 7), dtype=np.uint8), chunks=(16, 5, 7))
-        file["gaze"] = rng.random((count, 2))
-    return path
-
-
-def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes, **facts: Any) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    for key, value in facts.items():
-        setattr(info, key, value)
-    tar.addfile(info, io.BytesIO(data))
-
-
-MAKERS: dict[str, tuple[Callable[[Path, int, int], Path], str]] = {
-    "folder": (make_folder, ""),
-    "shards": (make_shards, ""),
-    "npz": (make_npz, ".npz"),
-    "npy": (make_npy, ".npy"),
-    "hdf5": (make_hdf5, ".h5"),
-}
-CONVERSIONS = {"folder": ("npz", "shards"), "shards": ("hdf5", "npz"), "npz": ("folder",), "hdf5": ("shards",)}
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 10)
-    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 10 * 35)
-
-
-def content(output: Path) -> dict[str, str]:
-    """SHA-256 of every file of an output, manifests included."""
-    if output.is_file():
-        state = output.with_name(output.name + ".fastsimgan")
-        return content(state) | {"": hashlib.sha256(output.read_bytes()).hexdigest()}
-    files = [path for path in output.rglob("*") if path.is_file() and path.name not in ("run.json", "listing.json")]
-    return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 # --- one process
@@ -468,7 +336,7 @@ KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-import test_blocks
+import builders
 from fastsimgan.refinement import sources
 from fastsimgan.refinement.local_workers import Job, refine
 
@@ -477,7 +345,7 @@ if __name__ in ("__main__", "__mp_main__"):
     sources.BYTES_PER_BLOCK = 10 * 35
 if __name__ == "__main__":
     job = Job(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), batch_size=5, to=sys.argv[5])
-    refine(job, workers=int(sys.argv[4]), loader=test_blocks.load_inverts)
+    refine(job, workers=int(sys.argv[4]), loader=builders.load_inverts)
 """
 
 
@@ -487,7 +355,7 @@ def test_kills(model: Path, tmp_path: Path, small_blocks: None) -> None:
     killed refine in two threads, the run to compare with in one.
     """
     script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(tests=os.path.dirname(__file__)))
+    script.write_text(KILLED.format(tests=TESTS))
     rng = random.Random(int(os.environ.get("FASTSIMGAN_KILL_SEED", "0")))
     mark = tmp_path / "mark"
     kills = kills_at_work = 0

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import Invert
 from PIL import Image
 
 import fastsimgan
@@ -32,7 +33,7 @@ from fastsimgan.refinement.local_workers import Job, refine
 from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 QUICK = ["--preset", "quick", "--steps", "1", "--batch-size", "4", "--pretrain-discriminator", "0", "--history", "4"]
 
 
@@ -62,14 +63,6 @@ def dry_run(capsys: pytest.CaptureFixture[str], synthetic: Path, real: Path, *fl
     printed = capsys.readouterr()
     assert not (synthetic.parent / "run").exists()
     return code, printed.out + printed.err
-
-
-class Invert:
-    def __init__(self, channels: int = 1) -> None:
-        self.channels = channels
-
-    def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
-        return (1 if images.dtype == np.float32 else np.iinfo(images.dtype).max) - images
 
 
 def run(tmp_path: Path, source: Path, output: Path, channels: int = 1, **settings: Any) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "csrc"))  # find_nvcc.py is of the build and not of the package
 
 from find_nvcc import find_nvcc  # noqa: E402

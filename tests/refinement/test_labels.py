@@ -15,23 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import Invert, add, png
 from PIL import Image
-from test_blocks import add, png
 
 from fastsimgan.refinement.local_workers import Job, refine
 from fastsimgan.refinement.verification import verify
 
 COUNT = int(os.environ.get("FASTSIMGAN_LABELS", "120"))  # `make labels` sets 10,000
 SIZE = 9, 11
-
-
-class Invert:
-    """Every pixel of every image changes."""
-
-    channels = 1
-
-    def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
-        return 255 - images
 
 
 def pixels(i: int) -> np.ndarray:

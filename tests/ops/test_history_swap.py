@@ -22,7 +22,7 @@ from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.ops import history_swap as op
 from fastsimgan.ops.history_swap import HEADER, history_swap, new_state, permute, philox
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 IMPLS = [
     pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
     for name, reason in op.implementations().items()

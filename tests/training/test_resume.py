@@ -25,7 +25,7 @@ from fastsimgan.training.run_directory import ATTEMPTS, RunFolder
 from fastsimgan.training.simgan import SimGAN
 from tests.killed_runs import CONFIG, files, images
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("FASTSIMGAN_KILLS", "5"))
 
 

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_blocks import Invert, make_shards
+from builders import Invert, make_shards
 
 from fastsimgan.__main__ import COMMANDS
 from fastsimgan.hardware import openmp
 from fastsimgan.refinement.local_workers import Job, refine
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OWNED = (*openmp.SETTINGS, "OMP_WAIT_POLICY")
 
 

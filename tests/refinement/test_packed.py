@@ -14,35 +14,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import add, content, load_invert, make_npy, make_npz, png
 from PIL import Image
-from test_blocks import add, content, load_invert, make_npy, make_npz, png
 
 from fastsimgan.data.formats.hdf5_file import HDF5Images
 from fastsimgan.data.formats.label_table import LabelTable
 from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.errors import InputError
-from fastsimgan.refinement import sources
 from fastsimgan.refinement.local_workers import Job, refine, start
 from fastsimgan.refinement.verification import verify
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+
 COUNT = 47
 SIZE = 5, 7
 SUFFIX = {"npz": ".npz", "hdf5": ".h5"}
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "refiner.safetensors"
-    path.write_bytes(b"weights")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 10)
-    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 10 * 35)
 
 
 def pixels(i: int) -> np.ndarray:

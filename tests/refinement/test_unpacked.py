@@ -13,37 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import test_packed
+from builders import Invert, load_invert
 from PIL import Image
-from test_blocks import load_invert
 
 from fastsimgan.data.formats.image_file import read_image
 from fastsimgan.errors import InputError
-from fastsimgan.refinement import sources
 from fastsimgan.refinement.local_workers import Job, check, refine
 from fastsimgan.refinement.verification import verify
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+
 COUNT = 23
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "refiner.safetensors"
-    path.write_bytes(b"weights")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 10)
-    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 10 * 35)
-
-
-class Invert:
-    def __init__(self, channels: int) -> None:
-        self.channels = channels
-
-    def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
-        return np.iinfo(images.dtype).max - images
 
 
 def run(model: Path, source: Path, output: Path, channels: int = 1, **settings: Any) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import Invert
 from PIL import Image
 
 from fastsimgan.data.formats.webdataset import read_samples, sample_key
@@ -22,20 +23,6 @@ from fastsimgan.refinement.sources import ShardsInput
 from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)
-
-
-class Invert:
-    channels = 1
-
-    def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
-        return np.iinfo(images.dtype).max - images
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "refiner.safetensors"
-    path.write_bytes(b"weights")
-    return path
 
 
 def run(model: Path, source: Path, output: Path, **settings: Any) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import Invert
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from fastsimgan.data.formats.image_file import decode_image, lost_of, read_image, write_image
@@ -298,7 +299,7 @@ def test_what_does_not_travel_is_told_at_the_start(tmp_path: Path) -> None:
     for what in ("pictures behind the first (1)", "PNG chunk vpAG (1)", "bytes behind the picture (2)",
                  "MinSampleValue (1)", "colour profile (1)"):  # fmt: skip
         assert what in told, what
-    refine(job, loader=lambda *_: Invert())
+    refine(job, loader=lambda *_: Invert(3))
     for name in ("1.jpg", "2.png", "3.png", "4.jpg", "5.tif", "6.jpg"):
         with Image.open(tmp_path / "out" / name) as image:
             image.load()
@@ -306,13 +307,6 @@ def test_what_does_not_travel_is_told_at_the_start(tmp_path: Path) -> None:
         assert lost_of(tmp_path / "out" / name) == []
     with Image.open(tmp_path / "out" / "6.jpg") as image:
         assert image.mode == "RGB" and "icc_profile" not in image.info
-
-
-class Invert:
-    channels = 3
-
-    def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
-        return 255 - images
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])

@@ -13,23 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import Identity
 from PIL import Image
 
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.local_workers import Job, refine, start
 from fastsimgan.refinement.verification import verify
 
+TESTS = str(Path(__file__).resolve().parents[1])
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (64, 64), dtype=np.uint8)  # so that cutting it loses pixels
 FORMATS = {"png": "PNG", "jpg": "JPEG", "tif": "TIFF"}
 GOOD = 12
-
-
-class Identity:
-    channels = 1
-
-    def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
-        return images
 
 
 def encode(image: Image.Image | np.ndarray, kind: str, **options: object) -> bytes:
@@ -164,9 +159,9 @@ def test_memory_stays_small(tmp_path: Path) -> None:
     for i in range(6):
         (tmp_path / "in" / f"large{i}.png").write_bytes(large)
     code = (
-        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        f"import sys; sys.path.insert(0, {TESTS!r})\n"
         "from pathlib import Path\n"
-        "from test_bad_images import Identity\n"
+        "from builders import Identity\n"
         "from fastsimgan.refinement.local_workers import Job, refine\n"
         "root = Path(sys.argv[1])\n"
         "job = Job(root / 'model', root / 'in', root / 'out', on_error='skip')\n"

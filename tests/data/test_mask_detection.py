@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import Identity
 from PIL import Image
 
 from fastsimgan import evaluate, export, refine, train, turing
@@ -129,13 +130,6 @@ def refiner(tmp_path: Path) -> Path:
     path.parent.mkdir()
     save_refiner(path, Refiner(1, width=4, blocks=1), histogram="keep", training=TrainConfig())
     return path
-
-
-class Identity:
-    channels = 1
-
-    def __call__(self, images: np.ndarray, batch_size: int) -> np.ndarray:
-        return images
 
 
 def run(refiner: Path, source: Path, output: Path, **settings: object) -> object:

@@ -72,9 +72,9 @@ def test_every_part_names_files_that_are_there(part):
 
 def test_every_test_that_needs_a_gpu_is_in_a_part():
     named = {word for part in gpu.PARTS for step in gpu.steps_of(part) for word in step.command}
-    for file in sorted((gpu.ROOT / "tests").glob("test_*.py")):
+    for file in sorted((gpu.ROOT / "tests").rglob("test_*.py")):
         if gpu.NEEDS_A_GPU.search(file.read_text()):
-            assert f"tests/{file.name}" in named, file.name
+            assert str(file.relative_to(gpu.ROOT)) in named, file.name
 
 
 def test_a_failure_takes_nothing_from_what_comes_after(results, capsys):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_blocks import Invert, content, make_shards
+from builders import Invert, content, load_invert, make_shards
 
 from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
 from fastsimgan.refine import main
@@ -52,24 +52,14 @@ def load_dead(job: Job, worker: int, workers: int) -> Invert:
     raise AssertionError
 
 
-def load_invert(job: Job, worker: int, workers: int) -> Invert:
-    return Invert()
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray", reason="Ray is not installed")
     here = os.path.dirname(__file__)
-    paths = os.pathsep.join([here, os.path.dirname(here)])
+    paths = os.pathsep.join([here, os.path.dirname(here), os.path.dirname(os.path.dirname(here))])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     yield
     ray.shutdown()
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    (tmp_path / "model").write_bytes(b"weights")
-    return tmp_path / "model"
 
 
 @pytest.mark.slow
@@ -110,7 +100,7 @@ def test_without_ray_the_extra_is_named(model: Path, tmp_path: Path, monkeypatch
     job = Job(model, make_shards(tmp_path / "in", 20), tmp_path / "out")
     with pytest.raises(UnavailableError, match=r"engine ray needs Ray: pip install fastsimgan\[ray\]"):
         refine(job, loader=load_invert, supervise=supervise)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "refiner.safetensors"]
 
 
 def test_an_address_without_the_engine_is_refused(

@@ -28,7 +28,7 @@ from fastsimgan.training.history_buffer import HistoryBuffer
 from fastsimgan.training.loop import _check_shares
 from fastsimgan.training.simgan import SimGAN
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMPARED, STEPS = 20, 60
 FLAGS = [
     "--synthetic", "a.npy", "--real", "b.npy", "--device", "cpu", "--precision", "float32", "--width", "20",
