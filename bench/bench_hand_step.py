@@ -22,10 +22,12 @@ from bench import limits
 from fastsimgan.config import preset
 from fastsimgan.hardware.device import choose_device, keep_freed_memory
 from fastsimgan.hardware.precision import DTYPES, choose_precision
-from fastsimgan.training.acceleration import GraphedIterations, compile_networks
-from fastsimgan.training.batches import open_pools
-from fastsimgan.training.profiler import iteration_flops
+from fastsimgan.training.batches import open_batches
+from fastsimgan.training.compilation import compile_networks
+from fastsimgan.training.flops import iteration_flops
+from fastsimgan.training.graphed_iterations import GraphedIterations
 from fastsimgan.training.simgan import SimGAN
+from fastsimgan.training.state import TrainingState
 
 
 def measure(
@@ -38,15 +40,15 @@ def measure(
     random = np.random.default_rng(0)
     sides = [random.integers(0, 65536, (max(512, batch), size, size), dtype=np.uint16) for _ in range(2)]
     precision, _ = choose_precision("auto", device)
-    pools = open_pools(sides[0], sides[1], config, device, lambda _: None)
-    trainer = SimGAN(config, pools.image_shape, device, precision=precision)
-    flops = iteration_flops(trainer)
+    batches = open_batches(sides[0], sides[1], config, device, lambda _: None)
+    trainer = SimGAN(TrainingState(config, batches.image_shape, device, precision=precision, batches=batches))
+    flops = iteration_flops(trainer.state)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-        compile_networks(trainer, "auto", print)
-    graphs = GraphedIterations(trainer, pools) if on_gpu else None
-    call = graphs or (lambda: trainer.iteration(pools.draw_synthetic, pools.draw_real))
+        compile_networks(trainer.state, "auto", print)
+    graphs = GraphedIterations(trainer, print) if on_gpu else None
+    call = graphs or (lambda: trainer.iteration(batches.draw_synthetic, batches.draw_real))
     for _ in range(6 if on_gpu else 0):  # compiling, and the capture of the graph
         call()
     if on_gpu:  # between events around as many iterations as take 0.1 s: nothing is made to wait for the host

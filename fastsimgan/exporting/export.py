@@ -33,8 +33,8 @@ from fastsimgan.inference.tensorrt_backend import Library, cached_engine
 from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.models import refiner as network
 from fastsimgan.reporting.contact_sheet import save_rows
-from fastsimgan.storage.checkpoint import newest_checkpoint
 from fastsimgan.storage.atomic import staged
+from fastsimgan.storage.checkpoint import newest_checkpoint
 from fastsimgan.storage.names import printable
 
 FORMS = {

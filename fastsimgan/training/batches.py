@@ -176,9 +176,7 @@ def _check(sets: dict[str, Images]) -> None:
             )
     synthetic, real = (channels_of(images) for images in sets.values())
     if synthetic != real:
-        raise InputError(
-            f"synthetic and real images must have one number of channels, got {synthetic} and {real}"
-        )
+        raise InputError(f"synthetic and real images must have one number of channels, got {synthetic} and {real}")
 
 
 def _store(

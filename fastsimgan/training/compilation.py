@@ -26,6 +26,7 @@ passed by the third batch size in one process, and what is beyond it runs uncomp
 IMPLS = ("reference", "triton")
 """Of `residual_block`, that a race can name."""
 
+
 def choose_residual_blocks(state: TrainingState, log: Callable[[str], None]) -> None:
     """On CUDA, have R's residual blocks take the implementation that is fastest there, by a race at training's sizes.
 
@@ -95,11 +96,11 @@ def _have_variants(log: Callable[[str], None]) -> None:
     from torch._dynamo import config
 
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
-    log = logging.getLogger("torch._dynamo.convert_frame")
-    for handler in log.handlers:
+    dynamo = logging.getLogger("torch._dynamo.convert_frame")
+    for handler in dynamo.handlers:
         if isinstance(handler, _LimitHit):
-            log.removeHandler(handler)
-    log.addHandler(_LimitHit(log))
+            dynamo.removeHandler(handler)
+    dynamo.addHandler(_LimitHit(log))
 
 
 class _LimitHit(logging.Handler):

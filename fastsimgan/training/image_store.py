@@ -1,4 +1,4 @@
-"""Where the images of training live, and how a batch of them is gathered: on the device, or on the host ahead of time."""
+"""Where the images of training live, and where batches of them are gathered: on the device, or ahead on the host."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastsimgan.ops.discriminator_loss import DiscriminatorLoss, discriminator_loss
 from fastsimgan.ops.refiner_loss import RefinerLoss, refiner_loss
 
-
 Network = Callable[[Tensor], Tensor]
 """R, from images to images, or D, from images to logits ``[B, 2, h, w]``."""
 

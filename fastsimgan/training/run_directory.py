@@ -151,9 +151,7 @@ class RunDirectory:
 
     def _save_refiners(self, refiners: dict[str, Refiner]) -> None:
         for name, network in refiners.items():
-            save_refiner(
-                self.path / name, network, histogram=self._state.batches.histogram, training=self._config
-            )
+            save_refiner(self.path / name, network, histogram=self._state.batches.histogram, training=self._config)
 
     # -- rolled back to ----------------------------------------------------------------------------------------------
 

@@ -1,9 +1,8 @@
-"""Everything that training restores, in one object: weights, optimisers, history, samplers, counters, the best refiner."""
+"""All that training restores in one object: weights, optimisers, history, samplers, counters and the best refiner."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from dataclasses import dataclass, field
 
 import torch
