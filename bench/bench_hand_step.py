@@ -35,7 +35,12 @@ def measure(
 ) -> tuple[list[float], int, float, str]:
     """Seconds of each iteration, its floating-point operations, the peak of device memory in GB, and the precision."""
     config = preset(
-        "hand", batch_size=batch, accumulate=accumulate, recompute=recompute, width=width, history=max(2048, batch)
+        "hand",
+        batch_size=batch,
+        accumulate=accumulate,
+        recompute=recompute,
+        hidden_channels=width,
+        history=max(2048, batch),
     )
     random = np.random.default_rng(0)
     sides = [random.integers(0, 65536, (max(512, batch), size, size), dtype=np.uint16) for _ in range(2)]
@@ -71,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--first", type=int, default=16 if full else 2, help="batch to begin with when looking for the largest"
     )
     parser.add_argument("--size", type=int, default=224 if full else 32)
-    parser.add_argument("--width", type=int, default=64 if full else 20)
+    parser.add_argument("--hidden-channels", type=int, default=64 if full else 20)
     parser.add_argument("--rounds", type=int, default=5 if full else 2)
     arguments = parser.parse_args(argv)
     device = choose_device("auto")
     keep_freed_memory()
-    size, width, rounds = arguments.size, arguments.width, arguments.rounds
+    size, width, rounds = arguments.size, arguments.hidden_channels, arguments.rounds
 
     def show(batch: int, accumulate: int, recompute: bool) -> None:
         with limits.same_switches(tf32=False):  # as `fit` has it

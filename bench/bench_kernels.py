@@ -89,7 +89,7 @@ def training(device: torch.device) -> None:
     """One iteration as `fit` runs it, and the same without a graph, where launches cost what they cost."""
     random = np.random.default_rng(0)
     sides = [random.integers(0, 256, (max(64, 2 * BATCH), *SIZE), dtype=np.uint8) for _ in range(2)]
-    config = TrainConfig(batch_size=BATCH, k_g=2, width=WIDTH, history=max(64, 4 * BATCH))
+    config = TrainConfig(batch_size=BATCH, k_g=2, hidden_channels=WIDTH, history=max(64, 4 * BATCH))
     precision, _ = choose_precision("auto", device)
     for title, graphed in (("training iteration, graph", True), ("training iteration, no graph", False)):
         batches = open_batches(sides[0], sides[1], config, device, lambda _: None)

@@ -69,7 +69,7 @@ def losses_side_by_side(
     and, from there, grows tenfold every two or three; small images put that off.
     """
     config = TrainConfig(
-        batch_size=batch, k_g=2, width=width, history=batch // 2, steps=steps, warm_up=0, decay=False,
+        batch_size=batch, k_g=2, hidden_channels=width, history=batch // 2, steps=steps, warm_up=0, decay=False,
         identity_init=identity_init,
     )  # fmt: skip
     ours = SimGAN(TrainingState(config, (1, *size), torch.device("cpu")))
@@ -103,7 +103,7 @@ class Found:
 def race(batch: int, rounds: int, device: torch.device, width: int = 64) -> Found:
     """Time each side's iterations, in turn: CPU-seconds on a CPU; on a GPU between events around as many as take 0.1 s,
     so that ours, which waits for nothing, is not made to."""
-    config = TrainConfig(batch_size=batch, k_g=2, width=width, history=max(2048, batch))
+    config = TrainConfig(batch_size=batch, k_g=2, hidden_channels=width, history=max(2048, batch))
     sides = images(4096, 0), images(2048, 1)
     precision, _ = choose_precision("auto", device)
     batches = open_batches(*sides, config, device, lambda _: None)
@@ -154,9 +154,16 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
 def whole_schedule() -> None:
     """Train by the paper's schedule on random images of the gaze experiment's size, and say how long it took."""
     counts = (200, 100) if limits.SMALL else (200_000, 50_000)
-    settings: dict[str, Any] = {"picture_every": 100_000, "checkpoint_every": 100_000}
+    settings: dict[str, Any] = {"eval_every": 100_000, "checkpoint_every": 100_000}
     if limits.SMALL:
-        settings |= {"steps": 8, "batch_size": 4, "width": 20, "blocks": 1, "history": 16, "pretrain_refiner": 2}
+        settings |= {
+            "steps": 8,
+            "batch_size": 4,
+            "hidden_channels": 20,
+            "blocks": 1,
+            "history": 16,
+            "pretrain_refiner": 2,
+        }
         settings |= {"pretrain_discriminator": 2}
     with tempfile.TemporaryDirectory() as folder:
         config = preset("paper", out=Path(folder) / "run", **settings)

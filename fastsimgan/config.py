@@ -77,7 +77,7 @@ class TrainConfig:
 
     network: Literal["gaze", "hand"] = "gaze"
     """Architecture of D, and of R's first layer (§3.1 or §3.2)."""
-    width: int = 32
+    hidden_channels: int = 32
     """Feature maps in R. The paper has 64; 32 take a quarter of the time; --identity-init needs 20 an image channel."""
     blocks: int = 4
     """Residual blocks in R."""
@@ -114,7 +114,7 @@ class TrainConfig:
     profile: int = 0
     """Iterations to profile: after ten ordinary ones, a table of where the time goes is printed and profile.txt and
     trace.json.gz are written to --out. 0: none."""
-    picture_every: int = 250
+    eval_every: int = 250
     """Iterations between contact sheets, lines of progress in a log, and looks at how real the refined images are (KID)
     and how far labels drifted; the best look is kept as best.safetensors."""
     max_drift: float = 0.0
@@ -155,8 +155,8 @@ class TrainConfig:
             "accumulate",
             "k_g",
             "k_d",
-            "width",
-            "picture_every",
+            "hidden_channels",
+            "eval_every",
             "checkpoint_every",
             "keep",
         ):
@@ -195,7 +195,11 @@ class TrainConfig:
 
     def to_json(self) -> str:
         """The settings as JSON, one key a line."""
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+        return _json(dataclasses.asdict(self))
+
+    def to_header(self) -> str:
+        """As `to_json`, for the header of a refiner's file."""
+        return _json({_HEADER_KEYS.get(name, name): value for name, value in dataclasses.asdict(self).items()})
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
@@ -213,6 +217,14 @@ class TrainConfig:
         return cls(**values)
 
 
+#: Refiner files keep the keys that they have had from the first for these settings, so that they keep their bytes.
+_HEADER_KEYS = {"hidden_channels": "width", "eval_every": "picture_every"}
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, default=str) + "\n"
+
+
 def _flag(name: str) -> str:
     return name.replace("_", "-")
 
@@ -221,7 +233,7 @@ def _flag(name: str) -> str:
 _PAPER: dict[str, Any] = {
     "steps": 10_000,
     "batch_size": 512,
-    "width": 64,
+    "hidden_channels": 64,
     "k_g": 2,
     "history": 51_200,
     "pretrain_refiner": 1000,

@@ -41,8 +41,8 @@ from fastsimgan.training.model_selection import ModelSelector
 from fastsimgan.training.run_directory import RunDirectory
 
 CONFIG = TrainConfig(
-    out=Path("run"), steps=8, batch_size=4, width=24, blocks=1, history=10, pretrain_refiner=1,
-    pretrain_discriminator=2, picture_every=3, checkpoint_every=2, device="cpu",
+    out=Path("run"), steps=8, batch_size=4, hidden_channels=24, blocks=1, history=10, pretrain_refiner=1,
+    pretrain_discriminator=2, eval_every=3, checkpoint_every=2, device="cpu",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from fastsimgan.errors import InputError
 from fastsimgan.storage.atomic import remove_atomically, writing
+
+_log = logging.getLogger(__name__)
 
 _TENSORS, _FACTS, _SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 
@@ -48,6 +51,7 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], facts: 
             (temporary / file).write_bytes(data)
         if final.exists():  # a damaged one, that a resumed run passed over
             remove_atomically(final)
+    _log.debug("%s is written, %d bytes", final, sum(map(len, files.values())))
     remove_old(folder, keep)
     return final
 

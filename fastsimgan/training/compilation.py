@@ -42,7 +42,7 @@ def choose_residual_blocks(state: TrainingState, log: Callable[[str], None]) -> 
         return
     if state.precision == "float32" or residual_block.implementations()["triton"] is not None:
         return
-    shape = state.batch // config.accumulate, config.width, *state.image_shape[1:]
+    shape = state.batch // config.accumulate, config.hidden_channels, *state.image_shape[1:]
     result = race(shape, DTYPES[state.precision], True, device, compiled=config.compile != "off")
     state.refiner.impl = IMPLS[state.group.largest(IMPLS.index(result.impl) if state.group.first else 0)]
     log(str(result))

@@ -51,7 +51,7 @@ def step_bytes(config: TrainConfig, channels: int) -> int:
     """
     part = config.batch_size // config.accumulate
     blocks = 1 if config.recompute else config.blocks
-    features = 4 * (config.width * (3 * blocks + 3) + 64 + 4 * channels)
+    features = 4 * (config.hidden_channels * (3 * blocks + 3) + 64 + 4 * channels)
     return part * features + config.history * channels
 
 

@@ -137,8 +137,9 @@ def _new_state(
     state = TrainingState(config, batches.image_shape, device, group, precision, batches)
     if config.identity_init and not state.starts_at_identity:
         log(
-            f"warning: --identity-init needs --width at least {20 * batches.image_shape[0]} for these images, got "
-            f"{config.width}: R starts at random weights (a larger --width, or --pretrain-refiner 1000, helps)"
+            f"warning: --identity-init needs --hidden-channels at least {20 * batches.image_shape[0]} for these "
+            f"images, got {config.hidden_channels}: R starts at random weights (more --hidden-channels, or "
+            "--pretrain-refiner 1000, helps)"
         )
     return state
 
@@ -152,7 +153,7 @@ def _train(algorithm: SimGAN, run: RunDirectory, stop: StopRequest, log: Log) ->
     while (phase := state.phase) and not state.drifted:
         # SIGTERM does not wait for a step that takes many seconds, or an evaluation: what was before it is saved.
         step = state.done[phase] + 1
-        evaluates = phase == "train" and (step % config.picture_every == 0 or step == config.steps)
+        evaluates = phase == "train" and (step % config.eval_every == 0 or step == config.steps)
         # Of several ranks none does: each has a clock of its own, and what one reports all must have reported.
         saves = state.group.size == 1 and (evaluates or seconds.get(phase, _SLOW) >= _SLOW)
         if saves and not reporter.settle():

@@ -82,7 +82,7 @@ class ModelSelector:
             if state.best is None:
                 raise TrainingError(
                     f"label drift must be at most --max-drift {self._max_drift:g} px, got {numbers['drift_px']:.2f} "
-                    f"at the first look, iteration {state.step}: raise --lambda, or look earlier (--picture-every)"
+                    f"at the first look, iteration {state.step}: raise --lambda, or look earlier (--eval-every)"
                 )
             state.drifted = True
         elif state.best is None or numbers["kid"] < state.best["kid"]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastsimgan import cli
 from fastsimgan.training.data_parallel import DataParallelGroup
 from fastsimgan.training.flops import iteration_flops, peak
 from fastsimgan.training.model_selection import ModelSelector, evaluation_line
@@ -128,7 +129,7 @@ class Reporter:
         evaluation = self._evaluate() if step.evaluates else {}
         self._run.record(phase, step.number, numbers | evaluation)
         self._bar.show(phase, step.number, step.k_g, numbers)
-        if phase == "train" and step.number % config.picture_every == 0:
+        if phase == "train" and step.number % config.eval_every == 0:
             text = metrics_line(numbers) + (f"; {evaluation_line(evaluation)}" if evaluation else "")
             path = self._run.path / "pictures" / f"{state.step:08d}.png"
             rate = self._bar.rate()
@@ -166,7 +167,7 @@ class _ProgressBar:
                 desc={"pretrain_refiner": "R alone", "pretrain_discriminator": "D alone"}.get(phase, "Algorithm 1"),
                 unit="it",
                 dynamic_ncols=True,
-                disable=None if self._state.group.first else True,
+                disable=None if self._state.group.first and not cli.quiet() else True,
             )
             self._phase, self._images, self._since = phase, 0, time.monotonic()
         assert self._bar is not None

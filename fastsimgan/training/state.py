@@ -108,7 +108,7 @@ class TrainingState:
 
         channels = image_shape[0]
         first_kernel = 7 if config.network == "hand" else 3
-        refiner = Refiner(channels, width=config.width, blocks=config.blocks, first_kernel=first_kernel)
+        refiner = Refiner(channels, width=config.hidden_channels, blocks=config.blocks, first_kernel=first_kernel)
         refiner.recompute, refiner.impl = config.recompute, config.impl
         self.starts_at_identity = config.identity_init and refiner.identity_init_()
         self.refiner = channels_last(refiner, device)

@@ -92,7 +92,7 @@ def test_a_captured_draw_follows_a_restart_and_another_attempt() -> None:
 
 def test_a_run_on_several_sizes_is_the_cpus(tmp_path: Path) -> None:
     pair = several(12, 0), several(9, 1)
-    config = dataclasses.replace(SMALL, crop=(23, 24), steps=6, picture_every=3)
+    config = dataclasses.replace(SMALL, crop=(23, 24), steps=6, eval_every=3)
     for device in ("cpu", "cuda"):
         fit(*pair, dataclasses.replace(config, device=device, out=tmp_path / device), log=lambda _: None)
     equal_runs(tmp_path / "cpu", tmp_path / "cuda")

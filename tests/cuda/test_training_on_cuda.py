@@ -35,8 +35,8 @@ from fastsimgan.training.state import TrainingState
 PRETEND = os.environ.get("FASTSIMGAN_PRETEND_CUDA") == "1"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = TrainConfig(
-    width=20, blocks=1, batch_size=4, history=10, pretrain_discriminator=1, steps=8, k_g=2, device="cuda",
-    precision="float32", compile="off", picture_every=100, checkpoint_every=3, keep=9,
+    hidden_channels=20, blocks=1, batch_size=4, history=10, pretrain_discriminator=1, steps=8, k_g=2, device="cuda",
+    precision="float32", compile="off", eval_every=100, checkpoint_every=3, keep=9,
 )  # fmt: skip
 # kernels of a GPU add in another order; the pretend device's operators are the CPU's own
 CLOSE = {"rtol": 1e-5 if PRETEND else 1e-3, "atol": 1e-6}
@@ -126,7 +126,7 @@ def test_a_replayed_iteration_is_the_cpus(k_g):
     ],
 )
 def test_every_stored_type_trains(dtype, where, histogram, tmp_path):
-    config = dataclasses.replace(SMALL, data=where, histogram=histogram, steps=5, picture_every=3, k_g=1)
+    config = dataclasses.replace(SMALL, data=where, histogram=histogram, steps=5, eval_every=3, k_g=1)
     pair = images(12, 0, dtype), images(9, 1, dtype)
     for device in ("cpu", "cuda"):
         fit(*pair, dataclasses.replace(config, device=device, out=tmp_path / device), log=lambda _: None)
@@ -230,7 +230,7 @@ def test_a_device_short_of_memory_is_one_line_with_ways_out(tmp_path, monkeypatc
     torch.cuda.empty_cache()
     monkeypatch.setenv("FASTSIMGAN_PRETEND_CUDA_GB", "0.004")
     # a kernel of 36 MiB: smaller ones fit beside what earlier tests have left
-    config = dataclasses.replace(SMALL, width=1024, out=tmp_path / "run")
+    config = dataclasses.replace(SMALL, hidden_channels=1024, out=tmp_path / "run")
     with pytest.raises(UnavailableError, match=r"^cuda:0 must have memory for .* free of 4 MiB: a lower --batch-size"):
         fit(images(12, 0), images(9, 1), config, log=lambda _: None)
 
@@ -375,7 +375,7 @@ def test_a_state_that_is_kept_is_that_of_reported_steps(method, slow, tmp_path, 
 
 @pytest.mark.parametrize("graph", [True, False])
 def test_resume_goes_on_from_the_same_state(graph, tmp_path):
-    config = dataclasses.replace(SMALL, steps=9, cuda_graph=graph, deterministic=True, picture_every=5)
+    config = dataclasses.replace(SMALL, steps=9, cuda_graph=graph, deterministic=True, eval_every=5)
     pair = images(12, 0, np.uint16), images(9, 1, np.uint16)
     fit(*pair, dataclasses.replace(config, out=tmp_path / "whole"), log=lambda _: None)
     fit(*pair, dataclasses.replace(config, out=tmp_path / "part"), log=lambda _: None)

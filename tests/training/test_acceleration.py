@@ -24,7 +24,7 @@ from fastsimgan.training.state import TrainingState
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(
-    width=20, blocks=1, batch_size=4, history=10, pretrain_discriminator=0, steps=8, k_g=2, device="cpu"
+    hidden_channels=20, blocks=1, batch_size=4, history=10, pretrain_discriminator=0, steps=8, k_g=2, device="cpu"
 )  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def test_images_on_the_host_and_on_the_device_make_the_same_run(colour, tmp_path
     for name, count, seed in (("a", 12, 0), ("b", 9, 1)):
         np.save(tmp_path / f"{name}.npy", images(count, seed, size))
     mapped = [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in "ab"]
-    config = dataclasses.replace(SMALL, steps=4, checkpoint_every=2, picture_every=2, keep=9)
+    config = dataclasses.replace(SMALL, steps=4, checkpoint_every=2, eval_every=2, keep=9)
     said: list[str] = []
     fit(*mapped, dataclasses.replace(config, data="host", out=tmp_path / "host"), log=said.append)
     fit(*mapped, dataclasses.replace(config, data="device", out=tmp_path / "device"), log=said.append)
@@ -239,7 +239,7 @@ def test_profile_says_where_the_time_goes_and_changes_nothing(tmp_path):
 
 
 def test_flops_are_the_papers_networks():
-    config = TrainConfig(width=64, batch_size=512, k_g=2)
+    config = TrainConfig(hidden_channels=64, batch_size=512, k_g=2)
     trainer = SimGAN(TrainingState(config, (1, 35, 55), CPU))
     # by hand: R 1.14 GFLOP an image (3 of them in its step), D 0.02
     assert iteration_flops(trainer.state) == pytest.approx(

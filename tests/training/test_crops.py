@@ -34,7 +34,7 @@ from fastsimgan.training.simgan import SimGAN
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(
-    steps=4, batch_size=4, width=20, blocks=1, history=8, pretrain_discriminator=1, picture_every=2,
+    steps=4, batch_size=4, hidden_channels=20, blocks=1, history=8, pretrain_discriminator=1, eval_every=2,
     checkpoint_every=2, keep=9, device="cpu",
 )  # fmt: skip
 
@@ -394,7 +394,7 @@ def test_where_images_live_does_not_matter(tmp_path: Path, monkeypatch: pytest.M
 def test_large_images_of_one_size_are_cropped_and_lists_are_taken(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 260, 270), dtype=np.uint8)
     said: list[str] = []
-    config = dataclasses.replace(SMALL, out=tmp_path / "r", steps=1, picture_every=1, crop=(24, 32))
+    config = dataclasses.replace(SMALL, out=tmp_path / "r", steps=1, eval_every=1, crop=(24, 32))
     fit(images, [images[0], images[1][:100], images[2]], config, log=said.append)
     assert any("24x32 at random places (--crop)" in line for line in said)
     sheet = Image.open(tmp_path / "r/contact_sheet.png")
@@ -432,13 +432,13 @@ def test_renders_and_photos_of_many_sizes_train_with_no_flag(tmp_path: Path, cap
     # turned upright first, so that 75x100 photos are high ones
     assert "real: 5 of 5 images brought to 48 pixels' height, the synthetic ones' median (--resize-real none" in told
     assert "width: 64 feature maps" in told and "starts at random" not in told
-    assert json.loads((tmp_path / "o/config.json").read_text())["width"] == 64
+    assert json.loads((tmp_path / "o/config.json").read_text())["hidden_channels"] == 64
     assert main([*command, "--resume"]) == 0
     for change in (["--crop", "23", "23"], ["--resize-real", "none"], ["--resize-real", "0.5"]):
         assert main([*command, "--resume", *change]) == 2
         assert "must stay" in capsys.readouterr().err
     for extra, text in (
-        (["--resize-real", "none", "--width", "20", "--dry-run"], "R starts at random weights"),
+        (["--resize-real", "none", "--hidden-channels", "20", "--dry-run"], "R starts at random weights"),
         (["--resize-real", "0.5", "--dry-run"], "real: 5 of 5 images resized by 0.5 (--resize-real)"),
         (["--crop", "24", "26", "--dry-run"], "crop: 24x26 at random places (--crop)"),
     ):

@@ -31,8 +31,8 @@ from fastsimgan.training.state import TrainingState
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED, STEPS = 20, 60
 FLAGS = [
-    "--synthetic", "a.npy", "--real", "b.npy", "--device", "cpu", "--precision", "float32", "--width", "20",
-    "--blocks", "1", "--batch-size", "8", "--history", "12", "--pretrain-discriminator", "0", "--picture-every", "1000",
+    "--synthetic", "a.npy", "--real", "b.npy", "--device", "cpu", "--precision", "float32", "--hidden-channels", "20",
+    "--blocks", "1", "--batch-size", "8", "--history", "12", "--pretrain-discriminator", "0", "--eval-every", "1000",
     "--checkpoint-every", "10", "--keep", "10", "--steps", str(STEPS),
 ]  # fmt: skip
 
@@ -86,7 +86,7 @@ def two(folder) -> Path:
 
 
 def test_two_processes_equal_one_with_the_same_batch(two, folder):
-    config = TrainConfig(width=20, blocks=1, batch_size=8, history=12, steps=STEPS, device="cpu")
+    config = TrainConfig(hidden_channels=20, blocks=1, batch_size=8, history=12, steps=STEPS, device="cpu")
     batches = open_batches(images(13, 0), images(9, 1), config, torch.device("cpu"), lambda _: None)
     trainer = SimGAN(TrainingState(config, batches.image_shape, torch.device("cpu"), batches=batches))
     trainer.state.history = TwoHistories(config.history, config.seed)

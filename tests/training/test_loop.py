@@ -19,7 +19,14 @@ from fastsimgan.train import main
 from fastsimgan.training.loop import fit
 from fastsimgan.training.monitor import WINDOW, TrainingMonitor
 
-SMALL = {"width": 20, "blocks": 1, "batch_size": 4, "history": 6, "pretrain_discriminator": 2, "device": "cpu"}
+SMALL = {
+    "hidden_channels": 20,
+    "blocks": 1,
+    "batch_size": 4,
+    "history": 6,
+    "pretrain_discriminator": 2,
+    "device": "cpu",
+}
 
 
 def images(count: int, seed: int, size=(16, 20)) -> np.ndarray:
@@ -37,7 +44,7 @@ def quiet(_: str) -> None:
 
 def test_a_run_writes_what_it_says(pair, tmp_path):
     out = tmp_path / "run"
-    config = TrainConfig(**SMALL, out=out, steps=4, picture_every=2, checkpoint_every=2, keep=1)
+    config = TrainConfig(**SMALL, out=out, steps=4, eval_every=2, checkpoint_every=2, keep=1)
     said: list[str] = []
     refiner = fit(*pair, config, log=said.append)
     assert said[-1].startswith("label drift: ") and said[-1].endswith(f"; of {len(pair[0])} images")
@@ -57,7 +64,7 @@ def test_a_run_writes_what_it_says(pair, tmp_path):
 
 @pytest.mark.parametrize("interrupted_at", [2, 3])
 def test_resume_ends_exactly_where_an_uninterrupted_run_does(pair, tmp_path, monkeypatch, interrupted_at):
-    whole = TrainConfig(**SMALL, out=tmp_path / "whole", steps=6, picture_every=3, checkpoint_every=2)
+    whole = TrainConfig(**SMALL, out=tmp_path / "whole", steps=6, eval_every=3, checkpoint_every=2)
     fit(*pair, whole, log=quiet)
 
     class Stop(Exception):
@@ -89,7 +96,7 @@ def test_resume_ends_exactly_where_an_uninterrupted_run_does(pair, tmp_path, mon
 
 
 def test_resume_passes_over_a_damaged_checkpoint_and_says_so(pair, tmp_path):
-    config = TrainConfig(**SMALL, out=tmp_path / "run", steps=4, picture_every=4, checkpoint_every=2)
+    config = TrainConfig(**SMALL, out=tmp_path / "run", steps=4, eval_every=4, checkpoint_every=2)
     fit(*pair, config, log=quiet)
     newest = tmp_path / "run/checkpoints/step-00000004/state.safetensors"
     data = bytearray(newest.read_bytes())
@@ -109,7 +116,18 @@ def test_resume_refuses_other_data_and_other_settings(pair, tmp_path, capsys):
     for name, array in zip(("a", "b"), pair, strict=True):
         np.save(tmp_path / f"{name}.npy", array)
     flags = ["--synthetic", str(tmp_path / "a.npy"), "--real", str(tmp_path / "b.npy"), "--out", str(tmp_path / "run")]
-    small = ["--width", "20", "--blocks", "1", "--batch-size", "4", "--pretrain-discriminator", "1", "--steps", "2"]
+    small = [
+        "--hidden-channels",
+        "20",
+        "--blocks",
+        "1",
+        "--batch-size",
+        "4",
+        "--pretrain-discriminator",
+        "1",
+        "--steps",
+        "2",
+    ]
     assert main([*flags, *small, "--history", "6", "--device", "cpu"]) == 0
     assert main(["--out", str(tmp_path / "run"), "--resume", "--lambda", "9"]) == 2
     assert "--lambda must stay" in capsys.readouterr().err
@@ -212,7 +230,7 @@ def test_a_refiner_too_narrow_for_the_identity_is_said(tmp_path):
     colour = np.zeros((4, 16, 20, 3), np.uint8)
     said: list[str] = []
     fit(colour, colour, TrainConfig(**SMALL, out=tmp_path / "r", dry_run=True), log=said.append)
-    assert any("--identity-init needs --width at least 60" in line and "got 20" in line for line in said)
+    assert any("--identity-init needs --hidden-channels at least 60" in line and "got 20" in line for line in said)
 
 
 def test_a_misspelt_flag_is_answered_with_the_right_one(capsys):

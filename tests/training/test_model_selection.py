@@ -39,7 +39,7 @@ def bars(count: int, seed: int, top: int = 200) -> np.ndarray:
 @pytest.fixture
 def watched():
     """A state and its batches whose R is the identity: its images are as real as can be."""
-    config = TrainConfig(batch_size=4, width=20, blocks=1, history=8, device="cpu")
+    config = TrainConfig(batch_size=4, hidden_channels=20, blocks=1, history=8, device="cpu")
     batches = open_batches(bars(40, 0), bars(30, 1), config, CPU, quiet)
     return TrainingState(config, batches.image_shape, CPU, batches=batches), batches
 
@@ -104,7 +104,7 @@ def test_training_stops_beyond_the_limit_and_the_refiner_is_the_best_look_before
     monkeypatch.chdir(tmp_path)
     scripted(monkeypatch, 0.5, 1.0, 1.01)
     said: list[str] = []
-    config = dataclasses.replace(CONFIG, steps=20, picture_every=2, max_drift=1.0)
+    config = dataclasses.replace(CONFIG, steps=20, eval_every=2, max_drift=1.0)
     fit(bars(12, 0), bars(9, 1), config, log=said.append)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 6 and rows[-1]["drift_px"] == 1.01

@@ -137,7 +137,7 @@ def test_resume_after_sigterm_to_the_command(tmp_path):
         "100000",
         "--batch-size",
         "4",
-        "--width",
+        "--hidden-channels",
         "20",
         "--blocks",
         "1",
@@ -165,7 +165,7 @@ def test_resume_after_sigterm_to_the_command(tmp_path):
 def test_resume_refuses_a_damaged_checkpoint_takes_the_one_before_and_says_so(
     file, damage, pair, tmp_path, monkeypatch, finished
 ):
-    folder = finished(tmp_path / "whole", monkeypatch, picture_every=8)
+    folder = finished(tmp_path / "whole", monkeypatch, eval_every=8)
     expected = files(folder)
     path = folder / "run/checkpoints/step-00000008" / file
     data = bytearray(path.read_bytes())
@@ -177,7 +177,7 @@ def test_resume_refuses_a_damaged_checkpoint_takes_the_one_before_and_says_so(
     else:
         path.unlink()
     said: list[str] = []
-    fit(*pair, dataclasses.replace(CONFIG, picture_every=8, resume=True), log=said.append)
+    fit(*pair, dataclasses.replace(CONFIG, eval_every=8, resume=True), log=said.append)
     said = [line for line in said if not line.startswith("precision")]  # on a CPU that has bfloat16
     assert "passed over" in said[0] and "step-00000008" in said[0]
     assert "damaged" in said[0] or "not a whole checkpoint" in said[0]
@@ -186,12 +186,12 @@ def test_resume_refuses_a_damaged_checkpoint_takes_the_one_before_and_says_so(
 
 
 def test_resume_after_half_a_line_of_metrics(pair, tmp_path, monkeypatch, finished):
-    folder = finished(tmp_path / "whole", monkeypatch, picture_every=8)
+    folder = finished(tmp_path / "whole", monkeypatch, eval_every=8)
     expected = files(folder)
     shutil.rmtree(folder / "run/checkpoints/step-00000008")
     with (folder / "run/metrics.jsonl").open("r+") as file:
         file.truncate(len(file.read()) - 9)
-    fit(*pair, dataclasses.replace(CONFIG, picture_every=8, resume=True), log=quiet)
+    fit(*pair, dataclasses.replace(CONFIG, eval_every=8, resume=True), log=quiet)
     assert files(folder) == expected
 
 
@@ -264,7 +264,7 @@ def test_resume_needs_the_rest_of_the_state(precision, pair, tmp_path, monkeypat
     """As below, for what only some runs have: a K_g that moves, a way back from NaN, float16's loss scales."""
     monkeypatch.setattr("fastsimgan.training.simgan._WINDOW", 4)
     monkeypatch.setattr("fastsimgan.training.simgan._BAND", (-1.0, -0.5))  # K_g rises after every fourth iteration
-    config = dataclasses.replace(CONFIG, steps=10, keep=10, k_g_max=4, precision=precision, picture_every=100)
+    config = dataclasses.replace(CONFIG, steps=10, keep=10, k_g_max=4, precision=precision, eval_every=100)
     with monkeypatch.context() as patch:
         poison(patch, at=3, times=1, where="loss")
         (tmp_path / "whole").mkdir()

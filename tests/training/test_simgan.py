@@ -15,7 +15,7 @@ SHAPE = (1, 16, 20)
 
 
 def make(**settings) -> SimGAN:
-    defaults = {"width": 20, "blocks": 1, "batch_size": 4, "history": 8, "steps": 10}
+    defaults = {"hidden_channels": 20, "blocks": 1, "batch_size": 4, "history": 8, "steps": 10}
     return SimGAN(TrainingState(TrainConfig(**(defaults | settings)), SHAPE, torch.device("cpu")))
 
 
