@@ -18,8 +18,7 @@ from fastsimgan.training.image_store import HostImages, ResidentCrops
 from fastsimgan.training.loop import fit
 from fastsimgan.training.simgan import SimGAN
 from fastsimgan.training.state import TrainingState
-from tests.cuda.conftest import PRETEND
-from tests.cuda.test_training_on_cuda import CLOSE, CPU, CUDA, SMALL, equal_runs, losses
+from tests.cuda.training_runs import CLOSE, CPU, CUDA, PRETEND, SMALL, equal_runs, losses
 
 
 @pytest.fixture(autouse=True)

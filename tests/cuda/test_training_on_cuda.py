@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.equalisation import equalise
@@ -20,7 +16,6 @@ from fastsimgan.errors import UnavailableError
 from fastsimgan.hardware.device import current
 from fastsimgan.ops import history_swap
 from fastsimgan.ops.residual_block_race import RaceResult
-from fastsimgan.storage.checkpoint import load_checkpoint
 from fastsimgan.training import compilation, graphed_iterations, simgan
 from fastsimgan.training.batches import TrainingBatches, open_batches
 from fastsimgan.training.compilation import compile_networks
@@ -31,15 +26,7 @@ from fastsimgan.training.progress import Numbers
 from fastsimgan.training.run_directory import RunDirectory
 from fastsimgan.training.simgan import OneTensor, SimGAN
 from fastsimgan.training.state import TrainingState
-
-PRETEND = os.environ.get("FASTSIMGAN_PRETEND_CUDA") == "1"
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-SMALL = TrainConfig(
-    hidden_channels=20, blocks=1, batch_size=4, history=10, pretrain_discriminator=1, steps=8, k_g=2, device="cuda",
-    precision="float32", compile="off", eval_every=100, checkpoint_every=3, keep=9,
-)  # fmt: skip
-# kernels of a GPU add in another order; the pretend device's operators are the CPU's own
-CLOSE = {"rtol": 1e-5 if PRETEND else 1e-3, "atol": 1e-6}
+from tests.cuda.training_runs import CLOSE, CPU, CUDA, PRETEND, SMALL, equal_runs, losses, rows
 
 
 @pytest.fixture(autouse=True)
@@ -66,42 +53,13 @@ def make(
     config: TrainConfig, device: torch.device, dtype: type = np.uint8, count: int = 12
 ) -> tuple[SimGAN, TrainingBatches]:
     batches = open_batches(images(count, 0, dtype), images(count - 3, 1, dtype), config, device, lambda _: None)
-    return SimGAN(
-        TrainingState(config, batches.image_shape, device, precision=config.precision, batches=batches)
-    ), batches
-
-
-def losses(metrics: dict[str, Tensor]) -> list[float]:
-    return [float(metrics["loss_refiner"]), float(metrics["loss_discriminator"])]
+    state = TrainingState(config, batches.image_shape, device, precision=config.precision, batches=batches)
+    return SimGAN(state), batches
 
 
 def eager_losses(config: TrainConfig, count: int, dtype: type = np.uint8) -> list[list[float]]:
     trainer, batches = make(config, CPU, dtype)
     return [losses(trainer.iteration(batches.draw_synthetic, batches.draw_real)) for _ in range(count)]
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
-
-
-def equal_runs(one: Path, other: Path) -> None:
-    """Same metrics and the same checkpoints, but for rounding."""
-    first, second = rows(one), rows(other)
-    assert [sorted(row) for row in first] == [sorted(row) for row in second]
-    for a, b in zip(first, second, strict=True):
-        assert a.pop("phase") == b.pop("phase")
-        np.testing.assert_allclose(list(a.values()), [b[key] for key in a], rtol=1e-3, atol=2e-6)
-    names = sorted(path.name for path in (one / "checkpoints").iterdir())
-    assert names == sorted(path.name for path in (other / "checkpoints").iterdir())
-    for name in names:
-        (tensors, facts), (others, other_facts) = (load_checkpoint(run / "checkpoints" / name) for run in (one, other))
-        assert tensors.keys() == others.keys()
-        assert facts["positions"] == other_facts["positions"] and facts["done"] == other_facts["done"]
-        assert facts["k_g"] == other_facts["k_g"] and facts["attempt"] == other_facts["attempt"]
-        for key, value in tensors.items():
-            if key.startswith(("refiner.", "discriminator.")):
-                torch.testing.assert_close(value, others[key], rtol=0, atol=5e-5)  # a twelfth of one of D's steps
 
 
 @pytest.mark.parametrize("k_g", [1, 2])

@@ -27,7 +27,7 @@ class Mortal(Invert):
     """The process that first comes to its third batch is killed in the middle of a block, as if for memory."""
 
     def __init__(self, mark: Path) -> None:
-        super().__init__(0.02)
+        super().__init__(delay=0.02)
         self.mark = mark
         self.batches = 0
 

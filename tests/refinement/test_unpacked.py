@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import labelled_sets
 import numpy as np
 import pytest
-import test_packed
 from builders import Invert, load_invert
 from PIL import Image
 
@@ -110,8 +110,8 @@ def test_a_npy_has_no_labels(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_a_packed_tree_comes_back_as_it_was(kind: str, to: str, packed: str, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("h5py", reason="h5py is not installed")
-    source = test_packed.MAKERS[kind](tmp_path / "in")
-    middle = run(model, source, tmp_path / f"middle{test_packed.SUFFIX[packed]}", to=packed)
+    source = labelled_sets.MAKERS[kind](tmp_path / "in")
+    middle = run(model, source, tmp_path / f"middle{labelled_sets.SUFFIX[packed]}", to=packed)
     back = run(model, middle, tmp_path / "back", to=to)
     plain = run(model, source, tmp_path / "plain", to="folder") if kind == "shards" else source
     expected = {
@@ -131,20 +131,20 @@ def test_a_packed_tree_comes_back_as_it_was(kind: str, to: str, packed: str, mod
             got[path.relative_to(back).as_posix()] = path.read_bytes()
     assert got.keys() == expected.keys()
     pictures = {name for name in got if name.endswith(".png") and not name.endswith(".mask.png")}
-    assert len(pictures) == test_packed.COUNT
+    assert len(pictures) == labelled_sets.COUNT
     for name in got.keys() - pictures:
         assert got[name] == expected[name], name
     for name in pictures:  # refined twice: inverted twice
         again = np.asarray(Image.open(io.BytesIO(got[name])))
-        i = test_packed.number(name)
-        assert np.array_equal(again, test_packed.pixels(i)), name
+        i = labelled_sets.number(name)
+        assert np.array_equal(again, labelled_sets.pixels(i)), name
 
 
 def test_labels_of_a_metadata_file_are_not_told_twice(model: Path, tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
     for i in range(COUNT):
-        Image.fromarray(test_packed.pixels(i)).save(source / f"{i}.png")
+        Image.fromarray(labelled_sets.pixels(i)).save(source / f"{i}.png")
     rows = [{"file_name": f"{i}.png", "gaze": [i, i / 7], "flag": True} for i in range(COUNT)]
     (source / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     middle = run(model, source, tmp_path / "middle.npz", to="npz")
@@ -238,7 +238,7 @@ def test_names_choose_the_format(model: Path, tmp_path: Path) -> None:
 def test_struck_again_and_again_it_ends_with_the_same_bytes(
     to: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = run(model, test_packed.make_folder(tmp_path / "tree"), tmp_path / "in.npz", to="npz")
+    source = run(model, labelled_sets.make_folder(tmp_path / "tree"), tmp_path / "in.npz", to="npz")
     whole = run(model, source, tmp_path / "whole", to=to)
     rename, calls = os.rename, 0
 

@@ -431,7 +431,7 @@ def test_renders_and_photos_of_many_sizes_train_with_no_flag(tmp_path: Path, cap
     told = capsys.readouterr().out
     # turned upright first, so that 75x100 photos are high ones
     assert "real: 5 of 5 images brought to 48 pixels' height, the synthetic ones' median (--resize-real none" in told
-    assert "width: 64 feature maps" in told and "starts at random" not in told
+    assert "hidden channels: 64, so that" in told and "starts at random" not in told
     assert json.loads((tmp_path / "o/config.json").read_text())["hidden_channels"] == 64
     assert main([*command, "--resume"]) == 0
     for change in (["--crop", "23", "23"], ["--resize-real", "none"], ["--resize-real", "0.5"]):
