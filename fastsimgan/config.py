@@ -149,49 +149,8 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise InputError on the first setting that breaks its rule."""
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "k_g",
-            "k_d",
-            "hidden_channels",
-            "eval_every",
-            "checkpoint_every",
-            "keep",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{_flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("blocks", "pretrain_refiner", "pretrain_discriminator", "history", "warm_up", "seed", "profile"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{_flag(name)} must be at least 0, got {getattr(self, name)}")
-        if self.k_g_max and self.k_g_max < self.k_g:
-            raise InputError(f"--k-g-max must be 0 or at least --k-g ({self.k_g}), got {self.k_g_max}")
-        if self.batch_size % 2:
-            raise InputError(f"--batch-size must be even (half of D's batch is history, §2.3), got {self.batch_size}")
-        if 0 < self.history < self.batch_size // 2:
-            raise InputError(
-                f"--history must be 0 or at least half the batch size ({self.batch_size // 2}), got {self.history}"
-            )
-        for name in ("learning_rate_refiner", "learning_rate_discriminator"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"--{_flag(name)} must be between 0 and 1, got {getattr(self, name)}")
-        if not self.max_drift >= 0:
-            raise InputError(f"--max-drift must be at least 0, got {self.max_drift}")
-        if not self.lam >= 0:
-            raise InputError(f"--lambda must be at least 0, got {self.lam}")
-        if not 0 <= self.ema < 1:
-            raise InputError(f"--ema must be at least 0 and below 1, got {self.ema}")
-        if self.crop is not None and min(self.crop) < 1:
-            raise InputError(f"--crop must be at least 1x1, got {self.crop[0]}x{self.crop[1]}")
-        if self.range is not None and not -math.inf < self.range[0] < self.range[1] < math.inf:
-            raise InputError(f"--range must be two numbers, the second larger, got {self.range[0]:g} {self.range[1]:g}")
-        factor = self.resize_real
-        if factor not in ("auto", "none") and (isinstance(factor, str) or not 0 < factor <= 4):
-            raise InputError(f"--resize-real must be auto, none or a factor above 0 and up to 4, got {factor}")
-        if (self.synthetic is None) != (self.real is None):
-            given, missing = ("synthetic", "real") if self.real is None else ("real", "synthetic")
-            raise InputError(f"--{given} needs --{missing} beside it (or give neither for the built-in eyes)")
+        _check_counts(self)
+        _check_values(self)
 
     def to_json(self) -> str:
         """The settings as JSON, one key a line."""
@@ -223,6 +182,55 @@ _HEADER_KEYS = {"hidden_channels": "width", "eval_every": "picture_every"}
 
 def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, default=str) + "\n"
+
+
+def _check_counts(config: TrainConfig) -> None:
+    for name in (
+        "steps",
+        "batch_size",
+        "accumulate",
+        "k_g",
+        "k_d",
+        "hidden_channels",
+        "eval_every",
+        "checkpoint_every",
+        "keep",
+    ):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{_flag(name)} must be at least 1, got {getattr(config, name)}")
+    for name in ("blocks", "pretrain_refiner", "pretrain_discriminator", "history", "warm_up", "seed", "profile"):
+        if getattr(config, name) < 0:
+            raise InputError(f"--{_flag(name)} must be at least 0, got {getattr(config, name)}")
+    if config.k_g_max and config.k_g_max < config.k_g:
+        raise InputError(f"--k-g-max must be 0 or at least --k-g ({config.k_g}), got {config.k_g_max}")
+    if config.batch_size % 2:
+        raise InputError(f"--batch-size must be even (half of D's batch is history, §2.3), got {config.batch_size}")
+    if 0 < config.history < config.batch_size // 2:
+        raise InputError(
+            f"--history must be 0 or at least half the batch size ({config.batch_size // 2}), got {config.history}"
+        )
+
+
+def _check_values(config: TrainConfig) -> None:
+    for name in ("learning_rate_refiner", "learning_rate_discriminator"):
+        if not 0 < getattr(config, name) < 1:
+            raise InputError(f"--{_flag(name)} must be between 0 and 1, got {getattr(config, name)}")
+    if not config.max_drift >= 0:
+        raise InputError(f"--max-drift must be at least 0, got {config.max_drift}")
+    if not config.lam >= 0:
+        raise InputError(f"--lambda must be at least 0, got {config.lam}")
+    if not 0 <= config.ema < 1:
+        raise InputError(f"--ema must be at least 0 and below 1, got {config.ema}")
+    if config.crop is not None and min(config.crop) < 1:
+        raise InputError(f"--crop must be at least 1x1, got {config.crop[0]}x{config.crop[1]}")
+    if config.range is not None and not -math.inf < config.range[0] < config.range[1] < math.inf:
+        raise InputError(f"--range must be two numbers, the second larger, got {config.range[0]:g} {config.range[1]:g}")
+    factor = config.resize_real
+    if factor not in ("auto", "none") and (isinstance(factor, str) or not 0 < factor <= 4):
+        raise InputError(f"--resize-real must be auto, none or a factor above 0 and up to 4, got {factor}")
+    if (config.synthetic is None) != (config.real is None):
+        given, missing = ("synthetic", "real") if config.real is None else ("real", "synthetic")
+        raise InputError(f"--{given} needs --{missing} beside it (or give neither for the built-in eyes)")
 
 
 def _flag(name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastsimgan import cli
-from fastsimgan.errors import InputError
+from fastsimgan.errors import BAD_SHARE, InputError
 
 if TYPE_CHECKING:
     from fastsimgan.refinement.local_workers import Report
@@ -24,8 +24,6 @@ The output has the same names, sizes, bit depths and order. Everything else (sid
 copied byte for byte. PNG, TIFF and arrays are written without loss; JPEG is written as JPEG of quality 95. Nothing is
 ever overwritten, and the output appears whole, at the end: until then it is OUTPUT.partial. Killed at any moment, the
 same command goes on where it was, and ends with the same bytes."""
-
-BAD_SHARE = 0.01  # of the images; with more left out, the command fails although the output is there
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastsimgan import cli
 from fastsimgan.config import PRESETS, TrainConfig, preset
-from fastsimgan.errors import SKIP, InputError
+from fastsimgan.errors import BAD_SHARE, SKIP, InputError
 
 PROG = "python -m fastsimgan.train"
 DESCRIPTION = """Train a SimGAN refiner: a network that makes synthetic images look real while their labels stay true.
@@ -95,10 +95,7 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     """
     from fastsimgan.data.formats.numpy_file import UNIT
     from fastsimgan.data.formats.open_images import open_images
-    from fastsimgan.data.pixel_values import mismatch, value_range
-    from fastsimgan.data.ragged import channels_of
-    from fastsimgan.data.reading import Reading, grey_in_colour, in_the_colour
-    from fastsimgan.data.resizing import rescale
+    from fastsimgan.data.reading import Reading, in_the_colour
 
     reading = Reading(
         images=config.images,
@@ -117,17 +114,27 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
         real, dataclasses.replace(reading, upright=True, images=config.real_images or config.images), config
     )
     cli.LOG.info(f"real: {theirs.describe()}")
-    colour = config.colour
-    images = in_the_colour(_set_of(ours), colour)
+    images = in_the_colour(_set_of(ours), config.colour)
     _say_left_out("synthetic", ours, len(images), config)
+    photos = _photos(theirs, images, config)
+    _say_values(images, photos, config)
+    return images, photos
+
+
+def _photos(theirs: Any, images: Any, config: TrainConfig) -> Any:
+    """The real images, made like the synthetic ones in colour and scale."""
+    from fastsimgan.data.ragged import channels_of
+    from fastsimgan.data.reading import in_the_colour
+    from fastsimgan.data.resizing import rescale
+
+    colour = config.colour
     if colour == "auto":
         channels = channels_of(images)
         colour = "grey" if channels == 1 else "rgb" if channels == 3 else "auto"
-    if hasattr(theirs, "reading"):
-        theirs.reading = dataclasses.replace(theirs.reading, colour="as stored" if colour == "auto" else colour)
     scale = _scale(config, images)
     if hasattr(theirs, "reading"):
-        theirs.reading = dataclasses.replace(theirs.reading, scale=scale)
+        read_as = "as stored" if colour == "auto" else colour
+        theirs.reading = dataclasses.replace(theirs.reading, colour=read_as, scale=scale)
         stored = _set_of(theirs)
         resized = theirs.resized
     else:
@@ -140,6 +147,15 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     if converted := getattr(theirs, "converted", 0) or (len(photos) if photos is not stored else 0):
         of = "--colour says" if config.colour != "auto" else "the synthetic ones are"
         cli.LOG.info(f"real: {converted} of {len(photos)} images made {'RGB' if colour == 'rgb' else 'grey'}, as {of}")
+    return photos
+
+
+def _say_values(images: Any, photos: Any, config: TrainConfig) -> None:
+    """What values both sides have, and what is odd about them."""
+    from fastsimgan.data.formats.numpy_file import UNIT
+    from fastsimgan.data.pixel_values import mismatch, value_range
+    from fastsimgan.data.reading import grey_in_colour
+
     if grey_in_colour(images):
         cli.LOG.info("synthetic: RGB with R = G = B in all that were looked at; --colour grey trains on one channel")
     span = config.range or UNIT
@@ -149,7 +165,6 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
         cli.LOG.info(f"{name}: values {found}{of}")
     if warning := mismatch(*ranges):
         cli.LOG.warning(warning)
-    return images, photos
 
 
 def _wide_enough(config: TrainConfig, synthetic: Any) -> TrainConfig:
@@ -198,8 +213,6 @@ def _open_real(path: Path, reading: Any, config: TrainConfig) -> Any:
 
 def _say_left_out(name: str, source: Any, kept: int, config: TrainConfig) -> None:
     """Name what was left out. Raises InputError if it is too much."""
-    from fastsimgan.refine import BAD_SHARE
-
     left_out: list[str] = getattr(source, "left_out", [])
     for reason in left_out:
         cli.LOG.info(f"left out: {reason}")

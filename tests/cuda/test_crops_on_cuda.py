@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastsimgan.training.acceleration import GraphedIterations
 
 from fastsimgan.data.ragged import RaggedImages, pack
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.ops import history_swap
 from fastsimgan.training.batches import TrainingBatches, open_batches
+from fastsimgan.training.graphed_iterations import GraphedIterations
 from fastsimgan.training.image_store import HostImages, ResidentCrops
 from fastsimgan.training.loop import fit
 from fastsimgan.training.simgan import SimGAN
