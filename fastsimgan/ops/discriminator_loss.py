@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from fastsimgan.errors import InputError
-from fastsimgan.ops._shared import (
+from fastsimgan.ops._patch_loss import (
     accumulation_dtype,
     check_logits,
     check_probability,
     choose,
-    implementations,
+    loss_dispatch,
     patch_cross_entropy,
 )
 
-__all__ = ["DiscriminatorLoss", "discriminator_loss", "implementations", "reference"]
+__all__ = ["DiscriminatorLoss", "discriminator_loss", "DISPATCH", "implementations", "reference"]
+
+DISPATCH = loss_dispatch("discriminator_loss")
+implementations = DISPATCH.implementations
 
 
 class DiscriminatorLoss(NamedTuple):
@@ -59,7 +62,7 @@ def discriminator_loss(
         raise InputError(f"real_logits must be on refined_logits' {refined_logits.device}, got {real_logits.device}")
     check_probability("real_target", real_target)
     check_probability("refined_target", refined_target)
-    impl = choose("discriminator_loss", impl, (refined_logits, real_logits))
+    impl = choose(DISPATCH, impl, (refined_logits, real_logits))
     loss, refined_accuracy, real_accuracy, _ = _op(refined_logits, real_logits, real_target, refined_target, impl)
     return DiscriminatorLoss(loss, refined_accuracy, real_accuracy)
 

@@ -16,16 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsimgan.errors import InputError
-from fastsimgan.ops._shared import (
+from fastsimgan.ops._patch_loss import (
     accumulation_dtype,
     check_logits,
     check_probability,
     choose,
-    implementations,
+    loss_dispatch,
     patch_cross_entropy,
 )
 
-__all__ = ["PSI", "RefinerLoss", "implementations", "reference", "refiner_loss"]
+__all__ = ["PSI", "RefinerLoss", "DISPATCH", "implementations", "reference", "refiner_loss"]
+
+DISPATCH = loss_dispatch("refiner_loss")
+implementations = DISPATCH.implementations
 
 PSI = ("identity", "channel_mean", "gradients")
 
@@ -83,7 +86,7 @@ def refiner_loss(
         raise InputError(f"psi must be one of {', '.join(PSI)}, got {psi!r}")
     check_probability("real_target", real_target)
     unmet = None if psi == "identity" else f"the kernel knows psi='identity' only, got {psi!r}"
-    impl = choose("refiner_loss", impl, (logits, refined, synthetic), unmet)
+    impl = choose(DISPATCH, impl, (logits, refined, synthetic), unmet)
     loss, adversarial, self_regularisation, _, _ = _op(logits, refined, synthetic, lam, psi, real_target, impl)
     return RefinerLoss(loss, adversarial, self_regularisation)
 

@@ -12,7 +12,7 @@ from fastsimgan.errors import UnavailableError
 from fastsimgan.hardware.cuda_graphs import first_line
 from fastsimgan.hardware.precision import DTYPES, autocast
 from fastsimgan.ops import residual_block
-from fastsimgan.ops._shared import INTERPRETED
+from fastsimgan.ops._dispatch import INTERPRETED
 from fastsimgan.ops.residual_block_race import race
 from fastsimgan.training.state import TrainingState
 

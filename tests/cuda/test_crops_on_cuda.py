@@ -11,7 +11,7 @@ import torch
 
 from fastsimgan.data.ragged import RaggedImages, pack
 from fastsimgan.data.sampler import Sampler
-from fastsimgan.ops import history_swap
+from fastsimgan.ops import _extension
 from fastsimgan.training.batches import TrainingBatches, open_batches
 from fastsimgan.training.graphed_iterations import GraphedIterations
 from fastsimgan.training.image_store import HostImages, ResidentCrops
@@ -26,8 +26,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """See `test_training`."""
     monkeypatch.setattr("fastsimgan.training.loop._SLOW", float("inf"))
     if PRETEND:
-        monkeypatch.setattr(history_swap, "BUILD_INFO", {"cuda": True, "torch": torch.__version__})
-        monkeypatch.setattr(history_swap, "NOT_LOADED", None)
+        monkeypatch.setattr(_extension, "BUILD_INFO", {"cuda": True, "torch": torch.__version__})
+        monkeypatch.setattr(_extension, "NOT_LOADED", None)
 
 
 def several(count: int, seed: int, dtype: str = "uint8", channels: int = 1) -> RaggedImages:

@@ -14,7 +14,7 @@ from fastsimgan.data.equalisation import equalise
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import UnavailableError
 from fastsimgan.hardware.device import current
-from fastsimgan.ops import history_swap
+from fastsimgan.ops import _extension
 from fastsimgan.ops.residual_block_race import RaceResult
 from fastsimgan.training import compilation, graphed_iterations, simgan
 from fastsimgan.training.batches import TrainingBatches, open_batches
@@ -40,8 +40,8 @@ def served(monkeypatch) -> None:
     """On the pretend device the CPU's kernel serves `history_swap`'s calls on CUDA, without that build of the
     extension."""
     if PRETEND:
-        monkeypatch.setattr(history_swap, "BUILD_INFO", {"cuda": True, "torch": torch.__version__})
-        monkeypatch.setattr(history_swap, "NOT_LOADED", None)
+        monkeypatch.setattr(_extension, "BUILD_INFO", {"cuda": True, "torch": torch.__version__})
+        monkeypatch.setattr(_extension, "NOT_LOADED", None)
 
 
 def images(count: int, seed: int, dtype: type = np.uint8) -> np.ndarray:
@@ -270,7 +270,7 @@ def test_a_capture_that_fails_is_said_and_training_goes_on_as_if_it_had_not_been
 def test_the_reference_is_not_captured_and_that_is_said(tmp_path, monkeypatch):
     trainer, batches = make(dataclasses.replace(SMALL, impl="reference"), CUDA)
     assert why_no_graph(trainer.state) == "the history's reference reads its state on the host"
-    monkeypatch.setattr(history_swap, "BUILD_INFO", {"cuda": False, "torch": "2.11.0"})
+    monkeypatch.setattr(_extension, "BUILD_INFO", {"cuda": False, "torch": "2.11.0"})
     trainer, batches = make(SMALL, CUDA)
     assert "built without CUDA, against torch 2.11.0" in why_no_graph(trainer.state)
     trainer, batches = make(dataclasses.replace(SMALL, impl="reference", history=0), CUDA)
