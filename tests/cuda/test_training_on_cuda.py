@@ -292,7 +292,7 @@ def test_the_reference_is_not_captured_and_that_is_said(tmp_path, monkeypatch):
 
 @pytest.mark.skipif("torch.cuda.device_count() < 2")
 def test_the_second_device_trains(tmp_path):
-    GraphedIterations(*make(SMALL, CUDA), pytest.fail)  # torch remembers a stream of the first device
+    GraphedIterations(make(SMALL, CUDA)[0], pytest.fail)  # torch remembers a stream of the first device
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
     said: dict[str, int] = {}
