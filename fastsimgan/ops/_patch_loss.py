@@ -60,11 +60,13 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 def patch_cross_entropy(logits: Tensor, real_target: float) -> tuple[Tensor, Tensor, Tensor]:
     """Two-class cross-entropy at every patch, its gradient and the decision behind it.
 
-    logits: [B, 2, h, w], class 0 = real, class 1 = refined; the softmax is over these two, never over patches.
-    real_target: the probability that the target puts on class 0, in [0, 1].
+    Args:
+        logits: ``[B, 2, h, w]``, class 0 = real, class 1 = refined; the softmax is over these two, never over patches.
+        real_target: the probability that the target puts on class 0, in [0, 1].
 
-    Returns, in float32 (float64 for float64 logits): the cross-entropy [B, h, w], its gradient with respect to the
-    logits [B, 2, h, w], and z = logit(refined) - logit(real) [B, h, w], so that D(.) = sigmoid(z).
+    Returns:
+        In float32 (float64 for float64 logits): the cross-entropy ``[B, h, w]``, its gradient with respect to the
+        logits ``[B, 2, h, w]``, and z = logit(refined) - logit(real) ``[B, h, w]``, so that D(.) = sigmoid(z).
     """
     logits = logits.to(accumulation_dtype(logits))
     z = logits[:, 1] - logits[:, 0]

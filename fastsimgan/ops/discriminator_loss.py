@@ -44,15 +44,23 @@ def discriminator_loss(
 ) -> DiscriminatorLoss:
     """Eq. 2: make D call refined images refined and real images real.
 
-    refined_logits: [B, 2, h, w], D's output for refined images; class 0 = real, class 1 = refined.
-    real_logits: [B', 2, h', w'], D's output for real images, same dtype; B' and the map may differ.
-    real_target: probability that the target of a real image puts on "real", in [0, 1]; below 1 it smooths the label.
-    refined_target: the same for refined images and "refined".
-    impl: "auto", "reference" or "triton".
-
     A patch whose two logits are equal is undecided and counts as half right, so that a D that knows nothing is at 0.5.
     Gradients flow from ``loss`` to both tensors, once: a second derivative raises.
-    Raises InputError for a bad shape or value, UnavailableError if ``impl`` cannot be had.
+
+    Args:
+        refined_logits: ``[B, 2, h, w]``, D's output for refined images; class 0 = real, class 1 = refined.
+        real_logits: ``[B', 2, h', w']``, D's output for real images, same dtype; B' and the map may differ.
+        real_target: probability that the target of a real image puts on "real", in [0, 1]; below 1 it smooths the
+            label.
+        refined_target: the same for refined images and "refined".
+        impl: "auto", "reference" or "triton".
+
+    Returns:
+        The loss and D's accuracies.
+
+    Raises:
+        InputError: a bad shape, type or value.
+        UnavailableError: ``impl`` cannot be had.
     """
     check_logits("refined_logits", refined_logits)
     check_logits("real_logits", real_logits)

@@ -250,7 +250,14 @@ def _register(
 ) -> tuple[Any, Any]:
     """Define an op and its backward; _C registers the CPU's kernels, everything else gets ``forward``, ``backward``.
 
-    more: an argument of the op alone, behind the tensors.
+    Args:
+        name: of the op.
+        forward, backward: the reference.
+        forward_fake, backward_fake: give what that gives, without values.
+        more: an argument of the op alone, behind the tensors.
+
+    Returns:
+        The op, and its backward.
     """
     layers = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2"
     kept = "Tensor grad, Tensor features, Tensor hidden, Tensor out, Tensor weight1, Tensor weight2"
