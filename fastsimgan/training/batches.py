@@ -34,11 +34,18 @@ _AHEAD = 1 << 28  # bytes that are gathered at a time, at most
 class TrainingBatches:
     """Synthetic and real images as the networks want them: ``[n, C, H, W]`` in [-1, 1] on the device.
 
-    Made by `open_batches`. Attributes: ``image_shape`` (C, H, W); ``crop``, that (H, W), of the images or of the random
-    crops of them; ``crop_chosen``, whether it was chosen by the memory there is; ``arrays``, both sets in one size: as
-    given, or the middle of each image; ``histogram``, "keep" or "equalise", what R is to do with images;
-    ``drawn_histogram``, what is still to be done with those of ``arrays`` and those drawn (crops come from images that
-    were equalised whole); ``resident``, whether drawing needs nothing from the host; ``hashes``, sha256 of each set.
+    Made by `open_batches`.
+
+    Attributes:
+        synthetic, real: where both sets live.
+        arrays: both sets in one size: as given, or the middle of each image.
+        histogram: "keep" or "equalise", what R is to do with images.
+        drawn_histogram: what is still to be done with those of ``arrays`` and those drawn (crops come from images that
+            were equalised whole).
+        device: of the batches.
+        hashes: sha256 of each set.
+        crop: (H, W) of the images, or of the random crops of them.
+        crop_chosen: whether it was chosen by the memory there is.
     """
 
     synthetic: ImageStore
@@ -53,17 +60,21 @@ class TrainingBatches:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image in a batch."""
         channels, height, width = planes(torch.from_numpy(np.array(self.arrays["real"][:1]))).shape[1:]
         return channels, height, width
 
     @property
     def resident(self) -> bool:
+        """Whether drawing needs nothing from the host."""
         return not isinstance(self.synthetic, HostImages) and not isinstance(self.real, HostImages)
 
     def draw_synthetic(self, count: int) -> Tensor:
+        """The next ``[count, C, H, W]`` of the synthetic images."""
         return prepare(self.synthetic.draw(count), self.drawn_histogram)
 
     def draw_real(self, count: int) -> Tensor:
+        """The next ``[count, C, H, W]`` of the real images."""
         return prepare(self.real.draw(count), "keep")
 
     def some(self, name: str, count: int) -> Tensor:

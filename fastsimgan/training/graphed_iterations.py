@@ -10,7 +10,7 @@ import torch
 
 from fastsimgan.errors import UnavailableError
 from fastsimgan.hardware.cuda_graphs import Captured, capture
-from fastsimgan.training.simgan import Metrics, OneTensor, SimGAN
+from fastsimgan.training.simgan import Metrics, PackedMetrics, SimGAN
 from fastsimgan.training.state import TrainingState
 
 _ORDINARY = 3  # iterations before a graph is captured: cuDNN chooses and kernels are loaded in them
@@ -97,7 +97,7 @@ class GraphedIterations:
         reason = ""
 
         def updates() -> Metrics:
-            return OneTensor(self._algorithm.updates(batches.draw_synthetic, batches.draw_real))
+            return PackedMetrics(self._algorithm.updates(batches.draw_synthetic, batches.draw_real))
 
         try:
             captured = capture(updates, self._state.device, warm_ups=0, pool=self._memory)

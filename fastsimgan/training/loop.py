@@ -26,7 +26,7 @@ from fastsimgan.training.graphed_iterations import GraphedIterations, why_no_gra
 from fastsimgan.training.model_selection import drift_line, evaluation_line
 from fastsimgan.training.pictures import draw_picture
 from fastsimgan.training.profiler import profile_iterations
-from fastsimgan.training.progress import Numbers, Reporter, metrics_line
+from fastsimgan.training.progress import MetricsTransfer, Reporter, metrics_line
 from fastsimgan.training.run_directory import RunDirectory, Snapshot, saved_crop
 from fastsimgan.training.simgan import SimGAN
 from fastsimgan.training.state import TrainingState
@@ -106,7 +106,7 @@ def _fit(
     state = _new_state(config, batches, device, group, log)
     algorithm = SimGAN(state)
     if config.dry_run:
-        numbers, _ = Numbers(algorithm.iteration(batches.draw_synthetic, batches.draw_real), group).read()
+        numbers, _ = MetricsTransfer(algorithm.iteration(batches.draw_synthetic, batches.draw_real), group).read()
         log("dry run: one iteration, nothing written: " + metrics_line(numbers))
         return Refiner.from_module(state.ema, batches.histogram, device)
 

@@ -19,11 +19,11 @@ from fastsimgan.training.model_selection import ModelSelector, evaluation_line
 from fastsimgan.training.monitor import TrainingMonitor
 from fastsimgan.training.pictures import draw_picture
 from fastsimgan.training.run_directory import RunDirectory
-from fastsimgan.training.simgan import Metrics, OneTensor, SimGAN
+from fastsimgan.training.simgan import Metrics, PackedMetrics, SimGAN
 from fastsimgan.training.state import TrainingState
 
 
-class Numbers:
+class MetricsTransfer:
     """A step's metrics, means over the ranks, on their way to the host in one transfer.
 
     On CUDA the transfer is only asked for: it happens after the step and before the next one changes anything, while
@@ -36,7 +36,7 @@ class Numbers:
     """
 
     def __init__(self, metrics: Metrics, group: DataParallelGroup, counters: Tensor | None = None) -> None:
-        values = metrics.tensor if isinstance(metrics, OneTensor) else OneTensor(metrics).tensor
+        values = metrics.tensor if isinstance(metrics, PackedMetrics) else PackedMetrics(metrics).tensor
         group.mean_([values])
         self._names, self._group = list(metrics), group
         # to pinned memory, on CUDA
@@ -60,7 +60,7 @@ class _Step:
 
     phase: str
     number: int
-    numbers: Numbers
+    numbers: MetricsTransfer
     before: dict[str, int]  # how far images had been drawn
     after: dict[str, int]
     k_g: int
@@ -100,7 +100,7 @@ class Reporter:
         state = self._state
         aged = phase == "train" and number % 10 == 0 and state.history is not None
         counters = state.history.counters() if aged and state.history is not None else None
-        numbers = Numbers(metrics, state.group, counters)
+        numbers = MetricsTransfer(metrics, state.group, counters)
         self._unread.append(_Step(phase, number, numbers, before, state.positions(), state.k_g, evaluates))
 
     def settle(self, everything: bool = True) -> bool:

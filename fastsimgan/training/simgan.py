@@ -20,7 +20,7 @@ Metrics = dict[str, Tensor]
 """Scalars on the device, by name; reading one synchronises."""
 
 
-class OneTensor(Metrics):
+class PackedMetrics(Metrics):
     """Metrics whose values are the elements of ``tensor``, float32 ``[n]``."""
 
     def __init__(self, metrics: Metrics) -> None:

@@ -22,9 +22,9 @@ from fastsimgan.training.compilation import compile_networks
 from fastsimgan.training.data_parallel import DataParallelGroup
 from fastsimgan.training.graphed_iterations import GraphedIterations, why_no_graph
 from fastsimgan.training.loop import fit
-from fastsimgan.training.progress import Numbers
+from fastsimgan.training.progress import MetricsTransfer
 from fastsimgan.training.run_directory import RunDirectory
-from fastsimgan.training.simgan import OneTensor, SimGAN
+from fastsimgan.training.simgan import PackedMetrics, SimGAN
 from fastsimgan.training.state import TrainingState
 from tests.cuda.training_runs import CLOSE, CPU, CUDA, PRETEND, SMALL, equal_runs, losses, rows
 
@@ -112,7 +112,7 @@ def test_optimisers_have_their_state_before_their_first_step_and_checkpoints_sho
 
 def test_a_number_that_is_not_finite_takes_the_run_back_though_the_next_step_is_under_way(tmp_path, monkeypatch):
     """Iteration 5's loss is NaN, once; iteration 6 has been launched when that is read."""
-    read, rollback = Numbers.read, RunDirectory.rollback
+    read, rollback = MetricsTransfer.read, RunDirectory.rollback
     ends, under_way = {}, {}
 
     def watched(self, *arguments):
@@ -132,7 +132,7 @@ def test_a_number_that_is_not_finite_takes_the_run_back_though_the_next_step_is_
         said: list[str] = []
         out = tmp_path / device
         with monkeypatch.context() as patch:
-            patch.setattr(Numbers, "read", poisoned)
+            patch.setattr(MetricsTransfer, "read", poisoned)
             fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, device=device, out=out), log=said.append)
         ends[device] = [line for line in said if "must be finite" in line]
         assert len(ends[device]) == 1 and "in train step 5" in ends[device][0], said
@@ -160,7 +160,7 @@ class Two(DataParallelGroup):
 
 def test_how_far_several_are_when_they_go_back_does_not_depend_on_their_clocks(tmp_path, monkeypatch):
     """One that went back a step before the others would average its gradients with those of another step."""
-    read, rollback = Numbers.read, RunDirectory.rollback
+    read, rollback = MetricsTransfer.read, RunDirectory.rollback
     for name, slow in (("quick", float("inf")), ("slow", 0.0)):
         seen, under_way = 0, []
 
@@ -178,7 +178,7 @@ def test_how_far_several_are_when_they_go_back_does_not_depend_on_their_clocks(t
         monkeypatch.setattr("fastsimgan.training.loop.join_group", lambda device: (Two(), device))
         monkeypatch.setattr(RunDirectory, "rollback", watched)
         with monkeypatch.context() as patch:
-            patch.setattr(Numbers, "read", poisoned)
+            patch.setattr(MetricsTransfer, "read", poisoned)
             fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, out=tmp_path / name), log=lambda _: None)
         assert under_way == [6], name
 
@@ -449,11 +449,11 @@ def test_the_host_waits_only_for_the_iteration_before_and_launches_one_graph(ask
     trainer, batches = make(dataclasses.replace(SMALL, k_g=1), CUDA, count=200)
     graphs = GraphedIterations(trainer, pytest.fail)
     for _ in range(6):
-        Numbers(graphs(), trainer.state.group).read()
+        MetricsTransfer(graphs(), trainer.state.group).read()
     with asked.counted() as counts:
-        kept = Numbers(graphs(), trainer.state.group)
+        kept = MetricsTransfer(graphs(), trainer.state.group)
         for _ in range(9):
-            following = Numbers(graphs(), trainer.state.group)
+            following = MetricsTransfer(graphs(), trainer.state.group)
             kept.read()
             kept = following
     assert counts["graphs"] == 10 and counts["syncs"] == 9 and counts["operators"] == 0, counts
@@ -475,10 +475,10 @@ def test_numbers_of_a_step_are_those_before_the_next():
     trainer, batches = make(SMALL, CUDA)
     graphs = GraphedIterations(trainer, pytest.fail)
     metrics = [graphs() for _ in range(4)][-1]
-    assert isinstance(metrics, OneTensor)
+    assert isinstance(metrics, PackedMetrics)
     history = trainer.state.history
     expected, counters = dict(zip(metrics, metrics.tensor.tolist(), strict=True)), history.counters().tolist()
-    numbers = Numbers(metrics, trainer.state.group, history.counters())
+    numbers = MetricsTransfer(metrics, trainer.state.group, history.counters())
     graphs()
     found, kept = numbers.read()
     assert found == expected and kept.tolist() == counters
