@@ -28,7 +28,8 @@ from fastsimgan.errors import FastSimGANError, UnavailableError
 Config = TypeVar("Config")
 
 LOG = logging.getLogger("fastsimgan")
-"""Messages of commands. Debugging ones come from all modules, by loggers of their own below this one."""
+"""Messages, printed on standard output from INFO on, also where no command was parsed: set its level to change that.
+Debugging ones come from all modules, by loggers of their own below this one."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def say(line: str) -> None:
 
 
 def quiet() -> bool:
-    """Whether a command was told to print no messages: then there are no progress bars either."""
+    """Whether no messages are printed: then there are no progress bars either."""
     return LOG.level > logging.INFO
 
 
@@ -192,6 +193,7 @@ class _Lines(logging.Handler):
             tqdm.write(text)
         else:
             print(text)
+        sys.stdout.flush()  # someone waits for it
 
     def format(self, record: logging.LogRecord) -> str:
         """``warning: `` before what is one; before what --verbose adds, where it comes from."""
@@ -204,16 +206,12 @@ class _Lines(logging.Handler):
 @contextmanager
 def _printing(level: int) -> Iterator[None]:
     """Where messages from ``level`` on are printed."""
-    before, handler = (LOG.level, LOG.propagate), _Lines()
+    before = LOG.level
     LOG.setLevel(level)
-    LOG.propagate = False
-    LOG.addHandler(handler)
     try:
         yield
     finally:
-        LOG.removeHandler(handler)
-        LOG.setLevel(before[0])
-        LOG.propagate = before[1]
+        LOG.setLevel(before)
 
 
 def _is_unread(stream: Any) -> bool:
@@ -229,3 +227,8 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device had no memory left; torch has a class for it, which only its import brings."""
     torch: Any = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+LOG.addHandler(_Lines())
+LOG.setLevel(logging.INFO)
+LOG.propagate = False  # they are printed already

@@ -73,12 +73,12 @@ def export_command(config: ExportConfig) -> None:
         batch=config.batch,
         size=config.size,
     )
-    print(f"{printable(config.out)}: how to call each file is in README.md")
+    cli.LOG.info(f"{printable(config.out)}: how to call each file is in README.md")
     if config.trtexec is not None:
         print((config.out / f"trtexec{config.trtexec}.sh").read_text(), end="")
     if config.engine is not None:
         path = engine(config.out, config.engine, batch=config.batch, size=config.size, sm=config.sm)
-        print(f"engine: {printable(path)}")
+        cli.LOG.info(f"engine: {printable(path)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -113,18 +113,20 @@ def refine(config: RefineConfig) -> int:
         follow_links=config.follow_links,
     )
     run, source, _ = local_workers.start(job)
-    print(source.describe())
+    cli.LOG.info(source.describe())
     packs = config.to in ("npz", "hdf5") and source.kind in ("folder", "shards")
     if packs:
-        print("not kept in a packed file: what image files carry beside their pixels (EXIF, colour profiles, text)")
+        cli.LOG.info(
+            "not kept in a packed file: what image files carry beside their pixels (EXIF, colour profiles, text)"
+        )
     if run.complete:
         totals = run.totals()
         print(f"{printable(config.output)}: complete already, {totals['images']} images, {totals['failed']} skipped")
         return _judge(totals["images"], totals["failed"])
     done = len(run.committed())
     if done:
-        print(f"going on: {done} of {run.blocks} blocks are committed")
-    with tqdm(unit=" images") as bar:
+        cli.LOG.info(f"going on: {done} of {run.blocks} blocks are committed")
+    with tqdm(unit=" images", disable=cli.quiet()) as bar:
 
         def progress(part: Progress) -> None:
             nonlocal done
@@ -152,7 +154,7 @@ def refine(config: RefineConfig) -> int:
         from fastsimgan.data.formats.open_images import open_arrays
 
         arrays = [name for name in open_arrays(config.output).label_names if name != "name"]
-        print(f"labels that became arrays: {', '.join(map(printable, arrays)) or 'none'}")
+        cli.LOG.info(f"labels that became arrays: {', '.join(map(printable, arrays)) or 'none'}")
     return _judge(report.images, report.failed)
 
 
@@ -168,9 +170,9 @@ def print_stages(report: Report) -> None:
     }
     for stage, share in shares.items():
         limit = "  <- the limit" if share == max(shares.values()) else ""
-        print(f"  {stage:14} {report.threads[stage]:3} threads, busy {share:6.1%}{limit}")
+        cli.LOG.info(f"  {stage:14} {report.threads[stage]:3} threads, busy {share:6.1%}{limit}")
     if report.peak_bytes:
-        print(f"  device memory: {report.peak_bytes / 1e9:.2f} GB at most, of the worker that took most")
+        cli.LOG.info(f"  device memory: {report.peak_bytes / 1e9:.2f} GB at most, of the worker that took most")
 
 
 def _judge(images: int, failed: int) -> int:

@@ -84,7 +84,7 @@ def train(config: TrainConfig, *, hidden_channels_given: bool = True) -> None:
 
     from fastsimgan.training.loop import fit
 
-    fit(synthetic, real, config, log=cli.say)
+    fit(synthetic, real, config)
 
 
 def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, Any]:

@@ -101,7 +101,7 @@ def make(config: Make) -> None:
     if len(sizes) > 1:
         sides = np.min(list(sizes), axis=0)
         size = int(sides[0]), int(sides[1])
-        print(
+        cli.LOG.info(
             f"shown: the middle {size[0]}x{size[1]} of each image, as sizes would give the answer away; photos much "
             f"higher than {height} pixels, the refined images' median, are brought to that first"
         )
@@ -127,7 +127,7 @@ def make(config: Make) -> None:
     )
     with staged(config.out) as partial:
         partial.write_text(page, encoding="utf-8")
-    print(f"{printable(config.out)}: {config.count} real and {config.count} refined images")
+    cli.LOG.info(f"{printable(config.out)}: {config.count} real and {config.count} refined images")
 
 
 def _chosen(config: Make, kind: str, reading: Reading, rng: np.random.Generator) -> list[np.ndarray[Any, Any]]:
@@ -139,7 +139,7 @@ def _chosen(config: Make, kind: str, reading: Reading, rng: np.random.Generator)
     source = open_images(path, reading)
     images: Images = source.load_set() if isinstance(source, FolderImages | ShardImages) else source.load()
     for reason in getattr(source, "left_out", []):
-        print(f"left out: {reason}")
+        cli.LOG.info(f"left out: {reason}")
     if len(images) < config.count:
         raise InputError(f"{printable(path)}: must hold at least --count={config.count} images, got {len(images)}")
     chosen = rng.choice(len(images), config.count, replace=False)

@@ -103,7 +103,7 @@ def _hands(config: ImportConfig, size: tuple[int, int]) -> Found:
 
     if size[0] != size[1]:
         raise InputError(f"--size must be square for nyu-hands, got {size[0]} {size[1]}")
-    with tqdm(unit="frame", dynamic_ncols=True) as bar:
+    with tqdm(unit="frame", dynamic_ncols=True, disable=cli.quiet()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -180,12 +180,12 @@ def run(config: AblationConfig, name: str, command: str) -> dict[str, Any]:
     losses = {}
     first = {}  # seed 0's images of each kind
     for seed in range(config.seeds):
-        print(f"seed {seed} of {config.seeds}: synthetic", flush=True)
+        cli.LOG.info(f"seed {seed} of {config.seeds}: synthetic")
         results["synthetic"].append(
             piece(config.out, f"measured-synthetic-{seed}", lambda seed=seed: measured(synthetic, seed, None))  # type: ignore[misc]
         )
         for each, training in variants.items():
-            print(f"seed {seed} of {config.seeds}: {each}", flush=True)
+            cli.LOG.info(f"seed {seed} of {config.seeds}: {each}")
             label = f"{each}-{seed}".replace(" ", "-")
             images = refined_by(
                 config.out, label, dataclasses.replace(training, seed=seed),

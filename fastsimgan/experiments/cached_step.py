@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsimgan import __version__
+from fastsimgan import __version__, cli
 from fastsimgan.errors import InputError
 
 if TYPE_CHECKING:
@@ -178,4 +178,4 @@ def write_report(out: Path, report: Report, numbers: dict[str, Any]) -> None:
     report.table(["data", "SHA-256"], [[name, text] for name, text in numbers["data_sha256"].items()])
     write_atomically(out / "report.html", report.html().encode())
     write_atomically(out / "report.json", (json.dumps(numbers, indent=2) + "\n").encode())
-    print(f"report: {out / 'report.html'}")
+    cli.LOG.info(f"report: {out / 'report.html'}")

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from fastsimgan import cli
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.pixel_values import as_images, in_units
 from fastsimgan.data.ragged import Images, RaggedImages, pack
@@ -45,7 +45,7 @@ def fit(
     real: Images,
     config: TrainConfig | None = None,
     *,
-    log: Log = tqdm.write,
+    log: Log = cli.say,
 ) -> Refiner:
     """Train a refiner.
 
@@ -59,7 +59,7 @@ def fit(
         synthetic, real: ``[N, H, W]`` or ``[N, H, W, C]``, or a list of ``[H, W]`` or ``[H, W, C]`` of any sizes;
             uint8, uint16, or float32 in [0, 1] (or ``config.range``); same channels.
         config: settings; the defaults if None.
-        log: called with each line meant for a person.
+        log: called with each line meant for a person; by itself it is printed, above the progress bar.
 
     Returns:
         The trained refiner, loaded from its file.
