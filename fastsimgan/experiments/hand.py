@@ -247,13 +247,8 @@ def _compare(
     keep_freed_memory()
     unit = max(images.shape[1:]) / PAPER_SIZE  # one pixel of the paper's, in these pictures' pixels
     errors: dict[str, list[Any]] = {name: [] for name in sets}
-    bar = tqdm(
-        total=len(sets) * config.seeds * judge.steps,
-        desc="pose networks",
-        unit="step",
-        dynamic_ncols=True,
-        disable=cli.quiet(),
-    )
+    steps = len(sets) * config.seeds * judge.steps
+    bar = tqdm(total=steps, desc="pose networks", unit="step", dynamic_ncols=True, disable=cli.quiet())
     for seed in range(config.seeds):
         for name, (pictures, places) in sets.items():
             bar.set_postfix_str(f"{name}, seed {seed}")
