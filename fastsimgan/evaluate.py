@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastsimgan import cli
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import refuse_existing
+from fastsimgan.storage.atomic import refuse_existing
 
 if TYPE_CHECKING:
     from fastsimgan.evaluation.task_network import Judge, Labelled
@@ -102,7 +102,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
             f"{list(refined.images.shape)}"
         )
     if unseen := unseen_classes({**sets, "refined": refined}, real):
-        print(f"warning: {unseen}: no network can answer with these")
+        cli.LOG.warning(f"{unseen}: no network can answer with these")
     number_classes(sets, real)  # refuses what cannot be classes
     judge = Judge() if config.steps is None else Judge(steps=config.steps)
     result, predictions = compare(sets, real, seeds=config.seeds, judge=judge, device=config.device)
@@ -112,13 +112,13 @@ def evaluate_command(config: EvaluateConfig) -> None:
     if drift:
         result["drift"] = _drift(synthetic, refined, config.worst)
     if config.json is not None:
-        from fastsimgan.storage.checkpoint import write_atomically
+        from fastsimgan.storage.atomic import write_atomically
 
         write_atomically(config.json, (json.dumps(result, indent=2) + "\n").encode())
-        print(f"numbers: {config.json}")
+        cli.LOG.info(f"numbers: {config.json}")
     if config.plot is not None:
         draw(config.plot, result["task"], predictions, real.labels)
-        print(f"plot: {config.plot}")
+        cli.LOG.info(f"plot: {config.plot}")
 
 
 def _features(config: EvaluateConfig, real: Labelled) -> Callable[[Any], Any] | None:
@@ -199,13 +199,13 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
 
     def read(name: str, path: Path) -> dict[str, Any]:
         source = open_images(path, Reading(images=config.images, key=config.key, links="inside"))
-        print(f"{name}: {source.describe()}")
+        cli.LOG.info(f"{name}: {source.describe()}")
         if isinstance(source, ArrayImages | HDF5Images):
             for label in {"pitch_yaw", "label"} & set(source.other_names):
                 shape = list(source.others()[label].shape)
                 raise InputError(f"{path}: array {label} must have length {len(source)}, one row an image, got {shape}")
         images = source.load()
-        print(f"{name}: values {value_range(images)}")
+        cli.LOG.info(f"{name}: values {value_range(images)}")
         return {"images": images, **source.labels()}
 
     if config.synthetic is None and config.real is None and config.refined is None:
@@ -231,7 +231,7 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
         Labelled.from_arrays(part, name) for part, name in zip((arrays, refined, real), names, strict=True)
     )
     if warning := mismatch(value_range(synthetic.images), value_range(real_set.images)):
-        print(f"warning: {warning}")
+        cli.LOG.warning(warning)
     return synthetic, refined_set, real_set
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from fastsimgan.data.ragged import Images, RaggedImages
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.memory import allocate
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 if TYPE_CHECKING:
     from torch import Tensor

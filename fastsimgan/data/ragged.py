@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.memory import SHARE, allocate, available_memory
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 Size = tuple[int, int]
 """(height, width)."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from fastsimgan import cli
 from fastsimgan.data.equalisation import equalise
 from fastsimgan.errors import InputError
 from fastsimgan.evaluation.task_network import (
@@ -78,7 +79,8 @@ def compare(
     constant = constant_prediction(sets["synthetic"], len(real.images), classes)
     rows: dict[str, Any] = {"constant": statistics([summarise(real.task, constant, real.labels)])}
     predictions = {"constant": constant}
-    bar = tqdm(total=len(sets) * seeds * judge.steps, desc="task networks", unit="step", dynamic_ncols=True)
+    steps = len(sets) * seeds * judge.steps
+    bar = tqdm(total=steps, desc="task networks", unit="step", dynamic_ncols=True, disable=cli.quiet())
     runs: dict[str, list[Any]] = {name: [] for name in sets}
     for seed in range(seeds):  # sets inside seeds: an interrupted look at the bar compares like with like
         for name, part in sets.items():

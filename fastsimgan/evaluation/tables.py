@@ -12,7 +12,7 @@ from fastsimgan.data.gaze_angles import pitch_yaw
 from fastsimgan.errors import InputError
 from fastsimgan.metrics.gaze_error import angular_errors
 from fastsimgan.reporting.plots import figure
-from fastsimgan.storage.checkpoint import write_atomically
+from fastsimgan.storage.atomic import write_atomically
 
 
 def table(result: dict[str, Any]) -> str:

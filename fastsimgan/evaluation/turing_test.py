@@ -22,7 +22,8 @@ from fastsimgan.data.resizing import Scale, resize
 from fastsimgan.errors import InputError
 from fastsimgan.metrics.statistics import binomial_p
 from fastsimgan.reporting.templates import fill_in
-from fastsimgan.storage.files import printable, refuse_existing, staged
+from fastsimgan.storage.atomic import refuse_existing, staged
+from fastsimgan.storage.names import printable
 
 Array = NDArray[Any]
 

@@ -142,11 +142,11 @@ def _refine_and_measure(
     results: dict[str, list[dict[str, Any]]] = {"synthetic": [], **{each: [] for each in variants}}
     first: dict[str, _Refined] = {}
     for seed in range(config.seeds):
-        print(f"seed {seed} of {config.seeds}: synthetic", flush=True)
+        cli.LOG.info(f"seed {seed} of {config.seeds}: synthetic")
         work = partial(measure, task, synthetic, held, seed, None)
         results["synthetic"].append(cached(config.out, f"measured-synthetic-{seed}", work))
         for each, training in variants.items():
-            print(f"seed {seed} of {config.seeds}: {each}", flush=True)
+            cli.LOG.info(f"seed {seed} of {config.seeds}: {each}")
             label = f"{each}-{seed}".replace(" ", "-")
             images = refined_by(config.out, label, dataclasses.replace(training, seed=seed), *seen, synthetic)
             losses = discriminator_losses(config.out / f"refiner-{label}" / "metrics.jsonl")

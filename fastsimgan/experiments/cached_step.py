@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsimgan import __version__
+from fastsimgan import __version__, cli
 from fastsimgan.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def read_sets(config: Any) -> tuple[Sets, dict[str, str]]:
         InputError: one is no packed array, breaks its rules, or --validation is the file given as --real.
     """
     from fastsimgan.data.formats.open_images import open_images
-    from fastsimgan.storage.files import hash_file, printable
+    from fastsimgan.storage.checksum import hash_file
+    from fastsimgan.storage.names import printable
 
     paths: dict[str, Path] = {name: getattr(config, name) for name in SETS}
     for name, path in paths.items():
@@ -90,7 +91,7 @@ def claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: ``out`` holds another experiment, or something else.
     """
-    from fastsimgan.storage.checkpoint import write_atomically
+    from fastsimgan.storage.atomic import write_atomically
 
     identity = json.loads(json.dumps({"version": __version__} | identity, default=str))
     path = out / "experiment.json"
@@ -109,7 +110,7 @@ def claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 def cached(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """``work``'s result, kept as ``name.json``; not done again if that is there."""
-    from fastsimgan.storage.checkpoint import write_atomically
+    from fastsimgan.storage.atomic import write_atomically
 
     path = out / f"{name}.json"
     if not path.is_file():
@@ -122,7 +123,7 @@ def cached_array(out: Path, name: str, work: Callable[[], Any]) -> Any:
     """The same for one array, kept as ``name.npy``, with - for each space and x for each ×."""
     import numpy as np
 
-    from fastsimgan.storage.files import staged
+    from fastsimgan.storage.atomic import staged
 
     path = out / f"{name.replace(' ', '-').replace('×', 'x')}.npy"
     if not path.is_file():
@@ -179,7 +180,7 @@ def write_report(out: Path, report: Report, numbers: dict[str, Any]) -> None:
         report: the page.
         numbers: what report.json holds; ``command``, ``versions`` and ``data_sha256`` are told in the page too.
     """
-    from fastsimgan.storage.checkpoint import write_atomically
+    from fastsimgan.storage.atomic import write_atomically
 
     report.heading("How to get this again")
     report.paragraph(numbers["command"])
@@ -187,4 +188,4 @@ def write_report(out: Path, report: Report, numbers: dict[str, Any]) -> None:
     report.table(["data", "SHA-256"], [[name, text] for name, text in numbers["data_sha256"].items()])
     write_atomically(out / "report.html", report.html().encode())
     write_atomically(out / "report.json", (json.dumps(numbers, indent=2) + "\n").encode())
-    print(f"report: {out / 'report.html'}")
+    cli.LOG.info(f"report: {out / 'report.html'}")

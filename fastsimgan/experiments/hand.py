@@ -45,7 +45,7 @@ QUICK_BUILTIN, QUICK_SIZE = {"synthetic": 3000, "real": 1500, "validation": 1000
 # the paper's does, at random, and learns the identity first: begun at it, R drew outlines and moved flat depth as much
 # as edges at every λ that was tried, on hands of other seeds.
 QUICK_TRAINING: dict[str, Any] = {
-    "width": 24, "lam": 0.3, "steps": 1000, "identity_init": False, "pretrain_refiner": 300,
+    "hidden_channels": 24, "lam": 0.3, "steps": 1000, "identity_init": False, "pretrain_refiner": 300,
     "learning_rate_refiner": 1e-3,
 }  # fmt: skip
 QUICK_JUDGE: dict[str, Any] = {
@@ -257,7 +257,8 @@ def _compare(
     keep_freed_memory()
     unit = max(images.shape[1:]) / PAPER_SIZE  # one pixel of the paper's, in these pictures' pixels
     errors: dict[str, list[Any]] = {name: [] for name in sets}
-    bar = tqdm(total=len(sets) * config.seeds * judge.steps, desc="pose networks", unit="step", dynamic_ncols=True)
+    steps = len(sets) * config.seeds * judge.steps
+    bar = tqdm(total=steps, desc="pose networks", unit="step", dynamic_ncols=True, disable=cli.quiet())
     for seed in range(config.seeds):
         for name, (pictures, places) in sets.items():
             bar.set_postfix_str(f"{name}, seed {seed}")

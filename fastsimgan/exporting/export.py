@@ -24,8 +24,9 @@ from fastsimgan.inference.onnx_file import read, stamp
 from fastsimgan.inference.onnxruntime_backend import OnnxRuntimeBackend
 from fastsimgan.inference.refiner import RefinerFile, read_refiner
 from fastsimgan.inference.tensorrt_backend import Library, cached_engine
+from fastsimgan.storage.atomic import staged
 from fastsimgan.storage.checkpoint import newest_checkpoint
-from fastsimgan.storage.files import printable, staged
+from fastsimgan.storage.names import printable
 
 
 def export(

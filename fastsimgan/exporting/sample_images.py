@@ -13,7 +13,7 @@ from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.simulators.builtin import builtin_pair
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 COMPARED = 64
 """Images on which each file is compared with PyTorch, at most; the quantised ones are calibrated on as many others."""

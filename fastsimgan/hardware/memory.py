@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 SHARE = 2  # a set may take one part in SHARE of the memory that is available
 

@@ -23,7 +23,7 @@ from fastsimgan.inference.torch_backend import in_cache
 from fastsimgan.ops import residual_block as float_block
 from fastsimgan.ops.residual_block import residual_block
 from fastsimgan.ops.residual_block_int8 import implementations, residual_block_int8
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 FINER = 224 / 127
 """How many of our steps one of the file's is: a channel's peak in calibration is 127 there and 224 here, of 255.

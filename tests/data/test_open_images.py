@@ -19,10 +19,9 @@ import torch
 from PIL import Image
 from properties import given, st
 
-from fastsimgan.data.formats.image_file import _decode_plain, decode_image, encode_image, read_image
+from fastsimgan.data.formats.image_file import _decode_plain, decode_image, encode_image, read_image, write_image
 from fastsimgan.data.formats.image_folder import FolderImages
 from fastsimgan.data.formats.image_metadata import scan_png
-from fastsimgan.data.formats.listing import list_units
 from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.data.formats.stored_image import Header, StoredImage
@@ -30,7 +29,7 @@ from fastsimgan.data.pixel_values import from_float, to_float
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.threads import in_threads
-from fastsimgan.storage.files import natural_key, printable, staged
+from fastsimgan.storage.names import natural_key
 
 RNG = np.random.default_rng(0)
 GREY8 = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
@@ -139,39 +138,6 @@ def test_natural_order_is_total_and_the_same_from_any_start(names: list[str]) ->
     assert sorted(reversed(ordered), key=natural_key) == ordered
 
 
-def test_natural_order() -> None:
-    names = ["a/10.png", "a/9.png", "a/09.png", "a10/1.png", "a2/1.png", "10.png", "2.png", "b.png"]
-    ordered = [str(path) for path in sorted(map(Path, names), key=natural_key)]
-    assert ordered == ["2.png", "10.png", "a/09.png", "a/9.png", "a/10.png", "a2/1.png", "a10/1.png", "b.png"]
-
-
-def test_printable_is_one_line() -> None:
-    assert printable("é\n\x1b[31m" + os.fsdecode(b"\xff")) == "é\\n\\x1b[31m\\udcff"
-
-
-def test_staged_leaves_nothing_when_it_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), staged(tmp_path / "new" / "deep" / "out") as partial:
-        partial.mkdir()
-        (partial / "half").write_text("half")
-        assert not (tmp_path / "new" / "deep" / "out").exists()
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_staged_never_replaces_what_appeared_meanwhile(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(InputError, match="output must not exist yet"), staged(out) as partial:
-        partial.write_text("ours")
-        out.write_text("theirs")
-    assert out.read_text() == "theirs"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_staged_turns_a_full_disk_into_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"out: cannot be written: No space left on device"), staged(tmp_path / "out"):
-        raise OSError(28, "No space left on device")
-
-
 def test_threads_keep_the_order_and_the_bound() -> None:
     taken = []
     results = in_threads(lambda item: item * 2, (taken.append(item) or item for item in range(100)), ahead=5)
@@ -204,7 +170,7 @@ def test_an_image_is_read_as_stored_and_written_as_the_same_kind(name: str, tmp_
         assert image.pixels.dtype == pixels.dtype
         assert np.array_equal(image.pixels, pixels)
     (tmp_path / "again").mkdir()
-    (tmp_path / "again" / name).write_bytes(encode_image(image))
+    write_image(tmp_path / "again" / name, image)
     again = read_image(tmp_path / "again" / name)
     assert again.header == image.header
     assert again.carried.compression == image.carried.compression
@@ -222,8 +188,8 @@ def test_big_endian_tiff(tmp_path: Path) -> None:
 
 
 def pillow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsimgan.data.formats.image_codecs.simplejpeg", None)
-    monkeypatch.setattr("fastsimgan.data.formats.image_codecs.cv2", None)
+    monkeypatch.setattr("fastsimgan.data.formats.image_file.simplejpeg", None)
+    monkeypatch.setattr("fastsimgan.data.formats.image_file.cv2", None)
 
 
 PLAIN = [
@@ -245,7 +211,7 @@ def test_fast_codecs_change_no_pixel(
     pytest.importorskip("cv2", reason="opencv is not installed")
     path = tmp_path / f"a.{kind.lower()}"
     if pixels.dtype == np.uint16:
-        path.write_bytes(encode_image(StoredImage(pixels, Header(pixels.shape, "uint16", "PNG"))))
+        write_image(path, StoredImage(pixels, Header(pixels.shape, "uint16", "PNG")))
     else:
         path.write_bytes(encode(pixels, kind, **options))
     data = path.read_bytes()
@@ -313,7 +279,7 @@ def test_exif_rotation_is_ignored_and_kept(kind: str, tmp_path: Path) -> None:
     path.write_bytes(encode(GREY8, kind, exif=exif))
     image = read_image(path)
     assert image.pixels.shape == GREY8.shape
-    (tmp_path / f"again.{kind.lower()}").write_bytes(encode_image(image))
+    write_image(tmp_path / f"again.{kind.lower()}", image)
     with Image.open(tmp_path / f"again.{kind.lower()}") as again:
         assert again.size == (7, 5)
         assert again.getexif()[274] == 6
@@ -325,7 +291,7 @@ def test_colour_profile_resolution_and_exif_survive_in_16_bit_colour(tmp_path: P
     (tmp_path / "c.png").write_bytes(rgb16_png(RGB16))
     image = read_image(tmp_path / "c.png")
     dressed = encode(RGB8, "PNG", exif=exif.tobytes(), icc_profile=b"profile" * 9, dpi=(300.0, 300.0))
-    (tmp_path / "d.png").write_bytes(encode_image(replace(image, carried=scan_png(dressed).carried)))
+    write_image(tmp_path / "d.png", replace(image, carried=scan_png(dressed).carried))
     with Image.open(tmp_path / "d.png") as again:
         again.load()
         assert again.info["icc_profile"] == b"profile" * 9
@@ -468,11 +434,6 @@ def fill(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def owners(folder: Path) -> dict[str, str | None]:
-    """Which image each other file belongs to."""
-    return {other: unit.image for unit in list_units(folder) for other in unit.others}
-
-
 def test_folder_is_a_tree_in_natural_order(tmp_path: Path) -> None:
     numbered = {
         f"s{i}/{j}.png": encode(np.full((3, 4), 10 * i + j, np.uint8), "PNG") for i in (1, 10, 2) for j in (9, 11)
@@ -484,7 +445,7 @@ def test_folder_is_a_tree_in_natural_order(tmp_path: Path) -> None:
     names = ["s1/9.png", "s1/11.png", "s2/9.png", "s2/11.png", "s10/9.png", "s10/11.png"]
     assert [str(name) for name in source.images] == names
     assert [str(name) for name in source.others] == ["readme.txt", "s1/9.json", "s1/11.pose.txt"]
-    assert owners(tmp_path) == {"readme.txt": None, "s1/9.json": "s1/9.png", "s1/11.pose.txt": "s1/11.png"}
+    assert [source.owner(name) for name in source.others] == [None, Path("s1/9.png"), Path("s1/11.png")]
     assert (len(source), source.shape, source.dtype, source.bit_depth) == (6, (1, 3, 4), np.uint8, 8)
     assert source.load()[:, 0, 0].tolist() == [19, 21, 29, 31, 109, 111]
     assert source.labels() == {}
@@ -492,8 +453,9 @@ def test_folder_is_a_tree_in_natural_order(tmp_path: Path) -> None:
 
 
 def test_the_image_whose_stem_begins_a_name_owns_it(tmp_path: Path) -> None:
-    folder = fill(tmp_path, {"a.png": b"", "a.b.png": b"", "a.b.json": b"", "a.c.json": b"", ".x": b""})
-    assert owners(folder) == {"a.b.png": "a.png", "a.b.json": "a.png", "a.c.json": "a.png", ".x": None}
+    source = FolderImages(fill(tmp_path, {"a.png": b"", "a.b.png": b"", "a.b.json": b"", "a.c.json": b"", ".x": b""}))
+    owners = {str(name): str(source.owner(name)) for name in source.others}
+    assert owners == {"a.b.png": "a.png", "a.b.json": "a.png", "a.c.json": "a.png", ".x": "None"}  # as for refine
 
 
 @pytest.mark.parametrize("name", ["g16.png", "c8.png", "c16.png"])

@@ -47,7 +47,7 @@ def flags(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_whole_experiment_resumes_and_refuses_other_data(flags, capsys, monkeypatch):
-    monkeypatch.setitem(PRESETS, "gaze", {"pretrain_discriminator": 1, "batch_size": 4, "width": 20})
+    monkeypatch.setitem(PRESETS, "gaze", {"pretrain_discriminator": 1, "batch_size": 4, "hidden_channels": 20})
     monkeypatch.setattr(gaze, "REFINERS", 2)
     folder, given = flags
     out = folder / "out"
@@ -133,7 +133,9 @@ def test_a_whole_hand_experiment_resumes_network_by_network(tmp_path, monkeypatc
     monkeypatch.setattr(hand, "QUICK_SIZE", 32)
     monkeypatch.setattr(hand, "QUICK_BUILTIN", {"synthetic": 24, "real": 16, "validation": 10})
     monkeypatch.setattr(
-        hand, "QUICK_TRAINING", {"pretrain_discriminator": 1, "batch_size": 4, "width": 8, "identity_init": False}
+        hand,
+        "QUICK_TRAINING",
+        {"pretrain_discriminator": 1, "batch_size": 4, "hidden_channels": 8, "identity_init": False},
     )
     monkeypatch.setattr(hand, "QUICK_JUDGE", {"batch_size": 4, "features": 8, "depth": 2, "stride": 2})
     out = tmp_path / "out"
@@ -196,7 +198,7 @@ def test_hands_without_proper_joints_are_refused(tmp_path, capsys, joints, messa
 
 @pytest.mark.parametrize("data", ["eyes", "hands"])
 def test_a_whole_ablation_resumes_piece_by_piece(data, flags, tmp_path, monkeypatch, capsys):
-    small = {"pretrain_discriminator": 1, "batch_size": 4, "width": 20}
+    small = {"pretrain_discriminator": 1, "batch_size": 4, "hidden_channels": 20}
     monkeypatch.setitem(PRESETS, "gaze", small)
     monkeypatch.setattr(hand, "QUICK_SIZE", 32)
     monkeypatch.setattr(hand, "QUICK_BUILTIN", {"synthetic": 42, "real": 40, "validation": 6})

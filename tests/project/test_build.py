@@ -257,16 +257,16 @@ def test_what_the_extension_takes_from_torch_is_in_the_oldest_one() -> None:
 def test_a_build_without_cuda_tells_it_once_where_cuda_tensors_come(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fastsimgan.ops import history_swap
+    from fastsimgan.ops import _extension, history_swap
 
     info = {"cuda": False, "torch": "2.99.0+cu130", "no_cuda": "no nvcc here"}
-    monkeypatch.setattr(history_swap, "BUILD_INFO", info)
+    monkeypatch.setattr(_extension, "BUILD_INFO", info)
     history_swap._say_once.cache_clear()
     reason = "fastsimgan._C was built without CUDA, against torch 2.99.0\\+cu130: no nvcc here"
     assert re.fullmatch(reason, str(history_swap.implementations()["cuda"]))
     with pytest.warns(UserWarning, match=reason) as caught:
         for _ in range(3):
-            history_swap._check_impl("auto", torch.device("cuda"))
-            history_swap._check_impl("auto", torch.device("cpu"))
+            history_swap._choose("auto", torch.device("cuda"))
+            history_swap._choose("auto", torch.device("cpu"))
     assert len(caught) == 1
     history_swap._say_once.cache_clear()

@@ -9,7 +9,8 @@ import numpy as np
 
 from fastsimgan.data.gaze_angles import pitch_yaw
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable, staged
+from fastsimgan.storage.atomic import staged
+from fastsimgan.storage.names import printable
 
 
 @dataclass

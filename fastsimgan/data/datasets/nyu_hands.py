@@ -29,7 +29,8 @@ from fastsimgan.data.formats.image_file import read_image
 from fastsimgan.data.simulators.hands import JOINTS
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.threads import in_threads
-from fastsimgan.storage.files import natural_key, printable, staged
+from fastsimgan.storage.atomic import staged
+from fastsimgan.storage.names import natural_key, printable
 
 CAMERAS = (1, 2, 3)
 BACKGROUND_MM = 2000

@@ -13,7 +13,7 @@ import numpy as np
 from fastsimgan.data.pixel_values import Span
 from fastsimgan.data.ragged import Images
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 IMAGES = "images"  # the array that holds the images
 FILES = "files/"  # members of an .npz under this name are files that travel along, not arrays

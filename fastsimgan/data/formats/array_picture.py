@@ -14,7 +14,7 @@ from fastsimgan.data.formats.image_metadata import Carried
 from fastsimgan.data.formats.stored_image import ARRAY_FORMATS, Header, StoredImage
 from fastsimgan.data.pixel_values import Span, check_range
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 def decode_arrays(data: bytes, path: Path, key: str | None, span: Span | None) -> StoredImage:

@@ -26,7 +26,7 @@ from fastsimgan.data.formats.hdf5_layout import (
 from fastsimgan.data.pixel_values import UNIT, Span, check_range
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.hardware.memory import allocate
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 

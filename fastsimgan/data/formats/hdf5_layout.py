@@ -10,7 +10,7 @@ import numpy as np
 
 from fastsimgan.data.formats.array_file import FILES, choose_key
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import natural_key, printable
+from fastsimgan.storage.names import natural_key, printable
 
 
 def choose_images(file: Any, path: Path, key: str | None) -> str:

@@ -19,7 +19,7 @@ from fastsimgan.data.reading import Reading, in_colour
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.memory import allocate
 from fastsimgan.hardware.threads import in_threads
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 SHOWN = 10  # bad files named in `describe`
 

@@ -26,7 +26,7 @@ from fastsimgan.data.formats.array_file import (
 from fastsimgan.data.formats.npy_format import map_member, read_header, read_member, write_images
 from fastsimgan.data.pixel_values import UNIT, Span, check_range
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class ArrayImages(PackedImages):

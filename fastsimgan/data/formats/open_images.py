@@ -14,7 +14,7 @@ from fastsimgan.data.formats.webdataset import ShardImages, find_shards, is_shar
 from fastsimgan.data.pixel_values import UNIT, Span
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 #: All offer ``path``, ``describe()``, ``load()``, ``load_set()``, ``left_out`` and ``labels()``; all but shards, which
 #: would have to be read first, ``len()``, ``shape`` (channels, height, width), ``dtype`` and ``bit_depth``. Where a

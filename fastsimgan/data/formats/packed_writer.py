@@ -17,7 +17,7 @@ import numpy as np
 from fastsimgan.data.formats.array_file import FILES, IMAGES
 from fastsimgan.data.formats.npy_format import write_images
 from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class NpzWriter:

@@ -29,7 +29,7 @@ from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.memory import allocate
 from fastsimgan.hardware.threads import AHEAD, in_threads, thread_count
-from fastsimgan.storage.files import natural_key, printable
+from fastsimgan.storage.names import natural_key, printable
 
 BUFFER = 1 << 20  # bytes read of a shard at a time
 HELD = 1 << 26  # bytes of images, at most, that are looked at before a run

@@ -22,7 +22,7 @@ from fastsimgan.refinement.manifest import Written
 from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.sinks.base import Sink, UnitWriter, flush
 from fastsimgan.refinement.sources.array_file import ArrayFile
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class ArraysSink(Sink):

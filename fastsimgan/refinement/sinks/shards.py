@@ -19,7 +19,7 @@ from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.sinks.base import Sink, UnitWriter, carry
 from fastsimgan.refinement.sinks.folder import FolderWriter
 from fastsimgan.refinement.sources.base import Decoded, Part, Sample, Source
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class ShardsSink(Sink):

@@ -16,7 +16,7 @@ from fastsimgan.errors import InputError
 from fastsimgan.refinement.records import named
 from fastsimgan.refinement.sources import base
 from fastsimgan.refinement.sources.base import Decoded, SourceIdentity, absolute
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fastsimgan.data.formats.stored_image import StoredImage
 from fastsimgan.data.pixel_values import Span
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.records import named
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 if TYPE_CHECKING:
     from fastsimgan.refinement.sources.array_file import ArrayFile, ImageRange

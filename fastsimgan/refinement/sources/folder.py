@@ -21,7 +21,7 @@ from fastsimgan.errors import InputError
 from fastsimgan.refinement.records import from_json, named, to_json
 from fastsimgan.refinement.sources import base
 from fastsimgan.refinement.sources.base import Part, Sample, Source, SourceIdentity, absolute, refuse_unread
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 LOOKED_AT = 100  # images whose headers `describe` reads
 

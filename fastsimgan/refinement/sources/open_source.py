@@ -12,7 +12,7 @@ from fastsimgan.refinement.sources.arrays import ArraysSource
 from fastsimgan.refinement.sources.base import Source
 from fastsimgan.refinement.sources.folder import FolderSource
 from fastsimgan.refinement.sources.shards import ShardsSource
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 def open_source(

@@ -20,7 +20,7 @@ from fastsimgan.refinement.manifest import sha256
 from fastsimgan.refinement.sources import base
 from fastsimgan.refinement.sources.array_file import ArrayFile, ImageRange
 from fastsimgan.refinement.sources.base import Decoded, Part, Sample, Source
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class UnpackedSource(Source):
