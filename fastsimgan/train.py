@@ -10,8 +10,9 @@ from typing import Any
 
 from fastsimgan import cli
 from fastsimgan.config import PRESETS, TrainConfig, preset
-from fastsimgan.errors import SKIP, FastSimGANError, InputError
+from fastsimgan.errors import BAD_SHARE, SKIP, InputError
 
+PROG = "python -m fastsimgan.train"
 DESCRIPTION = """Train a SimGAN refiner: a network that makes synthetic images look real while their labels stay true.
 
 Give --synthetic and --real (folders of images, .npz, .npy or HDF5 files, .tar shards), or neither for the built-in
@@ -19,25 +20,30 @@ procedural eyes. What comes out, in --out: refiner.safetensors, contact_sheet.pn
 checkpoints/ and pictures/."""
 
 #: What a resumed run may change without ceasing to be the same run.
-_FREE_ON_RESUME = {"out", "resume", "dry_run", "device", "picture_every", "checkpoint_every", "keep", "data", "profile"}
+_FREE_ON_RESUME = {"out", "resume", "dry_run", "device", "eval_every", "checkpoint_every", "keep", "data", "profile"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The flags that decide about the defaults of all."""
+
+    synthetic: Path | None = None
+    out: Path = TrainConfig.out
+    preset: str | None = None
+    resume: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, read both sets of images, train; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        default = _default(arguments)
-    except FastSimGANError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return cli.run(
-        train,
-        TrainConfig,
-        prog="python -m fastsimgan.train",
-        description=DESCRIPTION,
-        argv=arguments,
-        default=default,
-    )
+
+    def parsed() -> int:
+        # tyro's way of presets is subcommands: these would know nothing of --resume, whose defaults are in a file, nor
+        # of what a run without data is
+        given = cli.parse_known(_Given, arguments, prog=PROG)
+        return cli.run(train, TrainConfig, prog=PROG, description=DESCRIPTION, argv=arguments, default=_default(given))
+
+    return cli.exit_code(parsed)
 
 
 def train(config: TrainConfig) -> None:
@@ -55,7 +61,9 @@ def train(config: TrainConfig) -> None:
 
     if config.synthetic is None or config.real is None:
         synthetic, real = (part["images"] for part in builtin_pair(config.seed))
-        print(f"built-in eyes: {len(synthetic)} synthetic, {len(real)} of the stand-in for real ones (simulated too)")
+        cli.LOG.info(
+            f"built-in eyes: {len(synthetic)} synthetic, {len(real)} of the stand-in for real ones (simulated too)"
+        )
     else:
         synthetic, real = _both_sides(config, config.synthetic, config.real)
 
@@ -70,12 +78,9 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     Synthetic images are read as stored: labels belong to them. Real ones carry none, so they are turned upright and
     made grey or RGB, as the synthetic ones are.
     """
-    from fastsimgan.data.formats.numpy_file import UNIT
     from fastsimgan.data.formats.open_images import open_images
-    from fastsimgan.data.pixel_values import mismatch, value_range
-    from fastsimgan.data.ragged import channels_of
-    from fastsimgan.data.reading import Reading, grey_in_colour, in_the_colour
-    from fastsimgan.data.resizing import rescale
+    from fastsimgan.data.pixel_values import UNIT
+    from fastsimgan.data.reading import Reading, in_the_colour
 
     reading = Reading(
         images=config.images,
@@ -89,44 +94,61 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
         colouring="--colour rgb or --colour grey makes them alike",
     )
     ours = open_images(synthetic, reading)
-    print(f"synthetic: {ours.describe()}")
+    cli.LOG.info(f"synthetic: {ours.describe()}")
     theirs = _open_real(
         real, dataclasses.replace(reading, upright=True, images=config.real_images or config.images), config
     )
-    print(f"real: {theirs.describe()}")
-    colour = config.colour
-    images = in_the_colour(_set_of(ours), colour)
+    cli.LOG.info(f"real: {theirs.describe()}")
+    images = in_the_colour(_set_of(ours), config.colour)
     _say_left_out("synthetic", ours, len(images), config)
+    photos = _photos(theirs, images, config)
+    _say_values(images, photos, config)
+    return images, photos
+
+
+def _photos(theirs: Any, images: Any, config: TrainConfig) -> Any:
+    """The real images, made like the synthetic ones in colour and scale."""
+    from fastsimgan.data.ragged import channels_of
+    from fastsimgan.data.reading import in_the_colour
+    from fastsimgan.data.resizing import rescale
+
+    colour = config.colour
     if colour == "auto":
         channels = channels_of(images)
         colour = "grey" if channels == 1 else "rgb" if channels == 3 else "auto"
-    if hasattr(theirs, "reading"):
-        theirs.reading = dataclasses.replace(theirs.reading, colour="as stored" if colour == "auto" else colour)
     scale = _scale(config, images)
     if hasattr(theirs, "reading"):
-        theirs.reading = dataclasses.replace(theirs.reading, scale=scale)
+        read_as = "as stored" if colour == "auto" else colour
+        theirs.reading = dataclasses.replace(theirs.reading, colour=read_as, scale=scale)
         stored = _set_of(theirs)
         resized = theirs.resized
     else:
         stored = rescale(as_found := _set_of(theirs), scale)
         resized = 0 if stored is as_found else len(stored)
     if resized:
-        print(f"real: {resized} of {len(stored)} images {_scale_text(config, scale)}")
+        cli.LOG.info(f"real: {resized} of {len(stored)} images {_scale_text(config, scale)}")
     photos = in_the_colour(stored, colour)
     _say_left_out("real", theirs, len(photos), config)
     if converted := getattr(theirs, "converted", 0) or (len(photos) if photos is not stored else 0):
         of = "--colour says" if config.colour != "auto" else "the synthetic ones are"
-        print(f"real: {converted} of {len(photos)} images made {'RGB' if colour == 'rgb' else 'grey'}, as {of}")
+        cli.LOG.info(f"real: {converted} of {len(photos)} images made {'RGB' if colour == 'rgb' else 'grey'}, as {of}")
+    return photos
+
+
+def _say_values(images: Any, photos: Any, config: TrainConfig) -> None:
+    """What values both sides have, and what is odd about them."""
+    from fastsimgan.data.pixel_values import UNIT, mismatch, value_range
+    from fastsimgan.data.reading import grey_in_colour
+
     if grey_in_colour(images):
-        print("synthetic: RGB with R = G = B in all that were looked at; --colour grey trains on one channel")
+        cli.LOG.info("synthetic: RGB with R = G = B in all that were looked at; --colour grey trains on one channel")
     span = config.range or UNIT
     ranges = value_range(images, span), value_range(photos, span)
     of = "" if config.range is None else f", where these are --range's {config.range[0]:g} and {config.range[1]:g}"
     for name, found in zip(("synthetic", "real"), ranges, strict=True):
-        print(f"{name}: values {found}{of}")
+        cli.LOG.info(f"{name}: values {found}{of}")
     if warning := mismatch(*ranges):
-        print(f"warning: {warning}")
-    return images, photos
+        cli.LOG.warning(warning)
 
 
 def _set_of(source: Any) -> Any:
@@ -155,18 +177,16 @@ def _open_real(path: Path, reading: Any, config: TrainConfig) -> Any:
 
     reading = dataclasses.replace(reading, flag=real_images_flag)
     if config.images is not None and config.real_images is None and not matches(path, reading):
-        print(f"real: no name matches --images {config.images!r}: judged without it")
+        cli.LOG.info(f"real: no name matches --images {config.images!r}: judged without it")
         reading = dataclasses.replace(reading, images=None)
     return open_images(path, reading)
 
 
 def _say_left_out(name: str, source: Any, kept: int, config: TrainConfig) -> None:
     """Name what was left out. Raises InputError if it is too much."""
-    from fastsimgan.refine import BAD_SHARE
-
     left_out: list[str] = getattr(source, "left_out", [])
     for reason in left_out:
-        print(f"left out: {reason}")
+        cli.LOG.info(f"left out: {reason}")
     if len(left_out) > BAD_SHARE * (kept + len(left_out)):
         raise InputError(
             f"{config.synthetic if name == 'synthetic' else config.real}: at most {BAD_SHARE:.0%} of the images may be "
@@ -174,20 +194,11 @@ def _say_left_out(name: str, source: Any, kept: int, config: TrainConfig) -> Non
         )
 
 
-def _default(arguments: Sequence[str]) -> TrainConfig:
+def _default(given: _Given) -> TrainConfig:
     """The settings that flags override: those of the run that is resumed, or of the preset."""
-
-    def given(flag: str) -> str | None:
-        for position, argument in enumerate(arguments):
-            if argument == flag and position + 1 < len(arguments):
-                return arguments[position + 1]
-            if argument.startswith(f"{flag}="):
-                return argument.partition("=")[2]
-        return None
-
-    if "--resume" in arguments:
-        return _saved(Path(given("--out") or TrainConfig.out))
-    name = given("--preset") or ("gaze" if given("--synthetic") else "quick")
+    if given.resume:
+        return _saved(given.out)
+    name = given.preset or ("gaze" if given.synthetic else "quick")
     return preset(name) if name in PRESETS else TrainConfig()  # an unknown name is the parser's to answer
 
 

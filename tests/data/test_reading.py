@@ -569,7 +569,7 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
         "pretrain_discriminator": 0,
         "history": 4,
         "device": "cpu",
-        "picture_every": 2,
+        "eval_every": 2,
     }
     names = {"synthetic": images, "real": images, "photos": images, "quick": quick}
     gaze = np.zeros((8, 2))
