@@ -6,8 +6,8 @@ from refiners import trained
 from torch import nn
 
 from fastsimgan.data.pixel_values import from_float
+from fastsimgan.data.preprocess import prepare
 from fastsimgan.errors import InputError
-from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.models.classifier import Classifier
 from fastsimgan.models.discriminator import Discriminator
 from fastsimgan.models.gaze import GazeNetwork
