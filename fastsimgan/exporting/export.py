@@ -70,10 +70,7 @@ def export(
     writer = _Writer(
         file, Truth(file, compared), facts, gptq.calibrate(file.module, seen) if quantise else None, min_psnr, log
     )
-    forms = FORMS | dict(QUANTISED[name] for name in quantise)
-    if file.in_features:
-        forms = {name: form for name, form in FORMS.items() if form.branches == "float32"}
-        log(f"{', '.join(forms)} alone: {IN_FEATURES}")
+    forms = _forms(file, quantise, log)
     with staged(out) as folder:
         folder.mkdir()
         for name, form in forms.items():
@@ -90,6 +87,15 @@ def export(
         commands = _write_commands(folder, profile, forms, file)
         (folder / CARD).write_text(model_card(file, record, writer.reports, commands, min_psnr))
     return writer.reports
+
+
+def _forms(file: RefinerFile, quantise: Sequence[str], log: Callable[[str], None]) -> dict[str, Form]:
+    """What to write, by name."""
+    if not file.in_features:
+        return FORMS | dict(QUANTISED[name] for name in quantise)
+    forms = {name: form for name, form in FORMS.items() if form.branches == "float32"}
+    log(f"{', '.join(forms)} alone: {IN_FEATURES}")
+    return forms
 
 
 def _write_commands(
