@@ -29,8 +29,9 @@ from fastsimgan.data.preprocess import prepare
 from fastsimgan.data.simulators.builtin import builtin_pair
 from fastsimgan.errors import FastSimGANError
 from fastsimgan.hardware.precision import choose_precision
-from fastsimgan.inference.refiner import Refiner, load_refiner, read_refiner, save_refiner
-from fastsimgan.models.refiner import Refiner as Network
+from fastsimgan.inference.refiner import Refiner, load_refiner
+from fastsimgan.inference.refiner_file import read_refiner, save_refiner
+from fastsimgan.models.refiner import RefinerNetwork
 from fastsimgan.refinement.tuning import BATCH_SIZE_CUDA, fitting, read_shape, useful_pixels
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def saved(folder: Path, size: str, small: bool) -> Path:
     if path := os.environ.get("FASTSIMGAN_BENCH_REFINER"):
         return Path(path)
     torch.manual_seed(0)
-    network = Network(1, width=8, blocks=2) if small else Network(1, **SHAPES[size])
+    network = RefinerNetwork(1, hidden_channels=8, blocks=2) if small else RefinerNetwork(1, **SHAPES[size])
     torch.nn.init.normal_(network.last.weight)  # a fresh one changes nothing
     save_refiner(folder / "refiner.safetensors", network, histogram="keep", training=TrainConfig())
     return folder

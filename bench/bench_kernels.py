@@ -27,7 +27,7 @@ from bench import limits
 from fastsimgan.config import TrainConfig
 from fastsimgan.hardware.precision import choose_precision
 from fastsimgan.inference import load_refiner, save_refiner
-from fastsimgan.models.refiner import Refiner
+from fastsimgan.models.refiner import RefinerNetwork
 from fastsimgan.ops.discriminator_loss import discriminator_loss
 from fastsimgan.ops.history_swap import FILL, encode, history_swap, new_state
 from fastsimgan.ops.refiner_loss import refiner_loss
@@ -114,7 +114,10 @@ def refining(device: torch.device) -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         save_refiner(
-            Path(folder) / "refiner.safetensors", Refiner(1, width=WIDTH), histogram="keep", training=TrainConfig()
+            Path(folder) / "refiner.safetensors",
+            RefinerNetwork(1, hidden_channels=WIDTH),
+            histogram="keep",
+            training=TrainConfig(),
         )
         sets = [
             torch.randint(0, 256, (BATCH, 1, *SIZE), dtype=torch.uint8, device=device)

@@ -222,12 +222,14 @@ def packed(count: int, device: str, precisions: list[str], compiled: list[str]) 
     from fastsimgan.config import TrainConfig
     from fastsimgan.errors import FastSimGANError
     from fastsimgan.inference import save_refiner
-    from fastsimgan.models.refiner import Refiner
+    from fastsimgan.models.refiner import RefinerNetwork
 
     folder = Path(tempfile.mkdtemp())
     try:
         torch.manual_seed(0)
-        network, size = (Refiner(1, width=20, blocks=1), (8, 9)) if limits.SMALL else (Refiner(1), (35, 55))
+        network, size = (
+            (RefinerNetwork(1, hidden_channels=20, blocks=1), (8, 9)) if limits.SMALL else (RefinerNetwork(1), (35, 55))
+        )
         save_refiner(folder / "refiner.safetensors", network, histogram="keep", training=TrainConfig())
         rng = np.random.default_rng(0)
         rows = np.lib.format.open_memmap(folder / "in.npy", "w+", np.uint8, (count, *size))

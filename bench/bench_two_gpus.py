@@ -91,13 +91,13 @@ def refine(folder: Path) -> int:
 
     from fastsimgan.config import TrainConfig
     from fastsimgan.inference import save_refiner
-    from fastsimgan.models.refiner import Refiner
+    from fastsimgan.models.refiner import RefinerNetwork
     from fastsimgan.refinement.job import Job
     from fastsimgan.refinement.run import refine as run
 
     count, size, shape = (3000, (16, 20), {"width": 20}) if limits.SMALL else (600_000, (35, 55), {})
     torch.manual_seed(0)
-    save_refiner(folder / "refiner.safetensors", Refiner(1, **shape), histogram="keep", training=TrainConfig())
+    save_refiner(folder / "refiner.safetensors", RefinerNetwork(1, **shape), histogram="keep", training=TrainConfig())
     rows = np.lib.format.open_memmap(folder / "in.npy", "w+", np.uint8, (count, *size))
     random = np.random.default_rng(0)
     for first in range(0, count, 10_000):

@@ -35,10 +35,10 @@ def work() -> None:
     import torch
 
     from fastsimgan.models.gaze import GazeNetwork
-    from fastsimgan.models.refiner import Refiner
+    from fastsimgan.models.refiner import RefinerNetwork
 
     torch.manual_seed(0)
-    networks = {"refiner": Refiner(), "gaze network": GazeNetwork()}
+    networks = {"refiner": RefinerNetwork(), "gaze network": GazeNetwork()}
     images = torch.rand(BATCH, 1, 35, 55) * 2 - 1
     for line in sys.stdin:
         network = networks[line.strip()]

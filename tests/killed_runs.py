@@ -31,8 +31,8 @@ import torch
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.ragged import RaggedImages
 from fastsimgan.errors import Stopped
-from fastsimgan.inference.refiner import read_refiner
-from fastsimgan.models.refiner import Refiner
+from fastsimgan.inference.refiner_file import read_refiner
+from fastsimgan.models.refiner import RefinerNetwork
 from fastsimgan.storage import checkpoint
 from fastsimgan.training import graceful_stop, loop, progress, simgan
 from fastsimgan.training.history_buffer import HistoryBuffer
@@ -48,7 +48,7 @@ CONFIG = TrainConfig(
 
 STUCK: list[tuple[Any, str, int, str]] = [
     (loop, "compile_networks", 1, "pretrain-00000000"),
-    (Refiner, "forward", 1, "pretrain-00000000"),
+    (RefinerNetwork, "forward", 1, "pretrain-00000000"),
     (simgan.SimGAN, "_follow", 1, "pretrain-00000000"),
     (HistoryBuffer, "swap", 1, "pretrain-00000001"),
     (simgan.SimGAN, "_backward", 8, "step-00000002"),

@@ -22,7 +22,7 @@ from fastsimgan.inference import int8_backend, trtexec
 from fastsimgan.inference.graph_format import Form
 from fastsimgan.inference.onnx_file import read, stamp
 from fastsimgan.inference.onnxruntime_backend import OnnxRuntimeBackend
-from fastsimgan.inference.refiner import IN_FEATURES, RefinerFile, read_refiner
+from fastsimgan.inference.refiner_file import IN_FEATURES, RefinerFile, read_refiner
 from fastsimgan.inference.tensorrt_backend import Library, cached_engine
 from fastsimgan.storage.atomic import staged
 from fastsimgan.storage.checkpoint import newest_checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastsimgan.inference.graph_format import Form, input_name
-from fastsimgan.inference.refiner import RefinerFile
+from fastsimgan.inference.refiner_file import RefinerFile
 
 FORMS = {
     "refiner.onnx": Form(False, "float32"),

@@ -20,7 +20,7 @@ _NEIGHBOURHOODS = 1 << 15  # of which moments are taken: four times as many chan
 
 
 @torch.no_grad()
-def calibrate(module: network.Refiner, images: Tensor) -> dict[str, Array]:
+def calibrate(module: network.RefinerNetwork, images: Tensor) -> dict[str, Array]:
     """What rounding to 8 bits has to know of each block, over images like those to come.
 
     ``blocks.I.in``, ``blocks.I.hidden`` and ``blocks.I.branch`` are each channel's largest magnitude (``[width]``);

@@ -9,7 +9,7 @@ from typing import Any
 from fastsimgan.exporting.exported_files import FORMS, QUANTISED, how_to_call
 from fastsimgan.exporting.onnx_graph import IR_VERSION, OPSET, RUNS_IN
 from fastsimgan.exporting.parity import Parity
-from fastsimgan.inference.refiner import RefinerFile
+from fastsimgan.inference.refiner_file import RefinerFile
 from fastsimgan.reporting.templates import fill_in
 
 _CARD = Path(__file__).with_suffix(".md")

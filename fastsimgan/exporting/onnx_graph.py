@@ -45,7 +45,7 @@ def build(
 
     Args:
         weights: the refiner's tensors by the names in its file, float32.
-        settings: the refiner's settings (`fastsimgan.inference.refiner.describe`).
+        settings: the refiner's settings (`fastsimgan.inference.refiner_file.describe`).
         form: what to write.
         calibration: for a quantised form, what `gptq.calibrate` found.
     """

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastsimgan.data.pixel_values import from_float
 from fastsimgan.data.preprocess import prepare
 from fastsimgan.inference.graph_format import Form
-from fastsimgan.inference.refiner import RefinerFile
+from fastsimgan.inference.refiner_file import RefinerFile
 from fastsimgan.models import refiner as network
 from fastsimgan.reporting.contact_sheet import save_rows
 

@@ -1,37 +1,24 @@
-"""A trained refiner as a function of images, and its file."""
+"""A trained refiner as a function of images."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
 from torch import Tensor
 
-from fastsimgan.config import TrainConfig
 from fastsimgan.data.pixel_values import UNIT, Span, as_images, from_float, out_of_range
 from fastsimgan.data.preprocess import equalised, prepare
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.device import choose_device
-from fastsimgan.inference.graph_format import check_settings
+from fastsimgan.inference.backend import Backend, Precision
+from fastsimgan.inference.refiner_file import IN_FEATURES, describe, read_refiner
 from fastsimgan.inference.tiles import in_tiles, margin, pixels
-from fastsimgan.inference.torch_backend import Backend, Precision, TorchBackend
-from fastsimgan.models import refiner as network
-from fastsimgan.storage.atomic import write_atomically
-
-FILE, BEST = "refiner.safetensors", "best.safetensors"
-_FORMAT = "fastsimgan.refiner/1"
-IN_FEATURES = (
-    "a refiner of a version before --computes carries the image in its features, for which float32 alone is good "
-    "enough: train it again for 16 and 8 bits"
-)
+from fastsimgan.inference.torch_backend import TorchBackend
+from fastsimgan.models.refiner import RefinerNetwork
 
 
 class Refiner:
@@ -52,7 +39,7 @@ class Refiner:
         self.span: Span = float(low), float(high)
 
     @classmethod
-    def from_module(cls, module: network.Refiner, histogram: str, device: torch.device) -> Refiner:
+    def from_module(cls, module: RefinerNetwork, histogram: str, device: torch.device) -> Refiner:
         """A refiner that has no file yet (``sha256`` is empty)."""
         device = choose_device(str(device))  # with its index
         return cls(TorchBackend(module, device), describe(module, histogram), "", device)
@@ -77,23 +64,23 @@ class Refiner:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if isinstance(images, Tensor):
-            planes = images
-            if planes.ndim != 4:
+            if images.ndim != 4:
                 raise InputError(f"images must be a tensor [N, C, H, W], got {list(images.shape)}")
+            stored: Any = images
+            refined: Any = torch.empty_like(images)
+            target: Tensor = refined
         else:
-            images = as_images(images)
-            planes = torch.from_numpy(np.ascontiguousarray(images))
-            planes = planes[:, None] if planes.ndim == 3 else planes.permute(0, 3, 1, 2)
-        self.check(planes, images.shape)
-        out = torch.empty_like(planes)
+            stored = as_images(images)
+            refined = np.empty_like(stored, order="C", subok=False)
+            target = _planes(refined)
+        self.check(_part(stored, slice(0, 0)), stored.shape)
         batch_size = min(batch_size, self.backend.largest_batch or batch_size)
-        for start in range(0, len(planes), batch_size):
+        for start in range(0, len(stored), batch_size):
             part = slice(start, start + batch_size)
-            self.check_range(planes[part])
-            out[part] = self._refine(planes[part].to(self.device)).to(out.device)
-        if isinstance(images, Tensor):
-            return out
-        return (out[:, 0] if images.ndim == 3 else out.permute(0, 2, 3, 1)).contiguous().numpy()
+            planes = _part(stored, part)
+            self.check_range(planes)
+            target[part] = self._refine(planes.to(self.device)).to(target.device)
+        return refined
 
     def warm_up(self, batch_size: int, height: int, width: int) -> None:
         """Run twice on black images of this size, so that no choice, compilation or capture is left for later."""
@@ -165,43 +152,19 @@ class Refiner:
         return in_tiles(call, images, margin=around, most=most, dtype=dtype)
 
 
-def describe(module: network.Refiner, histogram: str) -> dict[str, Any]:
-    """The settings from which `load_refiner` builds the network again."""
-    return {
-        "channels": module.last.out_channels,
-        "width": module.last.in_channels,
-        "blocks": len(module.blocks),
-        "first_kernel": module.first.kernel_size[0],
-        "computes": module.computes,
-        "histogram": histogram,
-    }
+def _planes(images: np.ndarray[Any, Any]) -> Tensor:
+    """An array ``[N, H, W]`` or ``[N, H, W, C]`` as ``[N, C, H, W]``, in the same memory."""
+    planes = torch.from_numpy(images)
+    return planes[:, None] if planes.ndim == 3 else planes.permute(0, 3, 1, 2)
 
 
-def save_refiner(path: Path, module: network.Refiner, *, histogram: str, training: TrainConfig) -> None:
-    """Write R's weights and its settings (in the header) to ``path``, at once or not at all.
-
-    Args:
-        path: a .safetensors file.
-        module: R.
-        histogram: "keep" or "equalise", what happens to an image before R.
-        training: settings it was trained with, kept for the record.
-    """
-    settings = describe(module, histogram)
-    if training.range is not None:
-        settings["range"] = list(training.range)
-    header = {"format": _FORMAT, "settings": json.dumps(settings), "training": training.to_header()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    write_atomically(path, _in_order(save(tensors, header)))
-
-
-def _in_order(file: bytes) -> bytes:
-    """A safetensors file with its metadata sorted: the library writes them in another order in each process."""
-    size = int.from_bytes(file[:8], "little")
-    header = json.loads(file[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + file[8 + size :]
+def _part(images: np.ndarray[Any, Any] | Tensor, part: slice) -> Tensor:
+    """Some images as ``[n, C, H, W]``."""
+    if isinstance(images, Tensor):
+        return images[part]
+    array = np.ascontiguousarray(images[part])
+    # PyTorch warns of memory that it may not write to, a mapped file's say
+    return _planes(array if array.flags.writeable else array.copy())
 
 
 def load_refiner(
@@ -267,56 +230,3 @@ def _load_onnx(path: Path, device: str) -> Refiner:
     chosen = choose_device(device)
     backend = Int8Backend(file) if unmet(file, chosen) is None else OnnxRuntimeBackend(file, chosen)
     return Refiner(backend, file.settings, file.sha256, chosen)
-
-
-@dataclass(frozen=True)
-class RefinerFile:
-    """What ``refiner.safetensors`` holds."""
-
-    module: network.Refiner
-    settings: dict[str, Any]
-    training: str  # JSON, the settings it was trained with
-    sha256: str
-    in_features: bool
-    """Whether it carries the image as small differences of large features, as earlier versions had R begin at the
-    identity. In float16 throughout such a refiner was up to 36 grey levels off."""
-
-
-def read_refiner(path: Path) -> RefinerFile:
-    """Read and check the folder of a run, or its ``refiner.safetensors``; InputError as `load_refiner` has it."""
-    file = path / FILE if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"{file}: no such refiner (a run's folder holds one after its first checkpoint)")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-        data = file.read_bytes()
-        tensors = load(data)
-    except SafetensorError as error:
-        raise InputError(f"{file}: not a safetensors file: {error}") from error
-    if header.get("format") != _FORMAT:
-        raise InputError(f"{file}: format must be {_FORMAT!r}, got {header.get('format')!r}")
-    try:
-        settings = json.loads(header["settings"])
-        check_settings(settings)
-        if list(tensors["last.weight"].shape[:2]) != [settings["channels"], settings["width"]]:
-            raise ValueError("the header's channels and width are not those of the weights")
-        with torch.device("meta"):  # no memory is taken on the header's word
-            module = network.Refiner(
-                settings["channels"],
-                width=settings["width"],
-                blocks=settings["blocks"],
-                first_kernel=settings["first_kernel"],
-                computes=settings.setdefault("computes", "image"),
-            )
-        module.load_state_dict(tensors, assign=True)
-        training = header.get("training", "{}")
-        began_there = settings["computes"] == "image" and dict(json.loads(training)).get("identity_init") is True
-        in_features = began_there and settings["width"] >= 20 * settings["channels"]  # narrower ones began at random
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{file}: not a whole refiner: {type(error).__name__}: {reason}") from error
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{file}: weights must be finite, got NaN or Inf in {name}")
-    return RefinerFile(module, settings, training, hashlib.sha256(data).hexdigest(), in_features)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from fastsimgan.errors import InputError, UnavailableError
+from fastsimgan.inference.cuda_graph_cache import Replay
 from fastsimgan.inference.graph_format import OUTPUT
 from fastsimgan.inference.onnx_file import OnnxFile
-from fastsimgan.inference.torch_backend import Replay
 from fastsimgan.inference.trtexec import Profile
 from fastsimgan.storage.atomic import write_atomically
 from fastsimgan.storage.names import printable

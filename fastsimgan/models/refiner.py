@@ -52,41 +52,41 @@ def _products(layer: nn.Conv2d, images: Tensor) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions of equal width around a skip connection, ReLU after each (paper §3.1, Fig. 6)."""
+    """Two 3×3 convolutions around a skip connection, ReLU after each (paper §3.1, Fig. 6)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, hidden_channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv1 = nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1)
 
     def forward(self, features: Tensor, impl: str = "auto") -> Tensor:
-        """``[B, width, H, W]`` in and out; ``impl`` as in `ops.residual_block`."""
+        """``[B, hidden_channels, H, W]`` in and out; ``impl`` as in `ops.residual_block`."""
         first, second = self.conv1, self.conv2
         assert first.bias is not None and second.bias is not None
         return residual_block(features, first.weight, first.bias, second.weight, second.bias, impl)
 
 
 Computes = Literal["change", "image"]
-"""What R's last layer computes, see `Refiner`."""
+"""What R's last layer computes, see `RefinerNetwork`."""
 
 
-class Refiner(nn.Module):
+class RefinerNetwork(nn.Module):
     """R: one k×k convolution, residual blocks, one 1×1 convolution; no stride, no pooling (paper §3.1, §3.2).
 
     What the last layer computes becomes the refined image in one of two ways:
 
     - "change": it is added to the image before the tanh, see `put_together`. The image goes round the network, so that
-      features hold the change alone: 16 bits are enough for them, and R begins exactly as the identity, of any width
-      and any number of channels, as the last layer begins at zero.
+      features hold the change alone: 16 bits are enough for them, and R begins exactly as the identity, whatever the
+      number of maps and of channels, as the last layer begins at zero.
     - "image": it is the image, before the tanh, as in the paper. The image goes through the network, which must learn
       to hand it on.
 
-    The paper's gaze refiner is ``Refiner(1, computes="image")`` (3×3 → 64, 4 blocks, 296 k parameters), its hand
-    refiner ``Refiner(1, blocks=10, first_kernel=7, computes="image")``. Borders are padded with zeros.
+    The paper's gaze refiner is ``RefinerNetwork(1, computes="image")`` (3×3 → 64, 4 blocks, 296 k parameters), its hand
+    refiner ``RefinerNetwork(1, blocks=10, first_kernel=7, computes="image")``. Borders are padded with zeros.
 
     Args:
         channels: channels of the image, 1 (grey, depth) or more.
-        width: feature maps inside.
+        hidden_channels: feature maps inside.
         blocks: number of residual blocks.
         first_kernel: odd size of the first convolution.
         computes: "change" or "image".
@@ -101,7 +101,7 @@ class Refiner(nn.Module):
         self,
         channels: int = 1,
         *,
-        width: int = 64,
+        hidden_channels: int = 64,
         blocks: int = 4,
         first_kernel: int = 3,
         computes: Computes = "change",
@@ -112,9 +112,9 @@ class Refiner(nn.Module):
         if computes not in get_args(Computes):
             raise InputError(f"computes must be one of {', '.join(get_args(Computes))}, got {computes!r}")
         self.computes = computes
-        self.first = nn.Conv2d(channels, width, first_kernel, padding=first_kernel // 2)
-        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
-        self.last = nn.Conv2d(width, channels, 1)
+        self.first = nn.Conv2d(channels, hidden_channels, first_kernel, padding=first_kernel // 2)
+        self.blocks = nn.ModuleList(ResidualBlock(hidden_channels) for _ in range(blocks))
+        self.last = nn.Conv2d(hidden_channels, channels, 1)
         if computes == "change":
             self._begin()
         self.recompute = False
@@ -158,7 +158,7 @@ CURVE = 0.8
 
 
 def put_together(images: Tensor, computed: Tensor, computes: str) -> Tensor:
-    """The refined images, at least float32, from the images and what R's last layer ``computed``, see `Refiner`.
+    """The refined images, at least float32, from the images and what R's last layer ``computed``, see `RefinerNetwork`.
 
     Of a change u it is ``tanh(atanh(s x) + u) / s``, held in [-1, 1], s = `CURVE`: u is added before the tanh, where
     the paper's network computes the image. A small u moves mid grey by 1.25 u, black and white by 0.45 u; with s = 1

@@ -16,7 +16,8 @@ from fastsimgan.data.ragged import Images, RaggedImages, pack
 from fastsimgan.errors import InputError, Stopped
 from fastsimgan.hardware.device import choose_device, current, keep_freed_memory, short_of_memory
 from fastsimgan.hardware.precision import choose_precision, convolutions
-from fastsimgan.inference.refiner import BEST, FILE, Refiner, load_refiner
+from fastsimgan.inference.refiner import Refiner, load_refiner
+from fastsimgan.inference.refiner_file import BEST, FILE
 from fastsimgan.storage.atomic import write_atomically
 from fastsimgan.training.batches import TrainingBatches, open_batches
 from fastsimgan.training.compilation import choose_residual_blocks, compile_networks

@@ -12,8 +12,8 @@ from pathlib import Path
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.ragged import Size
 from fastsimgan.errors import InputError, TrainingError
-from fastsimgan.inference.refiner import BEST, FILE, save_refiner
-from fastsimgan.models.refiner import Refiner
+from fastsimgan.inference.refiner_file import BEST, FILE, save_refiner
+from fastsimgan.models.refiner import RefinerNetwork
 from fastsimgan.storage.atomic import remove_unfinished, write_atomically, writing
 from fastsimgan.storage.checkpoint import STOPPED, list_checkpoints, newest_checkpoint, remove_old, save_checkpoint
 from fastsimgan.training.metrics_log import MetricsLog
@@ -29,7 +29,7 @@ class Snapshot:
 
     name: str
     state: StateDict
-    refiners: dict[str, Refiner]
+    refiners: dict[str, RefinerNetwork]
 
 
 class RunDirectory:
@@ -143,13 +143,13 @@ class RunDirectory:
             self._save_refiners(snapshot.refiners)
         self._newest = snapshot.name
 
-    def _refiners(self) -> dict[str, Refiner]:
+    def _refiners(self) -> dict[str, RefinerNetwork]:
         """R as it is and, once one was evaluated, the best one; after a drift beyond the limit that is both."""
         state = self._state
         last = state.best_refiner if state.drifted else state.ema
         return {FILE: last} | ({BEST: state.best_refiner} if state.best else {})
 
-    def _save_refiners(self, refiners: dict[str, Refiner]) -> None:
+    def _save_refiners(self, refiners: dict[str, RefinerNetwork]) -> None:
         for name, network in refiners.items():
             save_refiner(self.path / name, network, histogram=self._state.batches.histogram, training=self._config)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastsimgan.config import TrainConfig
 from fastsimgan.hardware.device import channels_last
 from fastsimgan.models.discriminator import Discriminator
-from fastsimgan.models.refiner import Refiner
+from fastsimgan.models.refiner import RefinerNetwork
 from fastsimgan.storage.checkpoint import flatten, select
 from fastsimgan.training.batches import TrainingBatches
 from fastsimgan.training.data_parallel import DataParallelGroup
@@ -107,9 +107,9 @@ class TrainingState:
 
         channels = image_shape[0]
         first_kernel = 7 if config.network == "hand" else 3
-        refiner = Refiner(
+        refiner = RefinerNetwork(
             channels,
-            width=config.hidden_channels,
+            hidden_channels=config.hidden_channels,
             blocks=config.blocks,
             first_kernel=first_kernel,
             computes=config.computes,
@@ -140,7 +140,7 @@ class TrainingState:
         self.accuracies: list[float] = []
         self.attempt = 0
         self.best: dict[str, float] | None = None
-        self.best_refiner: Refiner = self.ema
+        self.best_refiner: RefinerNetwork = self.ema
         self.drifted = False
 
     # -- how far it is -----------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from fastsimgan.config import TrainConfig
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.hardware.cuda_graphs import capture
 from fastsimgan.inference import load_refiner, save_refiner, torch_backend
+from fastsimgan.inference.cuda_graph_cache import Replay
 from fastsimgan.inference.refiner import Refiner
-from fastsimgan.inference.torch_backend import Replay, TorchBackend
+from fastsimgan.inference.torch_backend import TorchBackend
 from fastsimgan.models import refiner as network
 from fastsimgan.refinement import loading, session, tuning, worker_loop
 from fastsimgan.refinement.job import Job
@@ -47,7 +48,7 @@ def tensorrt_backend():
 
 def make(folder: Path, histogram: str = "keep", **shape: int) -> Path:
     """A refiner that does something, saved."""
-    module = trained(1, amount=0.1, **{"width": 32, "blocks": 2, **shape})
+    module = trained(1, amount=0.1, **{"hidden_channels": 32, "blocks": 2, **shape})
     path = folder / f"{histogram}.safetensors"
     save_refiner(path, module, histogram=histogram, training=TrainConfig())
     return path
@@ -185,7 +186,7 @@ def test_each_size_of_each_refiner_is_compiled_however_many(tmp_path):
 
     compiled = 0
     for width in (20, 24):
-        path = make(tmp_path, width=width)
+        path = make(tmp_path, hidden_channels=width)
         refiner, on_cpu = load_refiner(path, "cuda", compiled=True), load_refiner(path, "cpu")
         assert refiner.backend.name == "torch float32, compiled"
         for size in range(torch_backend.MOST_COMPILED):

@@ -23,7 +23,7 @@ from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
 from fastsimgan.inference import save_refiner
-from fastsimgan.models.refiner import Refiner
+from fastsimgan.models.refiner import RefinerNetwork
 from fastsimgan.refinement.job import Job
 from fastsimgan.refinement.run import refine as refine_job
 from fastsimgan.refinement.session import open_session
@@ -129,7 +129,7 @@ def refiner(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     path = tmp_path / "model" / "refiner.safetensors"
     path.parent.mkdir()
-    save_refiner(path, Refiner(1, width=4, blocks=1), histogram="keep", training=TrainConfig())
+    save_refiner(path, RefinerNetwork(1, hidden_channels=4, blocks=1), histogram="keep", training=TrainConfig())
     return path
 
 

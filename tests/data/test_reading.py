@@ -28,7 +28,7 @@ from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
 from fastsimgan.evaluation.task_network import Labelled, number_classes, unseen_classes
 from fastsimgan.inference import load_refiner, save_refiner
-from fastsimgan.models.refiner import Refiner
+from fastsimgan.models.refiner import RefinerNetwork
 from fastsimgan.refinement.job import Job
 from fastsimgan.refinement.run import refine
 from fastsimgan.refinement.verification import verify
@@ -520,10 +520,11 @@ FORMS: dict[str, Callable[[np.ndarray], Any]] = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "refiner.safetensors"
-    save_refiner(path, Refiner(1, width=4, blocks=1), histogram="keep", training=TrainConfig())
+    save_refiner(path, RefinerNetwork(1, hidden_channels=4, blocks=1), histogram="keep", training=TrainConfig())
     return str(path)
 
 
+@pytest.mark.filterwarnings("error:The given NumPy array")  # torch's, where it may not write to one
 @pytest.mark.parametrize("form", FORMS)
 def test_every_public_function_takes_images_in_any_form(form: str, model: str, tmp_path: Path) -> None:
     images = FORMS[form](photos(8))

@@ -31,7 +31,7 @@ from fastsimgan.exporting.exported_files import QUANTISED  # noqa: E402
 from fastsimgan.inference import load_refiner, onnx_file, save_refiner  # noqa: E402
 from fastsimgan.inference.graph_format import Form  # noqa: E402
 from fastsimgan.inference.onnxruntime_backend import OnnxRuntimeBackend  # noqa: E402
-from fastsimgan.inference.refiner import describe  # noqa: E402
+from fastsimgan.inference.refiner_file import describe  # noqa: E402
 from fastsimgan.inference.trtexec import Profile, command  # noqa: E402
 from fastsimgan.models import refiner as network  # noqa: E402
 from fastsimgan.ops import residual_block, residual_block_int8  # noqa: E402
@@ -50,7 +50,7 @@ def saved(folder: Path, histogram: str, **shape: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("export") / "run", "equalise", channels=1, width=8, blocks=2)
+    return saved(tmp_path_factory.mktemp("export") / "run", "equalise", channels=1, hidden_channels=8, blocks=2)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_load_refiner_takes_every_file(run: Path, exported: Path, name: str, bat
 
 def test_colour_keeps_its_channels(tmp_path: Path) -> None:
     """Images prepared in channels_last are handed on by address; a wrong order would be another image."""
-    folder = saved(tmp_path / "rgb", "keep", channels=3, width=12, blocks=1)
+    folder = saved(tmp_path / "rgb", "keep", channels=3, hidden_channels=12, blocks=1)
     reports = exporting.export(folder, tmp_path / "out", log=lambda line: None)
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
     want = load_refiner(folder, "cpu")(images)
@@ -111,7 +111,7 @@ def test_colour_keeps_its_channels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("channels", "width"), [(1, 32), (3, 32), (4, 7)])
 def test_a_fresh_refiner_is_the_identity_to_the_bit_in_every_form(tmp_path: Path, channels: int, width: int) -> None:
     torch.manual_seed(0)
-    module = network.Refiner(channels, width=width, blocks=2)
+    module = network.RefinerNetwork(channels, hidden_channels=width, blocks=2)
     save_refiner(tmp_path / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
     quantise = tuple(QUANTISED)
     exporting.export(tmp_path / "refiner.safetensors", tmp_path / "out", quantise=quantise, log=lambda line: None)
@@ -123,7 +123,7 @@ def test_a_fresh_refiner_is_the_identity_to_the_bit_in_every_form(tmp_path: Path
 
 
 def test_the_papers_network_is_exported_too(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "run", "equalise", channels=1, width=8, blocks=2, computes="image")
+    folder = saved(tmp_path / "run", "equalise", channels=1, hidden_channels=8, blocks=2, computes="image")
     exporting.export(folder, tmp_path / "out", quantise=tuple(QUANTISED), min_psnr=30, log=lambda line: None)
     images = simulate_eyes(5, 1)["images"]
     want = load_refiner(folder, "cpu")(images)
@@ -147,7 +147,7 @@ def test_a_refiner_that_carries_the_image_in_its_features_is_float32_alone(tmp_p
 
 def test_eight_bits_hold_for_channels_of_very_different_range(tmp_path: Path) -> None:
     """Trained refiners have them; with one scale for all channels, the small ones drown in rounding."""
-    folder = saved(tmp_path / "run", "keep", channels=1, width=24, blocks=3)
+    folder = saved(tmp_path / "run", "keep", channels=1, hidden_channels=24, blocks=3)
     module = exporting.read_refiner(folder).module
     with torch.no_grad():
         for block in module.blocks:
@@ -174,7 +174,7 @@ needs_int8 = pytest.mark.skipif(
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run of 32 maps that does something, and its export."""
     folder = tmp_path_factory.mktemp("wide")
-    run = saved(folder / "run", "equalise", channels=1, amount=0.1, width=32, blocks=3)
+    run = saved(folder / "run", "equalise", channels=1, amount=0.1, hidden_channels=32, blocks=3)
     lines: list[str] = []
     exporting.export(run, folder / "exported", quantise=("int8-cpu",), min_psnr=40, log=lines.append)
     assert any("in fastsimgan, int8 " in line for line in lines) == (
@@ -283,7 +283,7 @@ def test_moments_are_those_of_all_neighbourhoods(shape: tuple[int, int, int, int
 
 def test_channels_of_no_kernel_and_dead_ones(tmp_path: Path) -> None:
     """A bias alone must not overflow the units of sums that are nearly nothing."""
-    folder = saved(tmp_path / "run", "keep", channels=1, width=32, blocks=3)
+    folder = saved(tmp_path / "run", "keep", channels=1, hidden_channels=32, blocks=3)
     module = exporting.read_refiner(folder).module
     with torch.no_grad():
         for block in module.blocks:
@@ -314,13 +314,13 @@ def test_rounded_weights_make_up_for_each_other() -> None:
 
 
 def test_eight_bits_need_a_branch_to_be_in(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "run", "keep", channels=1, width=4, blocks=1)
+    folder = saved(tmp_path / "run", "keep", channels=1, hidden_channels=4, blocks=1)
     with pytest.raises(InputError, match="quantise must be for refiners of at least 2 blocks, .* got 1"):
         exporting.export(folder, tmp_path / "out", quantise=("int8-cpu",), log=lambda line: None)
 
 
 def test_equalisation_in_the_graph_is_exactly_ours() -> None:
-    module = network.Refiner(1, width=4, blocks=0)
+    module = network.RefinerNetwork(1, hidden_channels=4, blocks=0)
     weights = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
     model = onnx_graph.build(weights, describe(module, "equalise"), Form(True, "float32"))
     model.graph.output.append(onnx.helper.make_tensor_value_info("equalised", onnx.TensorProto.FLOAT, None))
@@ -340,7 +340,9 @@ def test_equalisation_in_the_graph_is_exactly_ours() -> None:
 
 def test_float_inputs_say_by_name_what_they_need(exported: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
-    exporting.export(saved(tmp_path / "run", "keep", channels=1, width=4, blocks=1), plain, log=lambda line: None)
+    exporting.export(
+        saved(tmp_path / "run", "keep", channels=1, hidden_channels=4, blocks=1), plain, log=lambda line: None
+    )
     names = {
         (folder.name, name): onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
         .get_inputs()[0]

@@ -27,7 +27,9 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (22, 9, 11), dtype=np.uint8)
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "refiner.safetensors"
-    save_refiner(path, trained(1, width=8, blocks=1), histogram="keep", training=TrainConfig(histogram="keep"))
+    save_refiner(
+        path, trained(1, hidden_channels=8, blocks=1), histogram="keep", training=TrainConfig(histogram="keep")
+    )
     return path
 
 

@@ -27,7 +27,7 @@ QUICK = (
 
 
 def saved(path: Path, span: tuple[float, float] | None) -> Path:
-    save_refiner(path, trained(1, width=4, blocks=1), histogram="keep", training=TrainConfig(range=span))
+    save_refiner(path, trained(1, hidden_channels=4, blocks=1), histogram="keep", training=TrainConfig(range=span))
     return path
 
 

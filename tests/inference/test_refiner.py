@@ -1,11 +1,13 @@
 """A trained refiner as a function: types in and out, its file, and files that are not one."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from refiners import before_computes, trained
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -21,7 +23,7 @@ from fastsimgan.models import refiner as network
 
 @pytest.fixture
 def identity(tmp_path):
-    module = network.Refiner(1, width=20, blocks=1)
+    module = network.RefinerNetwork(1, hidden_channels=20, blocks=1)
     save_refiner(tmp_path / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
     return load_refiner(tmp_path, device="cpu")
 
@@ -94,7 +96,7 @@ def test_prepared_images_are_channels_last_by_their_strides(channels):
 @pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16 instructions")
 @pytest.mark.parametrize("width", [20, 32])
 def test_bfloat16_on_a_cpu_is_within_two_grey_levels(tmp_path, width):
-    module = trained(1, amount=0.1, width=width, blocks=3)
+    module = trained(1, amount=0.1, hidden_channels=width, blocks=3)
     save_refiner(tmp_path / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
     exact, rounded = (load_refiner(tmp_path, device="cpu", precision=name) for name in ("float32", "bfloat16"))
     assert rounded.backend.name == "torch bfloat16"
@@ -142,7 +144,7 @@ def test_the_batch_size_changes_no_more_than_rounding(identity):
 
 
 def test_equalisation_happens_inside(tmp_path):
-    module = network.Refiner(1, width=20, blocks=1)
+    module = network.RefinerNetwork(1, hidden_channels=20, blocks=1)
     save_refiner(tmp_path / "refiner.safetensors", module, histogram="equalise", training=TrainConfig())
     dark = np.random.default_rng(0).integers(10, 60, (3, 30, 40), dtype=np.uint8)
     expected = equalise(torch.from_numpy(dark)[:, None])[:, 0].numpy()
@@ -171,7 +173,7 @@ def test_images_that_break_a_rule(identity, images, message):
 
 
 def broken(tmp_path, **changes):
-    module = network.Refiner(1, width=20, blocks=1)
+    module = network.RefinerNetwork(1, hidden_channels=20, blocks=1)
     file = tmp_path / "refiner.safetensors"
     save_refiner(file, module, histogram="keep", training=TrainConfig())
     settings = {"channels": 1, "width": 20, "blocks": 1, "first_kernel": 3, "histogram": "keep"} | changes
@@ -184,7 +186,7 @@ def broken(tmp_path, **changes):
     ("changes", "message"),
     [
         ({"width": 10**9}, "not those of the weights"),
-        ({"blocks": 2}, "not a whole refiner: RuntimeError"),
+        ({"blocks": 2}, "number of blocks is not that of the weights"),
         ({"first_kernel": 4}, "first_kernel must be odd"),
         ({"histogram": "rm -rf"}, "histogram must be keep or equalise"),
         ({"channels": None}, "not a whole refiner"),
@@ -210,7 +212,7 @@ def test_files_that_are_no_refiner(tmp_path):
 
 
 def test_weights_that_are_not_finite(tmp_path):
-    module = network.Refiner(1, width=20, blocks=1)
+    module = network.RefinerNetwork(1, hidden_channels=20, blocks=1)
     with torch.no_grad():
         module.last.bias.fill_(float("nan"))
     save_refiner(tmp_path / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
@@ -249,3 +251,37 @@ def test_non_uniformity_tells_equalised_from_ordinary():
     assert non_uniformity(wide) > 0.15 and non_uniformity(equalise(wide)) < 0.05
     with pytest.raises(InputError, match="must be uint8 or uint16 of shape"):
         equalise(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    """One flipped bit of a weight was 28 grey levels."""
+    path = tmp_path / "refiner.safetensors"
+    save_refiner(path, trained(1, hidden_channels=4, blocks=1), histogram="keep", training=TrainConfig())
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    places = rng.integers(0, 8 * len(whole), 300).tolist()
+    places += (8 * rng.integers(len(whole) - 900, len(whole), 50)).tolist()  # weights
+    for place in places:
+        data = bytearray(whole)
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        with pytest.raises(InputError):
+            load_refiner(path, device="cpu")
+    path.write_bytes(whole.replace(b'"keep', b'"kexp'))
+    with pytest.raises(InputError, match="sha256 must be .* it was damaged or altered"):
+        load_refiner(path, device="cpu")
+    path.write_bytes(whole)
+    load_refiner(path, device="cpu")
+
+
+def test_a_header_is_not_believed_about_the_number_of_blocks(tmp_path: Path) -> None:
+    """A million of them were built, for 20 seconds, before they were found missing."""
+    folder = before_computes(tmp_path / "run", identity_init=False)
+    file = folder / "refiner.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    header["settings"] = header["settings"].replace('"blocks": 1', '"blocks": 1000000')
+    save_file(tensors, file, header)
+    with pytest.raises(InputError, match="number of blocks is not that of the weights"):
+        load_refiner(folder, device="cpu")

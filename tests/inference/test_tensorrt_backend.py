@@ -20,7 +20,8 @@ from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.exporting import gptq, onnx_graph
 from fastsimgan.inference import onnx_file, tensorrt_backend
 from fastsimgan.inference.graph_format import Form
-from fastsimgan.inference.refiner import Refiner, describe, load_refiner
+from fastsimgan.inference.refiner import Refiner, load_refiner
+from fastsimgan.inference.refiner_file import describe
 from fastsimgan.inference.trtexec import Profile
 from fastsimgan.refine import main as refine_main
 
@@ -29,7 +30,7 @@ DYNAMIC = Profile((1, 17, 9), (64, 35, 55), (512, 224, 224))
 
 
 def exported(folder: Path, form: Form, histogram: str = "equalise", blocks: int = 1, first: int = 3):
-    module = trained(1, width=8, blocks=blocks, first_kernel=first)
+    module = trained(1, hidden_channels=8, blocks=blocks, first_kernel=first)
     settings = describe(module, histogram)
     images = torch.randint(0, 256, (4, 1, 35, 55)).to(torch.uint8)
     weights = {name: tensor.numpy() for name, tensor in module.state_dict().items()}

@@ -24,7 +24,7 @@ FILES = ["refiner.safetensors", "refiner.onnx", "refiner.fp16.onnx", "refiner.u8
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("refiner")
     for how in ("keep", "equalise"):
-        network = trained(width=32, blocks=4)
+        network = trained(hidden_channels=32, blocks=4)
         (folder / how).mkdir()
         save_refiner(folder / how / "refiner.safetensors", network, histogram=how, training=TrainConfig())
         pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -35,7 +35,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_the_margin_is_what_a_pixel_depends_on() -> None:
     for kernel, blocks in ((3, 4), (7, 2)):
-        network = trained(width=8, blocks=blocks, first_kernel=kernel)
+        network = trained(hidden_channels=8, blocks=blocks, first_kernel=kernel)
         around = tiles.margin({"first_kernel": kernel, "blocks": blocks})
         images = torch.zeros(1, 1, 61, 61, requires_grad=True)
         network(images)[0, 0, 30, 30].backward()

@@ -11,7 +11,7 @@ from fastsimgan.errors import InputError
 from fastsimgan.models.classifier import Classifier
 from fastsimgan.models.discriminator import Discriminator
 from fastsimgan.models.gaze import GazeNetwork
-from fastsimgan.models.refiner import CURVE, Refiner, put_together
+from fastsimgan.models.refiner import CURVE, RefinerNetwork, put_together
 
 
 def parameters(module: nn.Module) -> int:
@@ -23,20 +23,23 @@ def test_a_35x55_image_reaches_9600_features():
 
 
 def test_parameter_counts():
-    assert parameters(Refiner()) == 296_129
+    assert parameters(RefinerNetwork()) == 296_129
     assert parameters(Discriminator()) == 75_906
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 35, 55), (2, 3, 17, 9), (1, 1, 28, 28)])
 def test_refiner_keeps_shape_and_range(shape):
     images = torch.rand(shape) * 2 - 1
-    for refiner in (trained(shape[1], amount=2, width=8, blocks=1), Refiner(shape[1], width=8, computes="image")):
+    for refiner in (
+        trained(shape[1], amount=2, hidden_channels=8, blocks=1),
+        RefinerNetwork(shape[1], hidden_channels=8, computes="image"),
+    ):
         refined = refiner(images)
         assert refined.shape == shape and refined.abs().max() <= 1 and not torch.equal(refined, images)
 
 
 def test_hand_networks():
-    refiner = Refiner(1, blocks=10, first_kernel=7)
+    refiner = RefinerNetwork(1, blocks=10, first_kernel=7)
     assert refiner.first.kernel_size == (7, 7) and len(refiner.blocks) == 10
     assert Discriminator(kind="hand")(torch.zeros(1, 1, 224, 224)).shape == (1, 2, 7, 7)
 
@@ -66,7 +69,7 @@ def test_a_fresh_refiner_is_the_identity_to_the_bit(dtype, channels, width, stor
     images = every.reshape(1, 1, 16, -1).repeat(1, channels, 1, 1)
     prepared = prepare(images, "keep")
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        refined = Refiner(channels, width=width, blocks=2)(prepared)
+        refined = RefinerNetwork(channels, hidden_channels=width, blocks=2)(prepared)
     assert refined.dtype == torch.float32 and torch.equal(refined, prepared)
     assert torch.equal(from_float(refined, stored).int(), images.int())
 
@@ -99,7 +102,7 @@ def test_only_the_computed_change_is_rounded_to_16_bits(computes):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_at_the_identity_every_pixel_has_its_gradient(channels):
-    refiner = Refiner(channels, width=8, blocks=1)
+    refiner = RefinerNetwork(channels, hidden_channels=8, blocks=1)
     images = torch.tensor([-1.0, -0.5, 0.0, 1.0]).expand(1, channels, 4, 4)
     change = torch.zeros(images.shape, requires_grad=True)
     put_together(images, change, "change").sum().backward()
@@ -115,7 +118,7 @@ def test_at_the_identity_every_pixel_has_its_gradient(channels):
 
 @pytest.mark.parametrize(("dtype", "levels"), [(torch.bfloat16, 0.5), (torch.float16, 0.08)])
 def test_autocast_takes_all_features_in_16_bits(dtype, levels):
-    refiner = trained(1, width=32)
+    refiner = trained(1, hidden_channels=32)
     images = torch.rand(4, 1, 20, 30) * 2 - 1
     seen = []
     for layer in (refiner.first, *refiner.blocks, refiner.last):
@@ -132,7 +135,7 @@ def test_autocast_takes_all_features_in_16_bits(dtype, levels):
 
 def test_the_papers_network_computes_the_image():
     torch.manual_seed(0)
-    refiner = Refiner(1, width=8, blocks=1, computes="image")
+    refiner = RefinerNetwork(1, hidden_channels=8, blocks=1, computes="image")
     images = torch.rand(1, 1, 9, 9) * 2 - 1
     plain = torch.relu(refiner.first(images))
     block = refiner.blocks[0]
@@ -143,9 +146,9 @@ def test_the_papers_network_computes_the_image():
 
 def test_bad_arguments():
     with pytest.raises(InputError, match="first_kernel must be odd.*got 4"):
-        Refiner(1, first_kernel=4)
+        RefinerNetwork(1, first_kernel=4)
     with pytest.raises(InputError, match="computes must be one of change, image, got 'both'"):
-        Refiner(1, computes="both")
+        RefinerNetwork(1, computes="both")
     with pytest.raises(InputError, match=r'kind must be "gaze" or "hand", got .face.'):
         Discriminator(kind="face")
     with pytest.raises(InputError, match="at least 23x23.*got 20x55"):

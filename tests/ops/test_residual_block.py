@@ -178,7 +178,7 @@ def test_compiles_to_the_same_bits() -> None:
 
 @needs_cpp
 def test_the_refiner_takes_it_and_can_be_told_not_to() -> None:
-    refiner = trained(1, width=16, blocks=2)
+    refiner = trained(1, hidden_channels=16, blocks=2)
     images = torch.rand(2, 1, 9, 11) * 2 - 1
     ours = refiner(images)
     refiner.impl = "reference"
@@ -307,7 +307,7 @@ def test_cpp_takes_no_16_bits() -> None:
 
 @needs_amx
 def test_the_refiner_takes_amx_under_autocast() -> None:
-    refiner = trained(1, amount=0.1, width=32, blocks=2)
+    refiner = trained(1, amount=0.1, hidden_channels=32, blocks=2)
     images = torch.rand(2, 1, 9, 11) * 2 - 1
     with torch.autocast("cpu", torch.bfloat16):
         ours = refiner(images)
@@ -529,7 +529,7 @@ def test_triton_compiles_to_the_same_bits() -> None:
 
 @needs_triton
 def test_the_refiner_can_be_told_to_take_triton() -> None:
-    refiner = trained(1, amount=0.1, width=32, blocks=2).to(DEVICE)
+    refiner = trained(1, amount=0.1, hidden_channels=32, blocks=2).to(DEVICE)
     images = (torch.rand(2, 1, 9, 11) * 2 - 1).to(DEVICE)
     found = {}
     with torch.autocast(DEVICE, torch.float16):

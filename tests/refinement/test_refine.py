@@ -16,7 +16,7 @@ from PIL import Image
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.inference import load_refiner, save_refiner
-from fastsimgan.models.refiner import Refiner
+from fastsimgan.models.refiner import RefinerNetwork
 from fastsimgan.refine import main
 
 RNG = np.random.default_rng(0)
@@ -26,7 +26,7 @@ RNG = np.random.default_rng(0)
 def refiner(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     path = tmp_path / "refiner.safetensors"
-    save_refiner(path, Refiner(1, width=4, blocks=1), histogram="keep", training=TrainConfig())
+    save_refiner(path, RefinerNetwork(1, hidden_channels=4, blocks=1), histogram="keep", training=TrainConfig())
     return path
 
 

@@ -13,7 +13,7 @@ import torch
 from fastsimgan.config import TrainConfig
 from fastsimgan.errors import InputError
 from fastsimgan.inference import save_refiner
-from fastsimgan.models.refiner import Refiner
+from fastsimgan.models.refiner import RefinerNetwork
 from fastsimgan.ops import _dispatch, residual_block, residual_block_race
 from fastsimgan.ops.residual_block_race import RaceResult
 from fastsimgan.refinement import tuning
@@ -27,7 +27,7 @@ GB = 1 << 30
 
 @pytest.fixture
 def refiner(tmp_path: Path) -> Path:
-    save_refiner(tmp_path / "refiner.safetensors", Refiner(1), histogram="keep", training=TrainConfig())
+    save_refiner(tmp_path / "refiner.safetensors", RefinerNetwork(1), histogram="keep", training=TrainConfig())
     return tmp_path / "refiner.safetensors"
 
 

@@ -24,7 +24,7 @@ from fastsimgan.data.formats.image_file import read_image
 from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.errors import InputError
 from fastsimgan.inference import save_refiner
-from fastsimgan.models.refiner import Refiner
+from fastsimgan.models.refiner import RefinerNetwork
 from fastsimgan.refinement import worker
 from fastsimgan.refinement.job import Job
 from fastsimgan.refinement.report import Report
@@ -237,7 +237,7 @@ def test_a_failure_in_any_thread_ends_the_run(where: str, tmp_path: Path, monkey
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_as_on_the_cpu(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    save_refiner(tmp_path / "r.safetensors", Refiner(1), histogram="keep", training=TrainConfig())
+    save_refiner(tmp_path / "r.safetensors", RefinerNetwork(1), histogram="keep", training=TrainConfig())
     np.save(tmp_path / "in.npy", noise(5_000, 35, 55))
     for device in ("cpu", "cuda"):
         report = refine(Job(tmp_path / "r.safetensors", tmp_path / "in.npy", tmp_path / f"{device}.npy", device=device))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastsimgan.errors import InputError, Stopped, TrainingError
-from fastsimgan.inference.refiner import read_refiner
+from fastsimgan.inference.refiner_file import read_refiner
 from fastsimgan.storage.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from fastsimgan.training.batches import open_batches
 from fastsimgan.training.loop import fit
