@@ -86,7 +86,7 @@ gpu:
 
 docs: .venv-docs/installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --clean
-	@echo "site/index.html"
+	@echo "site/index.html (its search needs a server: python3 -m http.server -d site)"
 
 # An environment of its own, so that `make install` stays as small as it is; the package is read, not imported.
 .venv-docs/installed: requirements-docs.txt
