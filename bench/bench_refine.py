@@ -32,8 +32,12 @@ from fastsimgan.data.formats.image_file import decode_image, encode_image
 from fastsimgan.inference import load_refiner
 from fastsimgan.inference.per_core import CoreRefiner
 from fastsimgan.refine import print_stages
-from fastsimgan.refinement import sources
-from fastsimgan.refinement.local_workers import Job, Report, refine, start
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.manifest import ManifestHeader, ManifestLine
+from fastsimgan.refinement.report import Report
+from fastsimgan.refinement.run import refine
+from fastsimgan.refinement.session import open_session
+from fastsimgan.refinement.sources import base
 from fastsimgan.refinement.tuning import PIXELS_PER_BATCH, fitting
 
 TIMES = 8  # as many packed images as files: they take a fraction of a second otherwise
@@ -244,7 +248,7 @@ def packed(count: int, device: str, precisions: list[str], compiled: list[str]) 
             except FastSimGANError as error:  # said, not hidden: a precision that the device lacks, no triton
                 print(f"left out: {precision}, compile {compiling}: {error}")
                 continue
-            begun = start(job)[0].identity
+            begun = open_session(job).run.identity
             pixels = begun.get("pixels in a batch", PIXELS_PER_BATCH)
             lines = [
                 f"{report.images} images by {', '.join(report.backends)}, "
@@ -295,39 +299,38 @@ def scale(count: int, entries: int) -> None:
         for at, size, files in memory[:: max(1, len(memory) // 8)] + memory[-1:]:
             print(f"  after {at:6.1f} s: {size:7.1f} MB of its own, {files} files open")
 
-        source = sources.FolderInput(folder / "many")
         (folder / "many").mkdir()
         Image.new("L", (8, 8)).save(folder / "many" / "0.png")
         job = Job(folder / "model", folder / "many", folder / "done")
-        run, *_ = start(job)  # then give it the records of a much larger folder, all but one block of them done
-        number = -(-entries // sources.FILES_PER_BLOCK)
+        run = open_session(job).run  # then give it the records of a much larger folder, all but one block of them done
+        number = -(-entries // base.SAMPLES_PER_UNIT)
         state = run.state
         facts = json.loads((state / "listing.json").read_bytes())
         offsets = [0]
         with (state / "listing.jsonl").open("wb") as file:
             for block in range(number):
-                names = range(block * sources.FILES_PER_BLOCK, min(entries, (block + 1) * sources.FILES_PER_BLOCK))
+                names = range(block * base.SAMPLES_PER_UNIT, min(entries, (block + 1) * base.SAMPLES_PER_UNIT))
                 data = b"".join(b'["folder/%09d.png", "folder/%09d.json"]\n' % (i, i) for i in names)
                 file.write(data)
                 offsets.append(offsets[-1] + len(data))
         (state / "listing.json").write_text(json.dumps(facts | {"offsets": offsets, "images": entries}))
         for block in range(number - 1):
             lines = (
-                f'{{"name": "folder/{block:04d}{i:05d}.png", "sha256": "{"0" * 64}", "from": "{"0" * 64}"}}'
-                for i in range(sources.FILES_PER_BLOCK)
+                ManifestLine(f"folder/{block:04d}{i:05d}.png", sha256="0" * 64, source_sha256="0" * 64)
+                for i in range(base.SAMPLES_PER_UNIT)
             )
-            run.commit(block, {"images": sources.FILES_PER_BLOCK, "failed": 0, "others": 0, "change": 0.0}, lines)
+            run.commit(ManifestHeader(block, base.SAMPLES_PER_UNIT, failed=0, others=0, change=0.0), lines)
         size = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
-        del run, source
+        del run
         begin = time.perf_counter()
-        run, *_ = start(job)
-        left = set(range(run.blocks)) - run.committed()
+        run = open_session(job).run
+        left = set(range(run.work_units)) - run.committed()
         listed = time.perf_counter() - begin
         totals = run.totals()
         print(
             f"resuming over {entries} entries ({size / 1e9:.2f} GB of records): what is left is known after "
             f"{listed:.2f} s ({len(left)} block), totals after {time.perf_counter() - begin:.2f} s "
-            f"({totals['images']} images), {own():.0f} MB of its own"
+            f"({totals.counts.images} images), {own():.0f} MB of its own"
         )
     finally:
         shutil.rmtree(folder)

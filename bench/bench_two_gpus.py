@@ -91,8 +91,8 @@ def refine(folder: Path) -> int:
     from fastsimgan.config import TrainConfig
     from fastsimgan.inference import save_refiner
     from fastsimgan.models.refiner import Refiner
-    from fastsimgan.refinement.local_workers import Job
-    from fastsimgan.refinement.local_workers import refine as run
+    from fastsimgan.refinement.job import Job
+    from fastsimgan.refinement.run import refine as run
 
     count, size, shape = (3000, (16, 20), {"width": 20}) if limits.SMALL else (600_000, (35, 55), {})
     torch.manual_seed(0)

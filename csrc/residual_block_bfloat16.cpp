@@ -1,5 +1,5 @@
 // The ops fastsimgan::residual_block_bfloat16 and its backward on the CPU: checks, memory and threads; the arithmetic is
-// in residual_block_amx.cpp, which no processor without AMX may enter.
+// in residual_block_bfloat16_amx.cpp, which no processor without AMX may enter.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,11 +9,11 @@
 #include <tuple>
 #include <vector>
 
-#include "block_tensors.h"
-#include "processor.h"
-#include "residual_block_amx.h"
+#include "cpu_features.h"
+#include "residual_block_bfloat16.h"
+#include "residual_block_tensors.h"
 
-namespace fastsimgan::amx {
+namespace fastsimgan::residual_block_bfloat16 {
 namespace {
 
 // Sums are taken over a number of groups that depends on the size alone, then over the groups in order: the same bits
@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kGroups = 16;
 
 Images images_of(const Tensor& x, ScalarType type) {
-  STD_TORCH_CHECK(processor::has_amx_bfloat16(),
+  STD_TORCH_CHECK(cpu_features::has_amx_bfloat16(),
                   "residual_block_bfloat16 needs a processor with AMX and AVX-512 for bfloat16");
   return channels_last<Images>(x, type, kMaps);
 }
@@ -38,8 +38,7 @@ Tensor packed(const Images& images, const Tensor& weight, bool backward) {
   return result;
 }
 
-std::tuple<Tensor, Tensor> residual_block_cpu(Tensor features, Tensor weight1, Tensor bias1, Tensor weight2,
-                                              Tensor bias2) {
+std::tuple<Tensor, Tensor> forward_on_cpu(Tensor features, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) {
   const Images images = images_of(features, ScalarType::Float);
   for (const Tensor& bias : {bias1, bias2}) check_values(bias, ScalarType::Float, images.maps, "biases");
   const Tensor first = packed(images, weight1, false), second = packed(images, weight2, false);
@@ -79,9 +78,8 @@ Tensor as_bias(const Tensor& like, const std::vector<float>& sums, int64_t maps)
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_block_backward_cpu(Tensor grad, Tensor features,
-                                                                               Tensor hidden, Tensor out,
-                                                                               Tensor weight1, Tensor weight2) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_on_cpu(Tensor grad, Tensor features, Tensor hidden,
+                                                                   Tensor out, Tensor weight1, Tensor weight2) {
   const Images images = images_of(features, ScalarType::Float);
   for (const Tensor& other : {grad, out}) check_same(images, other);
   check_same(images, hidden, ScalarType::BFloat16);
@@ -105,14 +103,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_block_backward_cpu(T
 }
 
 }  // namespace
-}  // namespace fastsimgan::amx
+}  // namespace fastsimgan::residual_block_bfloat16
 
 // The schemas, the fakes and the fallback for other devices are Python's (fastsimgan/ops/residual_block.py).
 STABLE_TORCH_LIBRARY_IMPL(fastsimgan, CompositeExplicitAutograd, m) {
-  m.impl("amx_usable", TORCH_BOX(&fastsimgan::processor::has_amx_bfloat16));
+  m.impl("amx_usable", TORCH_BOX(&fastsimgan::cpu_features::has_amx_bfloat16));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsimgan, CPU, m) {
-  m.impl("residual_block_bfloat16", TORCH_BOX(&fastsimgan::amx::residual_block_cpu));
-  m.impl("residual_block_bfloat16_backward", TORCH_BOX(&fastsimgan::amx::residual_block_backward_cpu));
+  m.impl("residual_block_bfloat16", TORCH_BOX(&fastsimgan::residual_block_bfloat16::forward_on_cpu));
+  m.impl("residual_block_bfloat16_backward", TORCH_BOX(&fastsimgan::residual_block_bfloat16::backward_on_cpu));
 }

@@ -1,18 +1,18 @@
 // The op fastsimgan::residual_block_int8 on the CPU: checks, memory and threads; the arithmetic is in
-// residual_block_int8_kernels.cpp, which no processor without AVX-512's VNNI may enter.
+// residual_block_int8_amx.cpp and residual_block_int8_vnni.cpp, which no processor without their unit may enter.
 #include "residual_block_int8.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "block_tensors.h"
-#include "processor.h"
+#include "cpu_features.h"
+#include "residual_block_tensors.h"
 
-namespace fastsimgan::int8 {
+namespace fastsimgan::residual_block_int8 {
 namespace {
 
-bool usable(bool amx) { return processor::has_vnni() && (!amx || processor::has_amx_int8()); }
+bool usable(bool amx) { return amx ? cpu_features::has_amx_int8() : cpu_features::has_vnni(); }
 
 Images images_of(const Tensor& x) { return channels_last<Images>(x, ScalarType::Float, kMaps); }
 
@@ -24,8 +24,8 @@ Tensor packed(const Images& images, const Tensor& weight) {
   return result;
 }
 
-Tensor residual_block_cpu(Tensor features, Tensor in_scale, Tensor weight1, Tensor bias1, Tensor scale1, Tensor weight2,
-                          Tensor bias2, Tensor scale2, bool amx) {
+Tensor forward_on_cpu(Tensor features, Tensor in_scale, Tensor weight1, Tensor bias1, Tensor scale1, Tensor weight2,
+                      Tensor bias2, Tensor scale2, bool amx) {
   STD_TORCH_CHECK(usable(amx), "residual_block_int8 needs a processor with ", amx ? "AMX" : "VNNI", " for 8 bits");
   const Images images = images_of(features);
   for (const Tensor& scale : {in_scale, scale1, scale2}) check_values(scale, ScalarType::Float, images.maps, "scales");
@@ -38,19 +38,19 @@ Tensor residual_block_cpu(Tensor features, Tensor in_scale, Tensor weight1, Tens
   const float* x = read<float>(features);
   float* result = write<float>(out);
   torch::stable::parallel_for(0, images.strips(), 1, [&](int64_t from, int64_t to) {
-    forward(amx ? Unit::kAmx : Unit::kVnni, images, from, to, x, read<float>(in_scale), layers[0], layers[1], result);
+    (amx ? forward_amx : forward_vnni)(images, from, to, x, read<float>(in_scale), layers[0], layers[1], result);
   });
   return out;
 }
 
 }  // namespace
-}  // namespace fastsimgan::int8
+}  // namespace fastsimgan::residual_block_int8
 
 // The schemas, the fake and the fallback for other devices are Python's (fastsimgan/ops/residual_block_int8.py).
 STABLE_TORCH_LIBRARY_IMPL(fastsimgan, CompositeExplicitAutograd, m) {
-  m.impl("int8_usable", TORCH_BOX(&fastsimgan::int8::usable));
+  m.impl("int8_usable", TORCH_BOX(&fastsimgan::residual_block_int8::usable));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsimgan, CPU, m) {
-  m.impl("residual_block_int8", TORCH_BOX(&fastsimgan::int8::residual_block_cpu));
+  m.impl("residual_block_int8", TORCH_BOX(&fastsimgan::residual_block_int8::forward_on_cpu));
 }

@@ -1,114 +1,26 @@
-// What the residual blocks of residual_block_amx.cpp and residual_block_int8_kernels.cpp share. For files compiled for
-// AVX-512 alone: it includes nothing whose inline functions could end up in other hands, and what it holds is their own.
-//
-// A strip's rows lie in buffers with a border: P = width + 2 pixels a row, a row above and one below, all zeros. There a
-// 3x3 convolution is nine matrix products on one and the same memory: for the output at position q = row * P + column
-// the tap (dy, dx) reads position q + dy * P + dx. All positions are computed 32 at a time, the two of each row that lie
-// in the border (4 % of an eye) for nothing, and no row's end needs care.
+// The strips of whole rows that the residual blocks in 16 and 8 bits take one after another, so that what is in between
+// stays in a core's L2 cache. The numbers are the caller's: images [count, height, width, C].
 #pragma once
 
-#include <immintrin.h>
-#include <stdlib.h>
-#include <string.h>
+#include <cstdint>
 
-#include "residual_block_amx.h"
+#include "always_inline.h"
 
-namespace fastsimgan::amx {
-namespace {
+namespace fastsimgan::residual_block_strips {
 
-constexpr int64_t kPixels = 32;  // positions, and kMaps output maps, that are computed at a time: 2x2 tiles
+constexpr int64_t kMaps = 32;  // C must be a multiple of it
+constexpr int64_t kInCache = 512 << 10;  // bytes of a strip's features in bfloat16; there are two to six of them
 
-// -- tiles ------------------------------------------------------------------------------------------------------------
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_a_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// All eight tiles at 16 rows of 64 bytes; afterwards as they were, for libraries that configure them once a thread.
-struct Tiles {
-  alignas(64) uint8_t before[64];
-  Tiles() {
-    _tile_storeconfig(before);
-    const TileConfig config;
-    _tile_loadconfig(&config);
+// What a pass works on.
+struct Images {
+  int64_t count, height, width, maps;
+  FASTSIMGAN_ALWAYS_INLINE int64_t strips_an_image() const {
+    const int64_t row_bytes = (width + 2) * maps * static_cast<int64_t>(sizeof(uint16_t));
+    const int64_t rows = kInCache / row_bytes > 8 ? kInCache / row_bytes : 8;
+    return (height + rows - 1) / rows;
   }
-  ~Tiles() {
-    if (before[0] != 0)
-      _tile_loadconfig(before);
-    else
-      _tile_release();
-  }
-  Tiles(const Tiles&) = delete;
+  FASTSIMGAN_ALWAYS_INLINE int64_t strips() const { return count * strips_an_image(); }
+  FASTSIMGAN_ALWAYS_INLINE int64_t weights() const { return 9 * maps * maps; }
 };
 
-// Tiles 0 to 3, of 32 positions and 32 maps, as sums[position * 32 + map].
-template <typename Sum>
-inline void store_tiles(Sum* sums) {
-  static_assert(sizeof(Sum) == 4);
-  constexpr int64_t pitch = kMaps * sizeof(Sum);
-  _tile_stored(0, sums, pitch);
-  _tile_stored(1, sums + 16, pitch);
-  _tile_stored(2, sums + 16 * kMaps, pitch);
-  _tile_stored(3, sums + 16 * kMaps + 16, pitch);
-}
-
-// -- memory -----------------------------------------------------------------------------------------------------------
-
-template <typename T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t count) : data(static_cast<T*>(aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64))) {}
-  ~Buffer() { free(data); }
-  Buffer(const Buffer&) = delete;
-};
-
-// Rows with a border, and behind them room for what whole groups of positions read and write too much.
-template <typename T>
-struct Bordered {
-  int64_t rows, pitch, maps;  // rows with the two of the border; pixels a row with the two of the border
-  Buffer<T> buffer;
-  Bordered(int64_t most_rows, int64_t pitch, int64_t maps)
-      : rows(most_rows), pitch(pitch), maps(maps), buffer(positions_with_room() * maps) {}
-  int64_t positions_with_room() const { return rows * pitch + 2 * pitch + 3 + kPixels; }
-  T* at(int64_t row, int64_t column) const { return buffer.data + (row * pitch + column) * maps; }
-  void clear_row(int64_t row) const { memset(at(row, 0), 0, pitch * maps * sizeof(T)); }
-  // Zeros in the border and in the room: all but the image's rows, of which this holds those from `first` on.
-  void clear_border(int64_t first, int64_t height) const {
-    for (int64_t row = 0; row < rows; ++row) {
-      if (first + row < 0 || first + row >= height) clear_row(row);
-      memset(at(row, 0), 0, maps * sizeof(T));
-      memset(at(row, pitch - 1), 0, maps * sizeof(T));
-    }
-    memset(at(rows, 0), 0, (positions_with_room() - rows * pitch) * maps * sizeof(T));
-  }
-};
-
-int64_t most_rows(const Images& images) {
-  const int64_t strips = images.strips_an_image();
-  return (images.height + strips - 1) / strips;
-}
-
-struct Rows {
-  int64_t image, first, count;
-};
-
-Rows rows_of(const Images& images, int64_t strip) {
-  const int64_t strips = images.strips_an_image(), number = strip % strips;
-  const int64_t first = number * images.height / strips, last = (number + 1) * images.height / strips;
-  return {strip / strips, first, last - first};
-}
-
-// Calls `inside(i, row, column)` for those of the 32 positions q + i that are neither in the border nor behind the rows.
-template <typename Inside>
-inline void for_pixels(int64_t q, int64_t pitch, int64_t rows, const Inside& inside) {
-  int64_t row = q / pitch, column = q % pitch;
-  for (int64_t i = 0; i < kPixels && row < rows; ++i) {
-    if (column < pitch - 2) inside(i, row, column);
-    if (++column == pitch) column = 0, ++row;
-  }
-}
-
-}  // namespace
-}  // namespace fastsimgan::amx
+}  // namespace fastsimgan::residual_block_strips

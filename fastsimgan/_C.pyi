@@ -1,4 +1,4 @@
-"""The compiled part (csrc/module.cpp). Importing it registers the C++ and CUDA kernels of the ops."""
+"""The compiled part (csrc/python_module.cpp). Importing it registers the C++ and CUDA kernels of the ops."""
 
 def build_info() -> dict[str, str | bool]:
     """What it was built with: torch, cuda, avx2 and amx (True or False), no_cuda (why not), nvcc, cuda_architectures,

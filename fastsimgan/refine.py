@@ -13,8 +13,10 @@ from fastsimgan import cli
 from fastsimgan.errors import InputError
 
 if TYPE_CHECKING:
-    from fastsimgan.refinement.local_workers import Report
-    from fastsimgan.refinement.worker import Progress
+    from fastsimgan.refinement.job import Job
+    from fastsimgan.refinement.report import Progress, Report
+    from fastsimgan.refinement.run import Supervisor
+    from fastsimgan.refinement.session import Session
 
 DESCRIPTION = """Refine every image of a dataset: a folder (PNG, JPEG, TIFF; 8, 16 bits or float32; any colour),
 WebDataset .tar shards, an .npz, .npy or HDF5 file. Pictures that seem to be labels (masks, depth maps) among the
@@ -76,29 +78,55 @@ class RefineConfig:
 
 def refine(config: RefineConfig) -> int:
     """Check the input and output first: they are quick to check, and loading torch is not."""
-    from fastsimgan.storage.files import printable
-
     if config.verify is not None:
-        if config.refiner or config.input or config.output:
-            raise InputError("verify must be given alone, got --refiner, --input or --output too")
-        from fastsimgan.refinement.verification import verify
-
-        found = verify(config.verify)
-        print(f"{printable(config.verify)}: verified, {', '.join(f'{value} {key}' for key, value in found.items())}")
-        return 0
+        return _verify(config)
     for name in ("refiner", "input", "output"):
         if getattr(config, name) is None:
             raise InputError(f"{name} must be given: --{name} PATH")
-    assert config.refiner is not None and config.input is not None and config.output is not None
-
     if config.address is not None and config.engine != "ray":
         raise InputError(f"address must be given with --engine ray only, got {config.address}")
 
-    from tqdm import tqdm
+    from fastsimgan.refinement.session import open_session
+    from fastsimgan.storage.files import printable
 
-    from fastsimgan.refinement import local_workers
+    session = open_session(_job(config))
+    print(session.source.describe())
+    packs = config.to in ("npz", "hdf5") and session.source.kind in ("folder", "shards")
+    if packs:
+        print("not kept in a packed file: what image files carry beside their pixels (EXIF, colour profiles, text)")
+    if session.run.complete:
+        counts = session.run.totals().counts
+        print(f"{printable(session.run.output)}: complete already, {counts.images} images, {counts.failed} skipped")
+        return _judge(counts.images, counts.failed)
+    report = _run(session, config)
+    _print_report(session, report)
+    if packs:
+        from fastsimgan.data.formats.open_images import open_arrays
 
-    job = local_workers.Job(
+        arrays = [name for name in open_arrays(session.run.output).label_names if name != "name"]
+        print(f"labels that became arrays: {', '.join(map(printable, arrays)) or 'none'}")
+    return _judge(report.images, report.failed)
+
+
+def _verify(config: RefineConfig) -> int:
+    from fastsimgan.storage.files import printable
+
+    assert config.verify is not None
+    if config.refiner or config.input or config.output:
+        raise InputError("verify must be given alone, got --refiner, --input or --output too")
+    from fastsimgan.refinement.records import to_json
+    from fastsimgan.refinement.verification import verify
+
+    found = to_json(verify(config.verify))
+    print(f"{printable(config.verify)}: verified, {', '.join(f'{value} {key}' for key, value in found.items())}")
+    return 0
+
+
+def _job(config: RefineConfig) -> Job:
+    from fastsimgan.refinement.job import Job
+
+    assert config.refiner is not None and config.input is not None and config.output is not None
+    return Job(
         refiner=config.refiner,
         input=config.input,
         output=config.output,
@@ -114,48 +142,46 @@ def refine(config: RefineConfig) -> int:
         key=config.key,
         follow_links=config.follow_links,
     )
-    run, source, _ = local_workers.start(job)
-    print(source.describe())
-    packs = config.to in ("npz", "hdf5") and source.kind in ("folder", "shards")
-    if packs:
-        print("not kept in a packed file: what image files carry beside their pixels (EXIF, colour profiles, text)")
-    if run.complete:
-        totals = run.totals()
-        print(f"{printable(config.output)}: complete already, {totals['images']} images, {totals['failed']} skipped")
-        return _judge(totals["images"], totals["failed"])
-    done = len(run.committed())
+
+
+def _run(session: Session, config: RefineConfig) -> Report:
+    """Do the run, and show how far it is."""
+    from tqdm import tqdm
+
+    from fastsimgan.refinement.run import refine_session
+
+    done = len(session.run.committed())
     if done:
-        print(f"going on: {done} of {run.blocks} blocks are committed")
+        print(f"going on: {done} of {session.run.work_units} blocks are committed")
     with tqdm(unit=" images") as bar:
 
         def progress(part: Progress) -> None:
             nonlocal done
-            done += part.blocks
-            bar.set_postfix_str(f"{done}/{run.blocks} blocks", refresh=False)
+            done += part.work_units
+            bar.set_postfix_str(f"{done}/{session.run.work_units} blocks", refresh=False)
             bar.update(part.images)
 
-        supervise = None
+        supervise: Supervisor | None = None
         if config.engine == "ray":
             from fastsimgan.refinement import ray_workers
 
             supervise = partial(ray_workers.supervise, address=config.address)
-        report = local_workers.refine(job, workers=config.workers, progress=progress, supervise=supervise)
-    for _, reason in local_workers.start(job)[0].failures():
+        return refine_session(session, workers=config.workers, progress=progress, supervise=supervise)
+
+
+def _print_report(session: Session, report: Report) -> None:
+    from fastsimgan.storage.files import printable
+
+    for _, reason in session.run.failures():
         print(f"skipped {reason}", file=sys.stderr)
     print_stages(report)
     by = f"by {', '.join(sorted(report.backends))}; " if report.backends else ""
     print(
-        f"{printable(config.output)}: {report.images} images ({report.failed} skipped), {report.others} other files; "
-        f"{report.now} in {report.seconds:.1f} s, {_rate(report.now / (report.working or report.seconds))} images/s "
-        f"once loaded, {by}mean |R(x) - x| {report.mean_change:.2f} grey levels of 255, "
-        f"refiner sha256 {run.identity['refiner sha256']}"
+        f"{printable(session.run.output)}: {report.images} images ({report.failed} skipped), {report.others} other "
+        f"files; {report.now} in {report.seconds:.1f} s, {_rate(report.now / (report.working or report.seconds))} "
+        f"images/s once loaded, {by}mean |R(x) - x| {report.mean_change:.2f} grey levels of 255, "
+        f"refiner sha256 {session.settings.refiner_sha256}"
     )
-    if packs:
-        from fastsimgan.data.formats.open_images import open_arrays
-
-        arrays = [name for name in open_arrays(config.output).label_names if name != "name"]
-        print(f"labels that became arrays: {', '.join(map(printable, arrays)) or 'none'}")
-    return _judge(report.images, report.failed)
 
 
 def _rate(rate: float) -> str:

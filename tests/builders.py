@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastsimgan.refinement.local_workers import Job
+from fastsimgan.refinement.job import Job
 
 
 class Identity:

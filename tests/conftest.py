@@ -60,12 +60,12 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block of work is ten files, or ten images of five rows and seven columns."""
-    from fastsimgan.refinement import sources
+def small_work_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A work unit is ten files, or ten images of five rows and seven columns."""
+    from fastsimgan.refinement.sources import base
 
-    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 10)
-    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 10 * 35)
+    monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 10)
+    monkeypatch.setattr(base, "BYTES_PER_UNIT", 10 * 35)
 
 
 @pytest.fixture

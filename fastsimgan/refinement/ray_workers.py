@@ -1,5 +1,5 @@
 """Workers of one run on all machines of a Ray cluster, which share a disk. Ray starts them, places them, and starts
-those that die again; which block is whose is settled by claims, as among the workers of one machine."""
+those that die again; which work unit is whose is settled by leases, as among the workers of one machine."""
 
 from __future__ import annotations
 
@@ -8,29 +8,40 @@ from dataclasses import replace
 from typing import Any
 
 from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
-from fastsimgan.refinement.local_workers import DEATHS, Job, Loader, start, work
-from fastsimgan.refinement.run_directory import Run, read_header
-from fastsimgan.refinement.worker import Progress
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.loading import Loader
+from fastsimgan.refinement.local_workers import DEATHS
+from fastsimgan.refinement.manifest import read_header
+from fastsimgan.refinement.report import Progress
+from fastsimgan.refinement.session import Session, open_session
+from fastsimgan.refinement.worker_loop import work
 
 LOOK = 1.0  # seconds between two looks at what has been committed
 
 
 def supervise(
-    job: Job, loader: Loader, workers: int, report: Callable[[int, Progress], None], *, address: str | None = None
+    session: Session,
+    loader: Loader,
+    workers: int,
+    report: Callable[[int, Progress], None],
+    *,
+    address: str | None = None,
 ) -> None:
     """Have a job done by ``workers`` Ray tasks, spread over the cluster; returns when its output is published.
 
-    A task whose process or machine dies is started again, `DEATHS` times at most, and the blocks that it held are free.
+    A task whose process or machine dies is started again, `DEATHS` times at most, and the units that it held are free.
 
     Args:
-        job, loader, workers: as for `local_workers.refine`. Every machine must see the job's paths under the same
-            names and have this package, and whatever module ``loader`` is of, installed.
+        session, loader, workers: as for `local_workers.supervise`. Every machine must see the job's paths under the
+            same names and have this package, and whatever module ``loader`` is of, installed.
         report: called with a worker's number and what is new: here the driver's count of commits.
         address: the cluster's; "auto": the one that this machine belongs to; None: RAY_ADDRESS's or else a new one, of
             this machine alone, that ends with the call. Not looked at if this process has called ``ray.init``.
 
-    Raises UnavailableError without Ray or if there is no cluster at ``address``, FastSimGANError if workers keep dying,
-    and what a worker raises.
+    Raises:
+        UnavailableError: without Ray or if there is no cluster at ``address``.
+        FastSimGANError: if workers keep dying.
+        InputError, UnavailableError: what a worker raises.
     """
     try:
         import ray
@@ -43,13 +54,16 @@ def supervise(
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UnavailableError(f"address must be a running Ray cluster's, got {address}: {error}") from error
     try:
-        _supervise(ray, _absolute(job), loader, workers, report)
+        _supervise(ray, session, loader, workers, report)
     finally:
         if ours:
             ray.shutdown()
 
 
-def _supervise(ray: Any, job: Job, loader: Loader, workers: int, report: Callable[[int, Progress], None]) -> None:
+def _supervise(
+    ray: Any, session: Session, loader: Loader, workers: int, report: Callable[[int, Progress], None]
+) -> None:
+    job, run = _absolute(session.asked), session.run
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     nodes = [cpus for cpus in nodes if cpus]
     if not nodes:
@@ -61,15 +75,14 @@ def _supervise(ray: Any, job: Job, loader: Loader, workers: int, report: Callabl
         max_retries=DEATHS,
         scheduling_strategy="SPREAD",
     )
-    run, *_ = start(job)
     known = run.committed()
 
-    def count(run: Run) -> None:
+    def count() -> None:
         new = sorted(run.committed() - known)
         known.update(new)
         if new:
-            images = sum(read_header(run.manifest(block))["images"] for block in new)
-            report(-1, Progress(images=images, blocks=len(new)))
+            images = sum(read_header(run.manifest(work_unit)).images for work_unit in new)
+            report(-1, Progress(images=images, work_units=len(new)))
 
     left = [task.remote(job, loader, worker, together) for worker in range(workers)]
     try:
@@ -79,7 +92,7 @@ def _supervise(ray: Any, job: Job, loader: Loader, workers: int, report: Callabl
                 for worker, part in _result(ray, result).items():
                     report(worker, part)
             try:
-                count(run)
+                count()
             except InputError:
                 if not run.published():  # else its records have moved
                     raise
@@ -88,8 +101,8 @@ def _supervise(ray: Any, job: Job, loader: Loader, workers: int, report: Callabl
             ray.cancel(result, force=True)
         if left:
             ray.wait(left, num_returns=len(left), timeout=10)
-    run, *_ = start(job)
-    count(run)
+    run.published()
+    count()
 
 
 def _result(ray: Any, result: Any) -> dict[int, Progress]:
@@ -113,9 +126,9 @@ def _task(job: Job, loader: Loader, worker: int, together: int) -> dict[int, Pro
     last: dict[int, Progress] = {}
 
     def keep(part: Progress) -> None:
-        last[worker] = replace(part, images=0, blocks=0)
+        last[worker] = replace(part, images=0, work_units=0)
 
-    work(job, loader, worker, together, keep)
+    work(open_session(job), loader, worker, together, keep)
     return last
 
 

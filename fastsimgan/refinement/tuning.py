@@ -11,10 +11,12 @@ import importlib.util
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 from warnings import warn
+
+from fastsimgan.refinement.records import OPTIONAL, named
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,7 @@ MOST_PIXELS = 1 << 20  # on CUDA: 62 waves of tiles on 132 multiprocessors; twic
 PIXELS_PER_PROCESSOR = 1 << 13  # 64 tiles of 128 pixels, one after another
 BYTES_PER_MAP = 48  # of a pixel: what is alive in a block, once for graphs and once for what runs without
 SHARE_OF_MEMORY = 1 / 8  # of the GPU: others may be on it
-BLOCK = "auto"  # what "auto" takes depends on the device's kind alone
+RESIDUAL_BLOCK = "auto"  # what "auto" takes depends on the device's kind alone
 COMPILE_FROM = 1e16
 """Operations in a run from which R is compiled for a GPU: a minute or two of them on an H100 (estimated; not measured),
 where compiling takes half a minute in every worker."""
@@ -36,12 +38,15 @@ where compiling takes half a minute in every worker."""
 
 @dataclass(frozen=True)
 class Choice:
-    """Images and pixels at a time, whether R is compiled, and the implementation of its residual blocks."""
+    """Images and pixels at a time, whether R is compiled, and the implementation of its residual blocks.
 
-    batch_size: int = BATCH_SIZE
-    pixels: int = PIXELS_PER_BATCH
-    compiled: bool = False
-    block: str = BLOCK
+    On the disk these are a part of a run's settings; there they stand only where they are not the CPU's.
+    """
+
+    batch_size: int = field(default=BATCH_SIZE, metadata=named("batch size", optional=True))
+    pixels: int = field(default=PIXELS_PER_BATCH, metadata=named("pixels in a batch", optional=True))
+    compiled: bool = field(default=False, metadata=OPTIONAL)
+    residual_block: str = field(default=RESIDUAL_BLOCK, metadata=named("residual block", optional=True))
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ def choose(device: str, refiner: Path, images: tuple[int, int, int] | None, prec
         images: count, height and width, where all are of one size and nothing is to be encoded; else None.
         precision: what R computes in.
 
-    Raises InputError and UnavailableError as `choose_device` does.
+    Raises:
+        InputError, UnavailableError: as `choose_device` does.
     """
     if not on_cuda(device):
         return Choice()
@@ -98,7 +104,7 @@ def choose(device: str, refiner: Path, images: tuple[int, int, int] | None, prec
     count, height, width = images
     batch = min(count, fitting(BATCH_SIZE_CUDA, pixels, height, width))
     block = _fastest_block((batch, shape.width, height, width), precision, chosen)
-    return Choice(BATCH_SIZE_CUDA, pixels, compiled=True, block=block)
+    return Choice(BATCH_SIZE_CUDA, pixels, compiled=True, residual_block=block)
 
 
 def _fastest_block(shape: tuple[int, int, int, int], precision: str, device: torch.device) -> str:
@@ -108,7 +114,7 @@ def _fastest_block(shape: tuple[int, int, int, int], precision: str, device: tor
     from fastsimgan.ops.residual_block_race import race
 
     if precision == "float32" or INTERPRETED or residual_block.implementations()["triton"] is not None:
-        return BLOCK
+        return RESIDUAL_BLOCK
     result = race(shape, DTYPES[precision], False, device)
     print(result, file=sys.stderr)
     return result.impl

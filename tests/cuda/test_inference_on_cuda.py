@@ -21,8 +21,10 @@ from fastsimgan.inference import load_refiner, save_refiner, torch_backend
 from fastsimgan.inference.refiner import Refiner
 from fastsimgan.inference.torch_backend import Replay, TorchBackend
 from fastsimgan.models import refiner as network
-from fastsimgan.refinement import local_workers, sources, tuning
-from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement import loading, session, tuning, worker_loop
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.run import refine
+from fastsimgan.refinement.sources import base
 
 OTHER = torch.device("cuda:1")
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -409,7 +411,7 @@ def test_an_engine_is_read_and_run_on_its_device(tmp_path, monkeypatch, tensorrt
 @pytest.fixture
 def small(monkeypatch):
     """Blocks of 32 images of 8x9 uint8, in batches of 16; of 100 images, 4 are left for the last."""
-    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 32 * 72)
+    monkeypatch.setattr(base, "BYTES_PER_UNIT", 32 * 72)
     return {"batch_size": 16}
 
 
@@ -435,21 +437,21 @@ def test_refine_on_any_device_for_every_stored_type(dtype, tmp_path, small):
 def test_two_workers_share_two_devices(tmp_path):
     path = make(tmp_path)
     (tmp_path / "in").mkdir()
-    for number, image in enumerate(noise(sources.FILES_PER_BLOCK + 80, 8, 9)):  # two blocks
+    for number, image in enumerate(noise(base.SAMPLES_PER_UNIT + 80, 8, 9)):  # two blocks
         Image.fromarray(image).save(tmp_path / "in" / f"{number}.png")
     job = Job(path, tmp_path / "in", tmp_path / "one", device="cuda", precision="bfloat16")
     try:
-        loaded = [local_workers.load(job, worker, 2) for worker in range(3)]
+        loaded = [loading.load(job, worker, 2) for worker in range(3)]
         assert torch.cuda.current_device() == 0
         loaded[1].begin(noise(2, 8, 9))()
         assert [each.device.index for each in loaded] == [0, 1, 0]
         assert {parameter.device for parameter in loaded[1].refiner.backend._module.parameters()} == {OTHER}
-        assert local_workers.load(Job(path, path, path, device="cuda:1"), 0, 2).device == OTHER  # as asked
+        assert loading.load(Job(path, path, path, device="cuda:1"), 0, 2).device == OTHER  # as asked
     finally:
         torch.cuda.set_device(0)
     refine(job)
     report = refine(replace(job, output=tmp_path / "two"), workers=2)
-    assert report.backends == {"torch bfloat16"} and report.images == sources.FILES_PER_BLOCK + 80
+    assert report.backends == {"torch bfloat16"} and report.images == base.SAMPLES_PER_UNIT + 80
     one, two = (
         {file.name: file.read_bytes() for file in (tmp_path / name).rglob("*") if file.suffix in (".png", ".jsonl")}
         for name in ("one", "two")
@@ -463,9 +465,9 @@ def test_a_run_of_one_kind_of_device_is_not_gone_on_with_on_the_other(began, joi
     """They round otherwise, and whoever does a block must write the same bytes."""
     np.save(tmp_path / "in.npy", noise(40, 8, 9))
     job = Job(make(tmp_path), tmp_path / "in.npy", tmp_path / "out.npy", device=began, **small)
-    local_workers.start(job)
+    session.open_session(job)
     with pytest.raises(InputError, match="device"):
-        local_workers.start(replace(job, device=joins))
+        session.open_session(replace(job, device=joins))
     assert len(refined(job)) == 40
 
 
@@ -477,7 +479,9 @@ def test_a_device_short_of_memory_is_one_line_with_ways_out(count, tmp_path, mon
     torch.cuda.empty_cache()
     monkeypatch.setenv("FASTSIMGAN_PRETEND_CUDA_GB", "0.001")
     with pytest.raises(UnavailableError, match=r"^cuda:\d must have memory for .* free of 1 MiB: a lower --batch-size"):
-        refine(Job(path, tmp_path / "in.npy", tmp_path / "out.npy", device="cuda", block="auto"), workers=count)
+        refine(
+            Job(path, tmp_path / "in.npy", tmp_path / "out.npy", device="cuda", residual_block="auto"), workers=count
+        )
     assert not (tmp_path / "out.npy").exists()
 
 
@@ -490,7 +494,7 @@ def test_batches_wait_for_the_weights_which_another_stream_moves_and_rounds(tmp_
         wait_stream(self, other)
 
     monkeypatch.setattr(torch.cuda.Stream, "wait_stream", watched)
-    refiner = local_workers.load(Job(make(tmp_path), tmp_path, tmp_path, device="cuda", precision="float16"))
+    refiner = loading.load(Job(make(tmp_path), tmp_path, tmp_path, device="cuda", precision="float16"))
     assert (refiner._stream, torch.cuda.current_stream(refiner.device)) in waits
 
 
@@ -512,15 +516,15 @@ def test_a_run_keeps_the_batches_that_it_began_with(tmp_path, monkeypatch, capsy
     path = make(tmp_path)
     np.save(tmp_path / "in.npy", noise(30, 35, 55))
     job = Job(path, tmp_path / "in.npy", tmp_path / "out.npy", device="cuda")
-    run, *_ = local_workers.start(job)
+    run = session.open_session(job).run
     assert run.identity["batch size"] == 1024 and "compiled" not in run.identity
     pixels = run.identity["pixels in a batch"]
     monkeypatch.setattr(tuning, "MOST_PIXELS", pixels // 2)  # on another machine
-    assert local_workers.start(job)[0].identity["pixels in a batch"] == pixels
+    assert session.open_session(job).run.identity["pixels in a batch"] == pixels
     monkeypatch.setattr(tuning, "_has_driver", lambda: False)
-    assert local_workers.as_begun(Job(path, tmp_path / "in.npy", tmp_path / "out.npy")).pixels == pixels
+    assert session.as_begun(Job(path, tmp_path / "in.npy", tmp_path / "out.npy")).pixels == pixels
     with pytest.raises(InputError, match="is another run's output"):
-        local_workers.start(replace(job, batch_size=512))
+        session.open_session(replace(job, batch_size=512))
     report = refine(job)
     print_stages(report)
     assert report.peak_bytes > 0 and "device memory: " in capsys.readouterr().out
@@ -534,12 +538,12 @@ def test_a_run_with_much_work_is_compiled_by_all_who_join_it(tmp_path, monkeypat
     assert refine(job).backends == {"torch float32"}  # one operation too few
     monkeypatch.setattr(tuning, "COMPILE_FROM", tuning.COMPILE_FROM - 1)
     job = replace(job, output=tmp_path / "out.npy")
-    begin = local_workers.start(job)[0].partial / ".fastsimgan" / "run.json"
+    begin = session.open_session(job).run.partial / ".fastsimgan" / "run.json"
     assert json.loads(begin.read_text())["identity"]["compiled"] is True
     monkeypatch.setattr(tuning, "COMPILE_FROM", 1e99)  # whoever joins does as the run began
     monkeypatch.setattr(torch_backend, "_cannot_compile", lambda: "triton is not installed")
     with pytest.raises(UnavailableError, match="compiled was asked for, and triton is not installed"):
-        local_workers.make_worker(*local_workers.start(job), job, local_workers.load, 0, 1)
+        worker_loop.make_worker(session.open_session(job), loading.load, 0, 1)
     monkeypatch.setattr(torch_backend, "_cannot_compile", lambda: None)
     seen = []
     forward = TorchBackend._forward
@@ -560,7 +564,7 @@ def test_the_residual_blocks_implementation_is_the_runs(tmp_path, monkeypatch, s
     path = make(tmp_path)
     np.save(tmp_path / "in.npy", noise(40, 8, 9))
     job = Job(path, tmp_path / "in.npy", tmp_path / "out.npy", device="cuda", precision="float16", **small)
-    assert local_workers.start(replace(job, block="reference"))[0].identity["residual block"] == "reference"
+    assert session.open_session(replace(job, residual_block="reference")).run.identity["residual block"] == "reference"
     seen = set()
     block = network.residual_block
 
@@ -572,11 +576,11 @@ def test_the_residual_blocks_implementation_is_the_runs(tmp_path, monkeypatch, s
     refine(job)
     assert seen == {("reference", torch.float32, torch.float16, torch.float16)}
     with pytest.raises(InputError, match="its residual block is reference, here it is None"):
-        local_workers.start(replace(job, block="auto"))
+        session.open_session(replace(job, residual_block="auto"))
 
 
 def test_files_are_not_compiled_for(tmp_path):
     np.save(tmp_path / "in.npy", noise(3, 8, 9))
     job = Job(make(tmp_path), tmp_path / "in.npy", tmp_path / "out", device="cuda", to="folder", compiled=True)
     with pytest.raises(InputError, match="compile must be off where images are files"):
-        local_workers.start(job)
+        session.open_session(job)

@@ -11,7 +11,8 @@ import pytest
 from builders import Invert
 
 from fastsimgan.errors import InputError
-from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.run import refine
 from fastsimgan.refinement.verification import verify
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
@@ -38,7 +39,7 @@ def test_labels_groups_and_attributes_travel(options: dict[str, Any], dtype: str
         file["elsewhere"] = h5py.ExternalLink("/etc/passwd", "/x")
         file.attrs["version"] = 3
     output = run(tmp_path)
-    assert verify(output)["images"] == 9
+    assert verify(output).images == 9
     with h5py.File(tmp_path / "in.h5") as old, h5py.File(output) as new:
         assert new["images"].dtype == images.dtype and np.array_equal(new["images"][()], np.iinfo(dtype).max - images)
         assert new["images"].chunks == old["images"].chunks and new["images"].compression == old["images"].compression

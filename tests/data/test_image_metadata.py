@@ -15,7 +15,9 @@ from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from fastsimgan.data.formats.image_file import decode_image, lost_of, read_image, write_image
 from fastsimgan.data.formats.image_metadata import scan_jpeg, scan_png, scan_tiff
-from fastsimgan.refinement.local_workers import Job, refine, start
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.run import refine
+from fastsimgan.refinement.session import open_session
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (9, 11), dtype=np.uint8)
@@ -294,7 +296,7 @@ def test_what_does_not_travel_is_told_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "in" / "6.jpg").write_bytes(profile)
     (tmp_path / "model").write_bytes(b"weights")
     job = Job(tmp_path / "model", tmp_path / "in", tmp_path / "out")
-    _, source, _ = start(job)
+    source = open_session(job).source
     told = source.describe().partition("; not kept in the output, ")[2]
     for what in ("pictures behind the first (1)", "PNG chunk vpAG (1)", "bytes behind the picture (2)",
                  "MinSampleValue (1)", "colour profile (1)"):  # fmt: skip

@@ -24,8 +24,9 @@ from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
 from fastsimgan.inference import save_refiner
 from fastsimgan.models.refiner import Refiner
-from fastsimgan.refinement.local_workers import Job, start
-from fastsimgan.refinement.local_workers import refine as refine_job
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.run import refine as refine_job
+from fastsimgan.refinement.session import open_session
 
 SIZE = (36, 40)
 RNG = np.random.default_rng(0)
@@ -145,21 +146,21 @@ def test_labels_among_images_are_refused_before_anything_is_written(
     source = fill(tmp_path / "in", files) if kind == "folder" else shard(tmp_path / "in.tar", files)
     if kind == "shard" and case == "two dots, no plain image":  # two extensions of one sample: neither is an image's
         with pytest.raises(InputError, match="takes a name up to its first dot"):
-            start(Job(refiner, source, tmp_path / "out"))
+            open_session(Job(refiner, source, tmp_path / "out"))
         return
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match="--images '.+' tells which files are images, --images '\\*' that all are"):
-        start(Job(refiner, source, tmp_path / "out"))
+        open_session(Job(refiner, source, tmp_path / "out"))
     with pytest.raises(InputError, match="--images '.+' tells which files are images"):
         open_images(source)
     assert sorted(tmp_path.rglob("*")) == before
-    start(Job(refiner, source, tmp_path / "out", images="*"))  # the user's word is enough
+    open_session(Job(refiner, source, tmp_path / "out", images="*"))  # the user's word is enough
 
 
 @pytest.mark.parametrize("case", HONEST)
 def test_what_is_no_label_is_not_held_up(case: str, refiner: Path, tmp_path: Path) -> None:
     source = fill(tmp_path / "in", HONEST[case])
-    start(Job(refiner, source, tmp_path / "out"))
+    open_session(Job(refiner, source, tmp_path / "out"))
     open_images(source)
 
 
@@ -261,7 +262,7 @@ def test_pictures_that_are_not_read_are_told(
     source = fill(tmp_path / "in", files) if kind == "folder" else shard(tmp_path / "in.tar", files)
     told = f"2 files look like images and are not read: 2 .{suffix}"
     with pytest.raises(InputError, match=f"{told}.*they would come out unrefined among refined ones"):
-        start(Job(refiner, source, tmp_path / "out"))
+        open_session(Job(refiner, source, tmp_path / "out"))
     assert told in open_images(source).describe()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
     images = "[0-9].png"
@@ -297,7 +298,7 @@ def test_unread_pictures_in_a_later_shard_are_refused_too(refiner: Path, tmp_pat
 )
 def test_a_shard_without_an_image_is_one_line(names: list[str], why: str, refiner: Path, tmp_path: Path) -> None:
     source = shard(tmp_path / "in.tar", {name: png(photo(0)) for name in names})
-    for ask in (lambda: start(Job(refiner, source, tmp_path / "out")), lambda: open_images(source)):
+    for ask in (lambda: open_session(Job(refiner, source, tmp_path / "out")), lambda: open_images(source)):
         with pytest.raises(InputError, match="must hold at least one image") as caught:
             ask()
         assert why in str(caught.value) and "\n" not in str(caught.value)
@@ -350,13 +351,13 @@ def test_links_are_followed_when_told(refiner: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "there").symlink_to(outside)
     with pytest.raises(InputError, match="--follow-links"):
-        start(Job(refiner, tmp_path / "in", tmp_path / "out"))
+        open_session(Job(refiner, tmp_path / "in", tmp_path / "out"))
     assert run(refiner, tmp_path / "in", tmp_path / "out", follow_links=True).images == 3  # type: ignore[attr-defined]
     assert (tmp_path / "out/there/0.json").read_bytes() == b"{}" and not (tmp_path / "out/there").is_symlink()
     with pytest.raises(InputError, match="another run's output: its links is all"):
         shutil.rmtree(tmp_path / "in")
         fill(tmp_path / "in", {f"there/{i}.png": png(photo(i)) for i in range(3)} | {"there/0.json": b"{}"})
-        start(Job(refiner, tmp_path / "in", tmp_path / "out"))
+        open_session(Job(refiner, tmp_path / "in", tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from fastsimgan.errors import InputError
 from fastsimgan.evaluation.task_network import Labelled, number_classes, unseen_classes
 from fastsimgan.inference import load_refiner, save_refiner
 from fastsimgan.models.refiner import Refiner
-from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.run import refine
 from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)

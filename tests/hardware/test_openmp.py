@@ -13,7 +13,8 @@ from builders import Invert, make_shards
 
 from fastsimgan.__main__ import COMMANDS
 from fastsimgan.hardware import openmp
-from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.run import refine
 
 ROOT = Path(__file__).resolve().parents[2]
 OWNED = (*openmp.SETTINGS, "OMP_WAIT_POLICY")

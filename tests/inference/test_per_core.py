@@ -16,7 +16,9 @@ from fastsimgan.config import TrainConfig
 from fastsimgan.inference import load_refiner, per_core, save_refiner
 from fastsimgan.inference.per_core import CoreRefiner
 from fastsimgan.models.refiner import Refiner
-from fastsimgan.refinement.local_workers import Job, load, refine
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.loading import load
+from fastsimgan.refinement.run import refine
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (22, 9, 11), dtype=np.uint8)
 
@@ -65,7 +67,7 @@ def test_small_images_take_a_thread_each_and_large_ones_all(path: Path, monkeypa
 def test_the_command_line_refines_in_a_thread_a_core(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastsimgan.refinement.local_workers.cores", lambda workers: 3)
+    monkeypatch.setattr("fastsimgan.refinement.loading.cores", lambda workers: 3)
     np.save(tmp_path / "in.npy", IMAGES)
     job = Job(path, tmp_path / "in.npy", tmp_path / "out.npy", batch_size=4, device="cpu")
     assert isinstance(load(job), CoreRefiner)

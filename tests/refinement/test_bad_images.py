@@ -17,7 +17,9 @@ from builders import Identity
 from PIL import Image
 
 from fastsimgan.errors import InputError
-from fastsimgan.refinement.local_workers import Job, refine, start
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.run import refine
+from fastsimgan.refinement.session import open_session
 from fastsimgan.refinement.verification import verify
 
 TESTS = str(Path(__file__).resolve().parents[1])
@@ -128,7 +130,7 @@ def test_each_is_left_out_with_its_reason(kind: str, tmp_path: Path) -> None:
     report = refine(job, loader=lambda *_: Identity())
     assert (report.images, report.failed) == (GOOD, len(CORPUS))
     assert len(CORPUS) >= 33
-    found = {name.removeprefix("a/"): reason for name, reason in start(job)[0].failures()}
+    found = {name.removeprefix("a/"): reason for name, reason in open_session(job).run.failures()}
     assert found.keys() == OTHERS.keys()
     for name, reason in found.items():
         expected = CORPUS[OTHERS[name]][1]
@@ -136,7 +138,7 @@ def test_each_is_left_out_with_its_reason(kind: str, tmp_path: Path) -> None:
         assert "\n" not in reason
     good = {path.name for path in (tmp_path / "out").rglob("good*")}
     assert good == {name for name in files() if name.startswith("good")}
-    assert verify(job.output)["others"] == GOOD  # the good ones' labels, and no bad one's
+    assert verify(job.output).others == GOOD  # the good ones' labels, and no bad one's
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -162,7 +164,8 @@ def test_memory_stays_small(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {TESTS!r})\n"
         "from pathlib import Path\n"
         "from builders import Identity\n"
-        "from fastsimgan.refinement.local_workers import Job, refine\n"
+        "from fastsimgan.refinement.job import Job\n"
+        "from fastsimgan.refinement.run import refine\n"
         "root = Path(sys.argv[1])\n"
         "job = Job(root / 'model', root / 'in', root / 'out', on_error='skip')\n"
         "report = refine(job, loader=lambda *_: Identity())\n"

@@ -33,9 +33,13 @@ from builders import (
 )
 
 from fastsimgan.errors import FastSimGANError, InputError
-from fastsimgan.refinement import local_workers, run_directory, sources
-from fastsimgan.refinement.local_workers import Job, refine, start
-from fastsimgan.refinement.run_directory import Run
+from fastsimgan.refinement import local_workers, run_paths, worker_loop
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.manifest import Counts
+from fastsimgan.refinement.run import refine
+from fastsimgan.refinement.run_directory import RunDirectory
+from fastsimgan.refinement.session import open_session
+from fastsimgan.refinement.sources import base
 from fastsimgan.refinement.verification import verify
 
 TESTS = str(Path(__file__).resolve().parents[1])
@@ -49,7 +53,7 @@ SETS = int(os.environ.get("FASTSIMGAN_KILL_SETS", "2"))  # and 25
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
-    kind: str, model: Path, tmp_path: Path, small_blocks: None
+    kind: str, model: Path, tmp_path: Path, small_work_units: None
 ) -> None:
     make, suffix = MAKERS[kind]
     source = make(tmp_path / f"in{suffix}", 95, 0)
@@ -77,7 +81,7 @@ def test_a_run_that_failed_goes_on_and_ends_with_the_same_bytes(
     assert strikes >= 2
     assert report.images == 95
     assert content(job.output) == content(whole.output)
-    assert verify(job.output)["images"] == 95
+    assert verify(job.output).images == 95
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -93,10 +97,10 @@ def test_a_complete_output_is_left_as_it_is(model: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("state", ["complete", "unfinished"])
 def test_another_inputs_output_is_refused_by_the_inputs_names(state: str, model: Path, tmp_path: Path) -> None:
     job = Job(model, make_folder(tmp_path / "in", 10), tmp_path / "out")
-    refine(job, loader=load_invert) if state == "complete" else start(job)
+    refine(job, loader=load_invert) if state == "complete" else open_session(job)
     where = tmp_path / ("out" if state == "complete" else "out.partial")
     with pytest.raises(InputError) as caught:
-        start(replace(job, input=make_folder(tmp_path / "other", 12)))
+        open_session(replace(job, input=make_folder(tmp_path / "other", 12)))
     assert str(caught.value) == (
         f"{where}: is another run's output: its input is {tmp_path}/in, here it is {tmp_path}/other"
     )
@@ -110,7 +114,7 @@ def test_another_runs_output_is_refused(state: str, change: str, model: Path, tm
     if state == "complete":
         refine(job, loader=load_invert)
     else:
-        start(job)
+        open_session(job)
     if change == "model":
         model.write_bytes(b"others")
     elif change == "names":
@@ -129,15 +133,15 @@ def test_another_runs_output_is_refused(state: str, change: str, model: Path, tm
 def test_a_touched_folder_with_the_same_names_goes_on(model: Path, tmp_path: Path) -> None:
     source = make_folder(tmp_path / "in", 10)
     job = Job(model, source, tmp_path / "out")
-    start(job)
+    open_session(job)
     (source / "d0" / "x").touch()
     (source / "d0" / "x").unlink()
     assert refine(job, loader=load_invert).images == 10
 
 
-def test_a_block_that_another_worker_holds_is_waited_for(model: Path, tmp_path: Path, small_blocks: None) -> None:
+def test_a_block_that_another_worker_holds_is_waited_for(model: Path, tmp_path: Path, small_work_units: None) -> None:
     job = Job(model, make_folder(tmp_path / "in", 30), tmp_path / "out", batch_size=5)
-    run, *_ = start(job)
+    run = open_session(job).run
     code = (
         "import fcntl, sys, time\n"
         "file = open(sys.argv[1], 'w')\n"
@@ -145,15 +149,15 @@ def test_a_block_that_another_worker_holds_is_waited_for(model: Path, tmp_path: 
         "print('held', flush=True)\n"
         "time.sleep(60)\n"
     )
-    claim = run.state / "claims" / "00000001"
-    holder = subprocess.Popen([sys.executable, "-c", code, str(claim)], stdout=subprocess.PIPE)
+    lease = run.state / "claims" / "00000001"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(lease)], stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-    assert run.claim(1) is None
+    assert run.lease(1) is None
 
     import threading
 
     def release() -> None:
-        while run.committed() != set(range(run.blocks)) - {1}:
+        while run.committed() != set(range(run.work_units)) - {1}:
             time.sleep(0.01)
         holder.kill()  # the system frees the lock of the dead
 
@@ -169,42 +173,42 @@ def test_a_block_that_another_worker_holds_is_waited_for(model: Path, tmp_path: 
 
 def test_a_file_system_without_locks_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(model, make_folder(tmp_path / "in", 3), tmp_path / "out")
-    run, *_ = start(job)
+    run = open_session(job).run
 
     def refuse(*_: object) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(FastSimGANError, match=r"the file system must offer locks \(flock\), got No locks available"):
-        run.claim(0)
+        run.lease(0)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_full_disk_is_one_line_and_what_is_committed_stays(
-    kind: str, model: Path, tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+    kind: str, model: Path, tmp_path: Path, small_work_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, suffix = MAKERS[kind]
     job = Job(model, make(tmp_path / f"in{suffix}", 60, 0), tmp_path / f"out{suffix}", batch_size=5)
     commits = 0
-    commit = Run.commit
+    commit = RunDirectory.commit
 
-    def full(run: Run, *arguments: Any) -> None:
+    def full(run: RunDirectory, *arguments: Any) -> None:
         nonlocal commits
         commits += 1
         if commits == 3:
             monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         commit(run, *arguments)
 
-    monkeypatch.setattr(Run, "commit", full)
+    monkeypatch.setattr(RunDirectory, "commit", full)
     with pytest.raises(InputError) as caught:
         refine(job, loader=load_invert)
     assert str(caught.value) == (
         f"{job.output}: cannot be written: No space left on device; what is committed stays: start again to go on"
     )
     monkeypatch.undo()
-    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 10)
-    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 10 * 35)
-    run, *_ = start(job)
+    monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 10)
+    monkeypatch.setattr(base, "BYTES_PER_UNIT", 10 * 35)
+    run = open_session(job).run
     assert len(run.committed()) == 2
     assert refine(job, loader=load_invert).images == 60
     verify(job.output)
@@ -213,13 +217,13 @@ def test_a_full_disk_is_one_line_and_what_is_committed_stays(
 # --- verify
 
 
-def test_verify_finds_what_was_changed(model: Path, tmp_path: Path, small_blocks: None) -> None:
+def test_verify_finds_what_was_changed(model: Path, tmp_path: Path, small_work_units: None) -> None:
     source = make_folder(tmp_path / "in", 25)
 
     def output(name: str, **settings: Any) -> Path:
         job = Job(model, source, tmp_path / name, batch_size=5, **settings)
         refine(job, loader=load_invert)
-        assert verify(job.output) == {"blocks": 3, "images": 25, "failed": 0, "others": 30}
+        assert verify(job.output) == Counts(work_units=3, images=25, failed=0, others=30)
         return job.output
 
     cases: list[tuple[str, Callable[[Path], object], str]] = [
@@ -247,11 +251,11 @@ def rewrite(manifest: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".npy"])
-def test_verify_of_arrays(suffix: str, model: Path, tmp_path: Path, small_blocks: None) -> None:
+def test_verify_of_arrays(suffix: str, model: Path, tmp_path: Path, small_work_units: None) -> None:
     make = {".npz": make_npz, ".npy": make_npy}[suffix]
     job = Job(model, make(tmp_path / f"in{suffix}", 95), tmp_path / f"out{suffix}", batch_size=5)
     refine(job, loader=load_invert)
-    assert verify(job.output) == {"blocks": 10, "images": 95, "failed": 0, "others": 0}
+    assert verify(job.output) == Counts(work_units=10, images=95, failed=0, others=0)
     with np.load(job.output) if suffix == ".npz" else io.BytesIO() as loaded:
         labels = {"gaze": loaded["gaze"] + 1} if suffix == ".npz" else {}
         images = np.array(loaded["images"] if suffix == ".npz" else np.load(job.output))
@@ -287,15 +291,14 @@ def test_a_worker_that_comes_late_finds_the_run_published(
 ) -> None:
     make, suffix = MAKERS[kind]
     job = Job(model, make(tmp_path / f"in{suffix}", 60, 0), tmp_path / f"out{suffix}", batch_size=5)
-    late = start(job)  # has opened the run, and then sleeps while another does all of it
+    late = open_session(job)  # has opened the run, and then sleeps while another does all of it
     refine(job, loader=load_invert)
     done = content(job.output)
     if believes == "all is left":
-        looks, real = iter([set()]), late[0].committed
-        monkeypatch.setattr(late[0], "committed", lambda: next(looks) if looks.__length_hint__() else real())
-    monkeypatch.setattr(local_workers, "start", lambda job: late)
-    local_workers.work(job, load_invert, 1, 2, lambda progress: None)
-    assert content(job.output) == done and not run_directory.partial_of(job.output).exists()
+        looks, real = iter([set()]), late.run.committed
+        monkeypatch.setattr(late.run, "committed", lambda: next(looks) if looks.__length_hint__() else real())
+    worker_loop.work(late, load_invert, 1, 2, lambda progress: None)
+    assert content(job.output) == done and not run_paths.partial_of(job.output).exists()
 
 
 def test_a_worker_that_starts_during_publication_looks_again(
@@ -303,10 +306,10 @@ def test_a_worker_that_starts_during_publication_looks_again(
 ) -> None:
     job = Job(model, MAKERS["folder"][0](tmp_path / "in", 60, 0), tmp_path / "out", batch_size=5)
     refine(job, loader=load_invert)
-    done, looks, real = content(job.output), iter([False, False]), run_directory.is_published
-    monkeypatch.setattr(run_directory, "is_published", lambda *run: next(looks, None) is None and real(*run))
-    run, *_ = start(job)
-    assert run.complete and content(job.output) == done and not run_directory.partial_of(job.output).exists()
+    done, looks, real = content(job.output), iter([False, False]), run_paths.is_published
+    monkeypatch.setattr(run_paths, "is_published", lambda *run: next(looks, None) is None and real(*run))
+    run = open_session(job).run
+    assert run.complete and content(job.output) == done and not run_paths.partial_of(job.output).exists()
 
 
 def test_a_dead_workers_block_is_redone(model: Path, tmp_path: Path) -> None:
@@ -337,12 +340,13 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import builders
-from fastsimgan.refinement import sources
-from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement.sources import base
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.run import refine
 
 if __name__ in ("__main__", "__mp_main__"):
-    sources.FILES_PER_BLOCK = 10
-    sources.BYTES_PER_BLOCK = 10 * 35
+    base.SAMPLES_PER_UNIT = 10
+    base.BYTES_PER_UNIT = 10 * 35
 if __name__ == "__main__":
     job = Job(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), batch_size=5, to=sys.argv[5])
     refine(job, workers=int(sys.argv[4]), loader=builders.load_inverts)
@@ -350,7 +354,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_kills(model: Path, tmp_path: Path, small_blocks: None) -> None:
+def test_kills(model: Path, tmp_path: Path, small_work_units: None) -> None:
     """Whole process groups are killed at random moments; with another number of workers at every start. Those that are
     killed refine in two threads, the run to compare with in one.
     """
@@ -396,7 +400,7 @@ def test_kills(model: Path, tmp_path: Path, small_blocks: None) -> None:
                 _, errors = process.communicate(timeout=120)
                 assert process.returncode == 0, errors.decode()
         assert content(job.output) == content(whole.output), (number, kind, to)
-        assert verify(job.output)["images"] == 200
+        assert verify(job.output).images == 200
         assert not job.output.with_name(job.output.name + ".partial").exists()
     print(f"{kills} kills over {SETS} datasets, {kills_at_work} of them after a worker had begun")
     assert kills_at_work

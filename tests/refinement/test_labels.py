@@ -18,7 +18,8 @@ import pytest
 from builders import Invert, add, png
 from PIL import Image
 
-from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.run import refine
 from fastsimgan.refinement.verification import verify
 
 COUNT = int(os.environ.get("FASTSIMGAN_LABELS", "120"))  # `make labels` sets 10,000
@@ -194,7 +195,7 @@ def test_no_label_changes(kind: str, tmp_path: Path) -> None:
     assert labels == old_labels
     assert images.keys() == old_images.keys()
     assert all(images[name] != old_images[name] for name in images)  # or the proof would hold of a copy
-    assert verify(output)["images"] == COUNT
+    assert verify(output).images == COUNT
     print(f"{kind}: {COUNT} images, {len(labels)} label files or arrays, none changed")
 
 
@@ -217,7 +218,7 @@ def test_no_label_changes_in_a_packed_file(kind: str, to: str, tmp_path: Path) -
     source = MAKERS[kind](tmp_path / "in")
     output = tmp_path / f"out.{'npz' if to == 'npz' else 'h5'}"
     report = refine(Job(tmp_path / "model", source, output, to=to), loader=lambda *_: Invert())  # type: ignore[arg-type]
-    assert report.images == COUNT and verify(output)["images"] == COUNT
+    assert report.images == COUNT and verify(output).images == COUNT
     new: dict[str, str] = {}
     if to == "npz":
         with zipfile.ZipFile(output) as archive:

@@ -23,11 +23,13 @@ from fastsimgan.data.formats.label_table import LabelTable
 from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.errors import InputError
-from fastsimgan.refinement.local_workers import Job, refine, start
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.run import refine
+from fastsimgan.refinement.session import open_session
 from fastsimgan.refinement.verification import verify
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
-pytestmark = pytest.mark.usefixtures("small_blocks")
+pytestmark = pytest.mark.usefixtures("small_work_units")
 
 
 def packed(model: Path, source: Path, output: Path, **settings: Any) -> ArrayImages | HDF5Images:
@@ -132,7 +134,7 @@ def test_killed_at_the_end_between_any_two_steps(
     to: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last block is committed and the file put together and published; each step may be the last one."""
-    from fastsimgan.refinement import run_directory, sinks
+    from fastsimgan.refinement import run_paths
 
     source = make_folder(tmp_path / "in", 8)
     packed(model, source, tmp_path / f"whole{SUFFIX[to]}")
@@ -140,7 +142,7 @@ def test_killed_at_the_end_between_any_two_steps(
     class Killed(BaseException):
         pass
 
-    real = run_directory.rename
+    real = run_paths.rename
     for steps in range(20):
         output = tmp_path / f"{steps}{SUFFIX[to]}"
         left = steps
@@ -153,8 +155,7 @@ def test_killed_at_the_end_between_any_two_steps(
             left -= 1
             real(old, new)
 
-        monkeypatch.setattr(run_directory, "rename", rename)
-        monkeypatch.setattr(sinks, "rename", rename)
+        monkeypatch.setattr(run_paths, "rename", rename)
         job = Job(model, source, output, to=to, batch_size=4)  # type: ignore[arg-type]
         killed = False
         try:
@@ -314,7 +315,7 @@ def test_datasets_of_other_lengths_go_along_into_an_npz(model: Path, tmp_path: P
     found = packed(model, tmp_path / "in.h5", tmp_path / "out.npz")
     assert np.array_equal(found.others()["m/mean"], np.full((5, 7), 2.5)) and found.others()["n"] == 3
     with pytest.raises(InputError, match=r"must hold only .* to become files, got m/mean of float64\[5, 7\]"):
-        start(Job(model, tmp_path / "in.h5", tmp_path / "out", to="folder"))
+        open_session(Job(model, tmp_path / "in.h5", tmp_path / "out", to="folder"))
 
 
 @pytest.mark.parametrize("array", [np.array(["2020", "2021"], "M8[Y]"), np.array(["a\0b", "c"])])

@@ -16,8 +16,9 @@ from builders import Invert, content, load_invert, make_shards
 
 from fastsimgan.errors import FastSimGANError, InputError, UnavailableError
 from fastsimgan.refine import main
-from fastsimgan.refinement.local_workers import Job, refine
+from fastsimgan.refinement.job import Job
 from fastsimgan.refinement.ray_workers import supervise
+from fastsimgan.refinement.run import refine
 from fastsimgan.refinement.verification import verify
 
 RUNS = int(os.environ.get("FASTSIMGAN_RAY_RUNS", "1"))  # `make ray` sets 10
@@ -74,7 +75,7 @@ def test_a_killed_workers_blocks_are_redone(cluster: None, model: Path, tmp_path
         assert (tmp_path / "mark").exists()  # one was killed
         assert (report.images, report.now) == (400, 400)
         assert content(job.output) == content(whole.output)
-        assert verify(job.output)["images"] == 400
+        assert verify(job.output).images == 400
     print(f"{RUNS} runs, a worker killed in each: the same bytes")
 
 

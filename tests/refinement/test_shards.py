@@ -14,12 +14,13 @@ import pytest
 from builders import Invert
 from PIL import Image
 
+from fastsimgan.data.formats.open_images import open_arrays
 from fastsimgan.data.formats.webdataset import read_samples, sample_key
 from fastsimgan.errors import InputError
-from fastsimgan.refinement import sources
-from fastsimgan.refinement.local_workers import Job, refine
-from fastsimgan.refinement.sinks import open_arrays
-from fastsimgan.refinement.sources import ShardsInput
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.run import refine
+from fastsimgan.refinement.sources import base
+from fastsimgan.refinement.sources.shards import ShardsSource
 from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)
@@ -231,7 +232,7 @@ def test_datasets_reads_our_folder(model: Path, tmp_path: Path, monkeypatch: pyt
 
 def with_files_beside(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """Two shards at ``path`` and files beside them, more than a block; returns the files' bytes."""
-    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 2)
+    monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 2)
     for number in range(2):
         members = [(f"d/{i}.png", png(i)) for i in range(3 * number, 3 * number + 3)]
         write(path / f"s{number}.tar", members + [(f"d/{3 * number}.cls", b"7")])
@@ -301,34 +302,34 @@ def test_members_of_one_name_have_no_label_of_a_file_beside(
 
 def test_files_beside_shards_are_told(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", [])
-    assert "along" not in ShardsInput(tmp_path).describe()
+    assert "along" not in ShardsSource(tmp_path).describe()
     for name in ("metadata.jsonl", "b.txt", "c\n.txt", "d.txt"):
         (tmp_path / name).write_text("")
-    assert ShardsInput(tmp_path).describe().endswith("; carried along beside them: b.txt, c\\n.txt, d.txt and 1 more")
-    assert "along" not in ShardsInput(tmp_path / "a.tar").describe()
-    assert "along" not in ShardsInput(tmp_path / "*.tar").describe()
+    assert ShardsSource(tmp_path).describe().endswith("; carried along beside them: b.txt, c\\n.txt, d.txt and 1 more")
+    assert "along" not in ShardsSource(tmp_path / "a.tar").describe()
+    assert "along" not in ShardsSource(tmp_path / "*.tar").describe()
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "preview.png").write_text("")
-    assert ShardsInput(tmp_path).describe().endswith("d.txt and 2 more (1 images, unrefined)")
+    assert ShardsSource(tmp_path).describe().endswith("d.txt and 2 more (1 images, unrefined)")
 
 
 def test_shards_below_shards_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", [])
     write(tmp_path / "val" / "b.tar", [])
     with pytest.raises(InputError, match=r"shards must lie in the folder itself.* got val/b.tar too"):
-        ShardsInput(tmp_path)
-    assert len(ShardsInput(tmp_path / "*.tar").shards) == 1
+        ShardsSource(tmp_path)
+    assert len(ShardsSource(tmp_path / "*.tar").shards) == 1
 
 
 def test_links_beside_shards_stay_inside_but_shards_may_be_links(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere" / "a.tar", [])
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.tar").symlink_to(tmp_path / "elsewhere" / "a.tar")
-    assert ShardsInput(tmp_path / "in").beside == []
+    assert ShardsSource(tmp_path / "in").beside == []
     (tmp_path / "secret").write_text("")
     (tmp_path / "in" / "b").symlink_to(tmp_path / "secret")
     with pytest.raises(InputError, match="links must stay inside the folder"):
-        ShardsInput(tmp_path / "in")
+        ShardsSource(tmp_path / "in")
 
 
 def test_a_folder_with_a_tar_makes_no_shards(model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from fastsimgan.models.refiner import Refiner
 from fastsimgan.ops import _shared, residual_block, residual_block_race
 from fastsimgan.ops.residual_block_race import RaceResult
 from fastsimgan.refinement import tuning
-from fastsimgan.refinement.local_workers import Job, refine, start
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.run import refine
+from fastsimgan.refinement.session import open_session
 from fastsimgan.refinement.tuning import Choice, choose, fitting, read_shape, useful_pixels
 
 GB = 1 << 30
@@ -99,13 +101,13 @@ def test_with_much_work_in_16_bits_a_race_names_the_residual_blocks(
     monkeypatch.setattr(_shared, "INTERPRETED", False)
     monkeypatch.setattr(residual_block, "implementations", lambda: {"triton": None})
     enough = 10**8
-    assert choose("cuda:0", refiner, (enough, 35, 55), "float16").block == "triton"
+    assert choose("cuda:0", refiner, (enough, 35, 55), "float16").residual_block == "triton"
     assert raced == [((544, 64, 35, 55), torch.float16, False, torch.device("cuda:0"))]
     assert "the race: triton won (triton 1 ms; reference 2 ms)" in capsys.readouterr().err
     for precision, images in [("float32", (enough, 35, 55)), ("float16", (100, 35, 55)), ("float16", None)]:
-        assert choose("cuda:0", refiner, images, precision).block == tuning.BLOCK
+        assert choose("cuda:0", refiner, images, precision).residual_block == tuning.RESIDUAL_BLOCK
     monkeypatch.setattr(residual_block, "implementations", lambda: {"triton": "triton is not installed"})
-    assert choose("cuda:0", refiner, (enough, 35, 55), "float16").block == tuning.BLOCK
+    assert choose("cuda:0", refiner, (enough, 35, 55), "float16").residual_block == tuning.RESIDUAL_BLOCK
     assert len(raced) == 1
 
 
@@ -120,10 +122,10 @@ def test_on_a_cpu_a_run_is_what_it_always_was(tmp_path: Path, refiner: Path) -> 
     """Runs of earlier versions go on: nothing new stands in the record, and 64 given is 64 by itself."""
     np.save(tmp_path / "in.npy", np.zeros((70, 4, 5), np.uint8))
     job = Job(refiner, tmp_path / "in.npy", tmp_path / "out.npy", device="cpu")
-    run, *_ = start(job)
+    run = open_session(job).run
     record = json.loads((run.state / "run.json").read_text())["identity"]
     assert record["batch size"] == 64
     assert not {"pixels in a batch", "compiled", "residual block"} & record.keys()
     given = Job(refiner, tmp_path / "in.npy", tmp_path / "out.npy", device="cpu", batch_size=64)
-    assert start(given)[0].identity == run.identity
+    assert open_session(given).run.identity == run.identity
     assert refine(given).images == 70 and refine(job).images == 70

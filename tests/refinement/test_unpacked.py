@@ -18,10 +18,11 @@ from PIL import Image
 
 from fastsimgan.data.formats.image_file import read_image
 from fastsimgan.errors import InputError
-from fastsimgan.refinement.local_workers import Job, check, refine
+from fastsimgan.refinement.job import Job, check
+from fastsimgan.refinement.run import refine
 from fastsimgan.refinement.verification import verify
 
-pytestmark = pytest.mark.usefixtures("small_blocks")
+pytestmark = pytest.mark.usefixtures("small_work_units")
 
 
 COUNT = 23

@@ -25,10 +25,15 @@ from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.errors import InputError
 from fastsimgan.inference import save_refiner
 from fastsimgan.models.refiner import Refiner
-from fastsimgan.refinement import sources, worker
-from fastsimgan.refinement.local_workers import Job, Report, refine, start
-from fastsimgan.refinement.run_directory import Run, state_of
-from fastsimgan.refinement.sinks import FolderBlock
+from fastsimgan.refinement import worker
+from fastsimgan.refinement.job import Job
+from fastsimgan.refinement.report import Report
+from fastsimgan.refinement.run import refine
+from fastsimgan.refinement.run_directory import RunDirectory
+from fastsimgan.refinement.run_paths import state_of
+from fastsimgan.refinement.session import open_session
+from fastsimgan.refinement.sinks.folder import FolderWriter
+from fastsimgan.refinement.sources import base
 from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)
@@ -67,7 +72,7 @@ def refine_source(source: Path, refiner: Fake, output: Path, *, workers: int = 1
 
 
 def reasons(source: Path, output: Path, **settings: Any) -> list[str]:
-    return [reason for _, reason in start(Job(MODEL, source, output, **settings))[0].failures()]
+    return [reason for _, reason in open_session(Job(MODEL, source, output, **settings)).run.failures()]
 
 
 def left(tmp_path: Path) -> list[str]:
@@ -122,8 +127,8 @@ class Device(Fake):
 def test_a_device_has_the_next_batch_before_it_ends_the_last(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 20)
-    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 20 * 35)
+    monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 20)
+    monkeypatch.setattr(base, "BYTES_PER_UNIT", 20 * 35)
     images = noise(50, 5, 7)
     source = tmp_path / ("in" if kind == "folder" else "in.npy")
     for i, image in enumerate(images):
@@ -175,8 +180,8 @@ class Several(Fake):
 
 @pytest.mark.parametrize("kind", ["folder", "npy", "to npz", "to shards", "to folder"])
 def test_batches_may_end_in_any_order(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 20)
-    monkeypatch.setattr(sources, "BYTES_PER_BLOCK", 20 * 35)
+    monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 20)
+    monkeypatch.setattr(base, "BYTES_PER_UNIT", 20 * 35)
     images = noise(90, 5, 7)
     source = tmp_path / ("in.npy" if kind in ("npy", "to folder") else "in")
     for i, image in enumerate(images):
@@ -204,7 +209,7 @@ def test_batches_may_end_in_any_order(kind: str, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("where", ["refiner", "write", "commit"])
 def test_a_failure_in_any_thread_ends_the_run(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "FILES_PER_BLOCK", 20)
+    monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 20)
     for i, image in enumerate(noise(90, 5, 7)):
         save(tmp_path / "in" / f"{i}.png", image)
     calls, before = itertools.count(), threading.active_count()
@@ -219,9 +224,9 @@ def test_a_failure_in_any_thread_ends_the_run(where: str, tmp_path: Path, monkey
 
     refiner = Several(failing(invert) if where == "refiner" else invert)
     if where == "write":
-        monkeypatch.setattr(FolderBlock, "put", failing(FolderBlock.put))
+        monkeypatch.setattr(FolderWriter, "put", failing(FolderWriter.put))
     if where == "commit":
-        monkeypatch.setattr(Run, "commit", failing(Run.commit))
+        monkeypatch.setattr(RunDirectory, "commit", failing(RunDirectory.commit))
     with pytest.raises(OSError, match="No space left"):
         refine_source(tmp_path / "in", refiner, tmp_path / "out", batch_size=4)
     assert not (tmp_path / "out").exists()

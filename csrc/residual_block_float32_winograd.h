@@ -1,11 +1,11 @@
-// The arithmetic of residual_block.h for vectors of FASTSIMGAN_LANES floats, which the file that includes this defines and
-// is compiled for. It includes nothing whose inline functions could end up in other hands: no torch header, no standard
+// The arithmetic of residual_block_float32.h for vectors of FASTSIMGAN_LANES floats, which the file that includes this
+// defines and is compiled for. It includes nothing whose inline functions could end up in other hands: no torch header, no standard
 // template; and all but the table at its end is that file's own.
 #pragma once
 
-#include "residual_block.h"
+#include "residual_block_float32.h"
 
-namespace fastsimgan {
+namespace fastsimgan::residual_block_float32 {
 namespace {
 
 constexpr int kLanes = FASTSIMGAN_LANES;
@@ -357,4 +357,4 @@ void mask_and_sum(const float* grad, const float* out, int64_t pixels, int64_t m
 constexpr Kernels kTable{kLanes, transform_weights, convolve, weight_gradient, transform_back, mask_and_sum};
 
 }  // namespace
-}  // namespace fastsimgan
+}  // namespace fastsimgan::residual_block_float32

@@ -1,4 +1,4 @@
-#include "processor.h"
+#include "cpu_features.h"
 
 #include <cpuid.h>
 #ifdef __linux__
@@ -6,7 +6,7 @@
 #include <unistd.h>
 #endif
 
-namespace fastsimgan::processor {
+namespace fastsimgan::cpu_features {
 namespace {
 
 // CPUID's answers to leaf 7.
@@ -53,4 +53,4 @@ bool has_amx_bfloat16() {
 bool has_amx_int8() { return has_avx512() && (Features(0).d >> 25 & 1) && has_tiles(); }
 bool has_vnni() { return has_avx512() && (Features(0).c >> 11 & 1); }
 
-}  // namespace fastsimgan::processor
+}  // namespace fastsimgan::cpu_features

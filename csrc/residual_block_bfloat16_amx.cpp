@@ -1,10 +1,15 @@
-// The arithmetic of residual_block_amx.h, compiled for AMX's bfloat16 as residual_block_strips.h has it.
-#include "residual_block_amx.h"
+// The arithmetic of residual_block_bfloat16.h on AMX, Intel's matrix unit. This file alone is compiled for AMX's bfloat16.
+#include <immintrin.h>
 
-#include "residual_block_strips.h"
+#include "amx_tiles.h"
+#include "residual_block_bfloat16.h"
+#include "residual_block_bordered_rows.h"
 
-namespace fastsimgan::amx {
+namespace fastsimgan::residual_block_bfloat16 {
 namespace {
+
+using namespace residual_block_strips;  // of residual_block_bordered_rows.h
+using amx_tiles::Tiles;
 
 constexpr int64_t kTile = 16 * 32;  // bfloat16 values in a tile of 16 rows of 64 bytes
 
@@ -50,6 +55,7 @@ template <typename End>
 inline void convolve(const Bordered<bfloat16>& in, int64_t rows, const bfloat16* weights, const End& end) {
   const int64_t maps = in.maps, positions = rows * in.pitch, bytes = maps * sizeof(bfloat16);
   alignas(64) float sums[kPixels * kMaps];
+  amx_tiles::finish_writes();
   for (int64_t map = 0; map < maps; map += kMaps) {
     for (int64_t q = 0; q < positions; q += kPixels) {
       const bfloat16* weight = weights + map * 9 * maps;
@@ -71,7 +77,7 @@ inline void convolve(const Bordered<bfloat16>& in, int64_t rows, const bfloat16*
             _tile_dpbf16ps(3, 5, 7);
           }
         }
-      store_tiles(sums);
+      amx_tiles::store_sums(sums);
       end(q, map, sums);
     }
   }
@@ -168,6 +174,7 @@ void interleave(const bfloat16* from, int64_t count, int64_t maps, bfloat16* to,
 void add_weight_gradient(const Planes& planes, int64_t pitch, const bfloat16* gradients, int64_t count, float* sums) {
   const int64_t maps = planes.maps, plane_bytes = planes.length * sizeof(bfloat16);
   const int64_t gradient_bytes = 2 * maps * sizeof(bfloat16), sum_bytes = maps * sizeof(float);
+  amx_tiles::finish_writes();
   for (int64_t tap = 0; tap < 9; ++tap) {
     const bfloat16* shifted = planes.buffer.data + tap / 3 * pitch + tap % 3;
     for (int64_t in = 0; in < maps; in += 32)
@@ -316,4 +323,4 @@ void backward(const Images& images, int64_t from, int64_t to, const float* grad,
   }
 }
 
-}  // namespace fastsimgan::amx
+}  // namespace fastsimgan::residual_block_bfloat16

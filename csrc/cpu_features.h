@@ -1,11 +1,7 @@
 // What this processor can execute and the system lets this process use. Compiled for any processor.
 #pragma once
 
-// In headers that files for several processors include: no function of its own may be left, which the linker would take
-// from any of them.
-#define FASTSIMGAN_INLINE __attribute__((always_inline)) inline
-
-namespace fastsimgan::processor {
+namespace fastsimgan::cpu_features {
 
 bool has_avx2();          // with FMA
 bool has_avx512();        // F, BW and VL
@@ -13,4 +9,4 @@ bool has_amx_bfloat16();  // with AVX-512 for bfloat16
 bool has_amx_int8();      // with AVX-512
 bool has_vnni();          // of AVX-512
 
-}  // namespace fastsimgan::processor
+}  // namespace fastsimgan::cpu_features

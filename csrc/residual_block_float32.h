@@ -5,26 +5,27 @@
 
 #include <cstdint>
 
-#include "processor.h"
+#include "always_inline.h"
 
-namespace fastsimgan {
+namespace fastsimgan::residual_block_float32 {
 
 constexpr int64_t kMostMaps = 1024;
 
 // What a pass works on. `maps` is C, a multiple of 8, at most kMostMaps.
 struct Features {
   int64_t count, height, width, maps;
-  FASTSIMGAN_INLINE int64_t rows() const { return (height + 3) / 4; }  // of 4x4 tiles
-  FASTSIMGAN_INLINE int64_t columns() const { return (width + 3) / 4; }
-  FASTSIMGAN_INLINE int64_t tiles() const { return count * rows() * columns(); }
-  FASTSIMGAN_INLINE int64_t numel() const { return count * height * width * maps; }
+  FASTSIMGAN_ALWAYS_INLINE int64_t rows() const { return (height + 3) / 4; }  // of 4x4 tiles
+  FASTSIMGAN_ALWAYS_INLINE int64_t columns() const { return (width + 3) / 4; }
+  FASTSIMGAN_ALWAYS_INLINE int64_t tiles() const { return count * rows() * columns(); }
+  FASTSIMGAN_ALWAYS_INLINE int64_t numel() const { return count * height * width * maps; }
   // Tiles that are transformed before they are multiplied: as many as keep both in a core's L2 cache, whole sixes.
-  FASTSIMGAN_INLINE int64_t strip() const {
+  FASTSIMGAN_ALWAYS_INLINE int64_t strip() const {
     const int64_t fits = 409600 / (36 * 4 * maps);
     return fits < 6 ? 6 : fits > 54 ? 54 : fits / 6 * 6;
   }
-  FASTSIMGAN_INLINE int64_t strips() const { return (tiles() + strip() - 1) / strip(); }
-  FASTSIMGAN_INLINE int64_t transformed() const { return 36 * strip() * maps; }  // floats of a strip of transformed tiles
+  FASTSIMGAN_ALWAYS_INLINE int64_t strips() const { return (tiles() + strip() - 1) / strip(); }
+  // floats of a strip of transformed tiles
+  FASTSIMGAN_ALWAYS_INLINE int64_t transformed() const { return 36 * strip() * maps; }
 };
 
 // For one kind of vectors.
@@ -59,4 +60,4 @@ struct Kernels {
 extern const Kernels kAvx2;    // with FMA
 extern const Kernels kAvx512;
 
-}  // namespace fastsimgan
+}  // namespace fastsimgan::residual_block_float32

@@ -10,77 +10,109 @@ from typing import Any
 
 import numpy as np
 
-from fastsimgan.data.formats.hdf5_file import HDF5Images
-from fastsimgan.data.formats.image_file import FORMATS, Header
+from fastsimgan.data.formats.image_file import FORMATS, Header, StoredImage
 from fastsimgan.data.formats.label_table import parse
 from fastsimgan.data.formats.labels import Labels, is_label_file
 from fastsimgan.data.formats.listing import STATE, stems
-from fastsimgan.data.formats.numpy_file import ArrayImages
+from fastsimgan.data.formats.numpy_file import Span
 from fastsimgan.errors import InputError
-from fastsimgan.refinement import sources
-from fastsimgan.refinement.sources import ArraysInput, Part, RawUnit
+from fastsimgan.refinement.manifest import sha256
+from fastsimgan.refinement.sources import base
+from fastsimgan.refinement.sources.array_file import ArrayFile, ImageRange
+from fastsimgan.refinement.sources.base import Decoded, Part, Sample, Source
 from fastsimgan.storage.files import printable
 
 
-class UnpackedInput(ArraysInput):
-    """An ``.npz``, ``.npy`` or HDF5 file as units: the reverse of `PackedOutput`.
+class UnpackedSource(Source):
+    """An ``.npz``, ``.npy`` or HDF5 file as samples: the reverse of `PackedSink`.
 
     - An image is called as the array ``name`` says, where all of its entries have an image's suffix; if not,
       ``00000000.png`` and so on.
-    - Files under ``files/`` become files again: those with an image's stem go with it, the others make blocks of their
-      own after the images'.
+    - Files under ``files/`` become files again: those with an image's stem go with it, the others make work units of
+      their own after the images'.
     - The label arrays become a JSON sidecar of each image, ``{"pitch_yaw": [0.1, -0.2]}``, unless the sidecar or
       ``metadata.jsonl`` that the file carries says the same already.
 
-    Raises InputError if images are float32 or have 2 or 4 channels, if a label is nothing that JSON can hold, and if
-    two files would get one name or one a name outside the output.
+    Raises:
+        InputError: if images are float32 or have 2 or 4 channels, if a label is nothing that JSON can hold, and if two
+            files would get one name or one a name outside the output.
     """
 
-    def __init__(self, arrays: ArrayImages | HDF5Images, batch_size: int, to: str) -> None:
-        super().__init__(arrays, batch_size)
-        channels, height, width = arrays.shape
-        if arrays.dtype.name == "float32" or channels not in (1, 3):
+    encoded = False
+
+    def __init__(self, file: ArrayFile) -> None:
+        self.file = file
+        self.path = file.path
+        self.kind = file.kind
+        self.identity = file.identity
+        self._check_kind()
+        height, width = file.size
+        self.shape = (height, width) if file.channels == 1 else (height, width, file.channels)
+        self.labels = file.arrays.labels()
+        names = _image_names(self.labels, len(file.arrays))
+        self.named = names is not None
+        if names is None:
+            names = [f"{i:08d}.png" for i in range(len(file.arrays))]
+        else:
+            del self.labels["name"]
+        self.names = names
+        self._check_labels()
+        self.owned: dict[int, list[str]] = {}  # names of files by the image that they go with
+        self.alone: list[str] = []
+        self._give_files(self._check_names())
+
+    def _check_kind(self) -> None:
+        """Raise InputError if the images, or what lies beside them, cannot be files."""
+        arrays = self.file.arrays
+        if arrays.dtype.name == "float32" or self.file.channels not in (1, 3):
             raise InputError(
                 f"{printable(self.path)}: images must be uint8 or uint16, grey or RGB, to become files, got "
-                f"{arrays.dtype} with {channels} channel(s)"
+                f"{arrays.dtype} with {self.file.channels} channel(s)"
             )
-        if isinstance(arrays, HDF5Images):
-            arrays.only_arrays(to)
+        self.file.only_arrays("files")
         if arrays.other_names:
             raise InputError(
                 f"{printable(self.path)}: array {printable(arrays.other_names[0])} must have length {len(arrays)}, as "
                 "images has, to become files of each image; --to npz or hdf5 keeps it"
             )
-        self.shape = (height, width) if channels == 1 else (height, width, channels)
-        labels = arrays.labels()
-        self.names = _image_names(labels, len(arrays))
-        self.named = self.names is not None
-        if self.names is None:
-            self.names = [f"{i:08d}.png" for i in range(len(arrays))]
-        else:
-            del labels["name"]
-        for name, array in labels.items():
+
+    def _check_labels(self) -> None:
+        """Raise InputError if a label is nothing that JSON can hold."""
+        for name, array in self.labels.items():
             if array.dtype.kind not in "biufUS" or array.dtype.itemsize > 8 and array.dtype.kind == "f":
                 raise InputError(
                     f"{printable(self.path)}: array {printable(name)} must hold numbers, booleans or strings to become "
                     f"JSON, got {array.dtype}"
                 )
-        self.labels = labels
+
+    def _check_names(self) -> dict[str, int]:
+        """Every image by its stem.
+
+        Raises:
+            InputError: if one cannot be called as it is.
+        """
         by_stem: dict[str, int] = {}
+        wide, colour = self.file.arrays.dtype == np.uint16, self.file.channels == 3
         for i, name in enumerate(self.names):
             self._check_name(name)
             kind = FORMATS[PurePosixPath(name).suffix.lower()]
-            if arrays.dtype == np.uint16 and (kind == "JPEG" or (kind == "TIFF" and channels == 3)):
+            if wide and (kind == "JPEG" or (kind == "TIFF" and colour)):
                 raise InputError(f"{printable(self.path)}: {kind} must not hold 16-bit images, got {printable(name)}")
             if (twin := by_stem.setdefault(name[: name.rindex(".")], i)) != i:
                 raise InputError(
                     f"{printable(self.path)}: images must differ in name up to the suffix, got "
                     f"{printable(self.names[twin])} and {printable(name)}"
                 )
+        return by_stem
+
+    def _give_files(self, by_stem: dict[str, int]) -> None:
+        """Give each file that the arrays carry to its image.
+
+        Raises:
+            InputError: if one cannot be called as it is.
+        """
         taken = set(self.names)
-        self.owned: dict[int, list[str]] = {}  # names of files by the image that they go with
-        self.alone: list[str] = []
-        for name in arrays.file_names:
+        for name in self.file.arrays.file_names:
             self._check_name(name)
             if name in taken:
                 raise InputError(f"{printable(self.path)}: files must differ in name, got {printable(name)} twice")
@@ -92,38 +124,48 @@ class UnpackedInput(ArraysInput):
                 self.alone.append(name)
 
     @property
-    def image_blocks(self) -> int:
-        """Number of blocks that are ranges of images."""
-        return super().blocks
+    def work_units(self) -> int:
+        """How many there are: the images', then those of the files that go with no image."""
+        return self.file.work_units + base.units_of(len(self.alone))
 
-    @property
-    def blocks(self) -> int:
-        """Number of blocks: the images', then those of the files that go with no image."""
-        return self.image_blocks + -(-len(self.alone) // sources.FILES_PER_BLOCK)
+    def check_channels(self, channels: int) -> None:
+        """Raise InputError if the images have others than a refiner's ``channels``."""
+        self.file.check_channels(channels)
 
-    def shard(self, block: int) -> Path | None:
-        """None: nothing comes out of a shard."""
-        return None
+    def shard_name(self, work_unit: int) -> str | None:
+        """Of the shard that a unit is to become; None for files that go with no image."""
+        return super().shard_name(work_unit) if work_unit < self.file.work_units else None
 
-    def shard_name(self, block: int) -> str | None:
-        """Of the shard that a block is to become; None for files that go with no image."""
-        return f"{block:08d}.tar" if block < self.image_blocks else None
+    def images(self, work_unit: int, span: Span) -> ImageRange | None:
+        """One unit's images with their samples; None for a unit of files.
 
-    def files_alone(self, block: int) -> Iterator[RawUnit]:
-        """The units of a block of files. Raises InputError if one is damaged."""
-        size = sources.FILES_PER_BLOCK
-        first = (block - self.image_blocks) * size
-        for position, name in enumerate(self.alone[first : first + size]):
-            yield RawUnit(position, (Part(name, data=self.arrays.read_file(name)),), None, self.path / name)
+        Raises:
+            InputError: if they cannot be read.
+        """
+        return UnpackedRange(self, work_unit, span) if work_unit < self.file.work_units else None
 
-    def unit(self, image: int, position: int) -> tuple[RawUnit, Header]:
+    def samples(self, work_unit: int) -> Iterator[Sample]:
+        """The samples of a unit of files.
+
+        Raises:
+            InputError: if one is damaged.
+        """
+        first = (work_unit - self.file.work_units) * base.SAMPLES_PER_UNIT
+        for position, name in enumerate(self.alone[first : first + base.SAMPLES_PER_UNIT]):
+            yield Sample(position, (Part(name, data=self.file.arrays.read_file(name)),), None, self.path / name)
+
+    def sample(self, image: int, position: int) -> tuple[Sample, Header]:
         """An image's files but for its pixels, and what is to be written of it.
 
-        Raises InputError if a label array says something else than the sidecar that the file carries.
+        Args:
+            image: in the file.
+            position: in its work unit.
+
+        Raises:
+            InputError: if a label array says something else than the sidecar that the file carries.
         """
-        assert self.names is not None
         name = self.names[image]
-        carried = {name: self.arrays.read_file(name) for name in self.owned.get(image, ())}
+        carried = {name: self.file.arrays.read_file(name) for name in self.owned.get(image, ())}
         sidecar = f"{name[: name.rindex('.')]}.json"
         if self.labels:
             row = {key: _plain(array[image], self.path, key) for key, array in self.labels.items()}
@@ -135,13 +177,13 @@ class UnpackedInput(ArraysInput):
                     )
                 carried[sidecar] = (json.dumps(row) + "\n").encode()
         parts = (Part(name), *(Part(name, data=data) for name, data in carried.items()))
-        header = Header(self.shape, self.arrays.dtype.name, FORMATS[PurePosixPath(name).suffix.lower()])
-        return RawUnit(position, parts, 0, self.path / name), header
+        header = Header(self.shape, self.file.arrays.dtype.name, FORMATS[PurePosixPath(name).suffix.lower()])
+        return Sample(position, parts, 0, self.path / name), header
 
     def describe(self) -> str:
         """What was found, in one line. Reads no pixels."""
         called = "named as the array name says" if self.named else "named 00000000.png and so on"
-        return f"{self.arrays.describe()}; {called}"
+        return f"{self.file.arrays.describe()}; {called}"
 
     def _known(self, name: str, sidecar: bytes | None) -> Iterator[dict[str, Any]]:
         """What the carried files say of an image."""
@@ -156,11 +198,10 @@ class UnpackedInput(ArraysInput):
 
         The first part of a name may be that of a shard, which tables and folders do not know.
         """
-        assert self.names is not None
         found = Labels(self.names), Labels(self.names, inside=True)
         for name in filter(is_label_file, self.alone):
             for said in found:
-                said.take(name, self.arrays.read_file(name))
+                said.take(name, self.file.arrays.read_file(name))
         return found
 
     def _check_name(self, name: str) -> None:
@@ -171,6 +212,28 @@ class UnpackedInput(ArraysInput):
             name.encode()
         except UnicodeEncodeError:
             raise InputError(f"{printable(self.path)}: names must be Unicode text, got {printable(name)}") from None
+
+
+class UnpackedRange(ImageRange):
+    """Images of an `UnpackedSource`, each with the other files of its sample."""
+
+    def __init__(self, source: UnpackedSource, work_unit: int, span: Span) -> None:
+        super().__init__(source.file, work_unit, span)
+        self.source = source
+
+    def take(self, start: int, end: int) -> tuple[np.ndarray, list[Decoded] | None]:
+        """Images ``start`` to ``end - 1``, ``[n, H, W]`` or ``[n, H, W, 3]``, and their samples.
+
+        Raises:
+            InputError: as `UnpackedSource.sample`.
+        """
+        pixels, _ = super().take(start, end)
+        pixels = pixels.reshape(len(pixels), *self.source.shape)
+        return pixels, [self._sample(start + i, image) for i, image in enumerate(pixels)]
+
+    def _sample(self, position: int, image: np.ndarray) -> Decoded:
+        sample, header = self.source.sample(self.first + position, position)
+        return Decoded(sample, StoredImage(image[:0], header), sha256(image.tobytes()))
 
 
 def _image_names(labels: dict[str, np.ndarray], count: int) -> list[str] | None:

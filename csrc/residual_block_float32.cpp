@@ -1,6 +1,6 @@
-// The op fastsimgan::residual_block on the CPU: checks, memory and threads; the arithmetic is in residual_block_winograd.h,
-// compiled for AVX2 and for AVX-512.
-#include "residual_block.h"
+// The op fastsimgan::residual_block on the CPU: checks, memory and threads; the arithmetic is in
+// residual_block_float32_winograd.h, compiled for AVX2 and for AVX-512.
+#include "residual_block_float32.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,18 +11,18 @@
 #include <tuple>
 #include <vector>
 
-#include "block_tensors.h"
-#include "processor.h"
+#include "cpu_features.h"
+#include "residual_block_tensors.h"
 
-namespace fastsimgan {
+namespace fastsimgan::residual_block_float32 {
 namespace {
 
 const Kernels& kernels_for(int64_t maps) {
-  return processor::has_avx512() && maps % kAvx512.lanes == 0 ? kAvx512 : kAvx2;
+  return cpu_features::has_avx512() && maps % kAvx512.lanes == 0 ? kAvx512 : kAvx2;
 }
 
 Features features_of(const Tensor& x) {
-  STD_TORCH_CHECK(processor::has_avx2(), "residual_block in C++ needs a processor with AVX2 and FMA");
+  STD_TORCH_CHECK(cpu_features::has_avx2(), "residual_block in C++ needs a processor with AVX2 and FMA");
   const Features f = channels_last<Features>(x, ScalarType::Float, kAvx2.lanes);
   STD_TORCH_CHECK(f.maps <= kMostMaps, "feature maps must be at most 1024, got ", f.maps);
   return f;
@@ -94,8 +94,7 @@ Tensor masked_sum(const Features& f, const Tensor& like, const float* grad, cons
   return result;
 }
 
-std::tuple<Tensor, Tensor> residual_block_cpu(Tensor features, Tensor weight1, Tensor bias1, Tensor weight2,
-                                              Tensor bias2) {
+std::tuple<Tensor, Tensor> forward_on_cpu(Tensor features, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2) {
   const Features f = features_of(features);
   for (const Tensor& weight : {weight1, weight2}) check_weight(weight, ScalarType::Float, f.maps);
   for (const Tensor& bias : {bias1, bias2}) check_values(bias, ScalarType::Float, f.maps, "biases");
@@ -108,9 +107,8 @@ std::tuple<Tensor, Tensor> residual_block_cpu(Tensor features, Tensor weight1, T
   return {out, hidden};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_block_backward_cpu(Tensor grad, Tensor features,
-                                                                               Tensor hidden, Tensor out,
-                                                                               Tensor weight1, Tensor weight2) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_on_cpu(Tensor grad, Tensor features, Tensor hidden,
+                                                                   Tensor out, Tensor weight1, Tensor weight2) {
   const Features f = features_of(features);
   for (const Tensor& other : {grad, hidden, out}) check_same(f, other);
   for (const Tensor& weight : {weight1, weight2}) check_weight(weight, ScalarType::Float, f.maps);
@@ -126,10 +124,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_block_backward_cpu(T
 }
 
 }  // namespace
-}  // namespace fastsimgan
+}  // namespace fastsimgan::residual_block_float32
 
 // The schemas, the fakes and the fallback for other devices are Python's (fastsimgan/ops/residual_block.py).
 STABLE_TORCH_LIBRARY_IMPL(fastsimgan, CPU, m) {
-  m.impl("residual_block", TORCH_BOX(&fastsimgan::residual_block_cpu));
-  m.impl("residual_block_backward", TORCH_BOX(&fastsimgan::residual_block_backward_cpu));
+  m.impl("residual_block", TORCH_BOX(&fastsimgan::residual_block_float32::forward_on_cpu));
+  m.impl("residual_block_backward", TORCH_BOX(&fastsimgan::residual_block_float32::backward_on_cpu));
 }

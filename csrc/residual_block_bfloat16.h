@@ -1,30 +1,17 @@
-// The refiner's residual block on the CPU with bfloat16 products on AMX, Intel's matrix unit: plain sums, float32 in the
-// accumulators and along the skip connection. Both convolutions of an image, and all of its gradients, are taken while
-// it is in a core's L2 cache. The numbers are the caller's: images [count, height, width, C], no torch.
+// The refiner's residual block on the CPU with products in bfloat16: plain sums, float32 in the accumulators and along the
+// skip connection. Both convolutions of an image, and all of its gradients, are taken while it is in a core's L2 cache.
+// The numbers are the caller's: images [count, height, width, C], no torch.
 #pragma once
 
 #include <cstdint>
 
-#include "processor.h"
+#include "residual_block_strips.h"
 
-namespace fastsimgan::amx {
+namespace fastsimgan::residual_block_bfloat16 {
 
 using bfloat16 = uint16_t;  // its bits
-
-constexpr int64_t kMaps = 32;  // C must be a multiple of it
-constexpr int64_t kInCache = 512 << 10;  // bytes of a strip's features in bfloat16; there are two to six of them
-
-// What a pass works on, in strips of whole rows that keep what is in between in the cache.
-struct Images {
-  int64_t count, height, width, maps;
-  FASTSIMGAN_INLINE int64_t strips_an_image() const {
-    const int64_t row_bytes = (width + 2) * maps * static_cast<int64_t>(sizeof(bfloat16));
-    const int64_t rows = kInCache / row_bytes > 8 ? kInCache / row_bytes : 8;
-    return (height + rows - 1) / rows;
-  }
-  FASTSIMGAN_INLINE int64_t strips() const { return count * strips_an_image(); }
-  FASTSIMGAN_INLINE int64_t weights() const { return 9 * maps * maps; }
-};
+using residual_block_strips::Images;
+using residual_block_strips::kMaps;
 
 // Weights [C, C, 3, 3] with any strides as the matrix unit takes them: images.weights() values. `backward` swaps inputs
 // with outputs and turns the kernels by 180 degrees, as the gradient with respect to the input needs.
@@ -45,4 +32,4 @@ void backward(const Images& images, int64_t from, int64_t to, const float* grad,
               const bfloat16* hidden, const float* out, const bfloat16* weight1, const bfloat16* weight2,
               float* grad_in, Sums sums);
 
-}  // namespace fastsimgan::amx
+}  // namespace fastsimgan::residual_block_bfloat16

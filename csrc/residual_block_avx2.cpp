@@ -1,5 +1,0 @@
-// residual_block.h's kernels for AVX2 and FMA; this file alone is compiled for them.
-#define FASTSIMGAN_LANES 8
-#include "residual_block_winograd.h"
-
-const fastsimgan::Kernels fastsimgan::kAvx2 = fastsimgan::kTable;

@@ -1,5 +1,0 @@
-// residual_block.h's kernels for AVX-512; this file alone is compiled for it.
-#define FASTSIMGAN_LANES 16
-#include "residual_block_winograd.h"
-
-const fastsimgan::Kernels fastsimgan::kAvx512 = fastsimgan::kTable;

@@ -1,0 +1,1 @@
+"""What a run reads, one file a kind: folder, shards, arrays, and arrays unpacked into files."""

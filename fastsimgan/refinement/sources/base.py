@@ -1,0 +1,192 @@
+"""What every kind of source offers: fixed work units, each of samples (files) or of a range of images (arrays)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tarfile import TarInfo
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from fastsimgan.data.formats.image_file import StoredImage, decode_image, read_bytes
+from fastsimgan.data.formats.mask_detection import Census
+from fastsimgan.data.formats.numpy_file import Span
+from fastsimgan.errors import InputError
+from fastsimgan.refinement.records import named
+from fastsimgan.storage.files import printable
+
+if TYPE_CHECKING:
+    from fastsimgan.refinement.sources.array_file import ArrayFile, ImageRange
+
+SAMPLES_PER_UNIT = 1024  # a kill loses a few seconds' work, and ten million files make ten thousand manifests
+BYTES_PER_UNIT = 1 << 24  # of packed images
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a sample: on the disk (``path``), or read already (``data``), then with its tar header."""
+
+    name: str
+    path: Path | None = None
+    data: bytes | None = None
+    info: TarInfo | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a shard's entry of a folder, which holds nothing."""
+        return self.info is not None and self.info.isdir()
+
+    def read(self) -> bytes:
+        """All of it.
+
+        Raises:
+            InputError: if it cannot be read.
+        """
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        return read_bytes(self.path)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image with its sidecars, encoded as the source has them, or parts with no image among them."""
+
+    position: int  # in its work unit
+    parts: tuple[Part, ...]
+    image: int | None  # which part
+    where: Path  # what an error about the image is to name
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A sample with its decoded image (None where it has none), or with what is wrong with it."""
+
+    sample: Sample
+    image: StoredImage | None = None
+    sha256: str = ""  # of the encoded image
+    error: InputError | None = None
+    unfit: bool = False  # a good image that this refiner does not take: the others will be no better
+
+    def with_pixels(self, pixels: np.ndarray) -> Decoded:
+        """The same with other pixels in its image."""
+        assert self.image is not None
+        return replace(self, image=replace(self.image, pixels=pixels))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps in memory: what was read, and its pixels."""
+        data = sum(len(part.data) for part in self.sample.parts if part.data is not None)
+        return data + (0 if self.image is None else self.image.pixels.nbytes)
+
+
+@dataclass(frozen=True)
+class SourceIdentity:
+    """What makes two sources the same one, as far as it is known without a listing."""
+
+    path: str = field(metadata=named("input"))
+    kind: str = field(metadata=named("input kind"))
+
+
+class Source(Protocol):
+    """What a run reads. Its work units are fixed when the run starts.
+
+    A unit's images are files, which `samples` gives and `decode` decodes, or a range of an array, which `images` gives.
+    """
+
+    kind: str  # what ``--to same`` makes: "folder", "shards", "npz", "npy" or "hdf5"
+    path: Path
+    identity: SourceIdentity
+    array_file: ArrayFile | None = None  # where images go from array to array, all of one size
+    encoded: bool = True  # images are decoded from files
+    linkable: bool = False  # labels are files that hard links can be made to
+    in_shards: bool = False  # a file's name in a tree begins with that of the shard that it is out of
+
+    @property
+    def work_units(self) -> int:
+        """How many there are; known after `prepare` or `attach`."""
+
+    def prepare(self, state: Path) -> None:
+        """Make ready for a new run, whose records go into ``state``.
+
+        Raises:
+            InputError: if this cannot be refined.
+        """
+        return None
+
+    def attach(self, state: Path) -> None:
+        """Make ready for a run that has begun. Nothing to do where a change shows in the identity.
+
+        Raises:
+            InputError: if this is no longer what it was.
+        """
+        return None
+
+    def towards(self, to: str) -> Source:
+        """The source as which this is read if the output is of kind ``to``.
+
+        Raises:
+            InputError: if it cannot become that.
+        """
+        return self
+
+    def check_channels(self, channels: int) -> None:
+        """Raise InputError if all images are known to have others than a refiner's ``channels``."""
+        return None
+
+    def samples(self, work_unit: int) -> Iterator[Sample]:
+        """One unit's samples, in order, where `images` gives None.
+
+        Raises:
+            InputError: if they cannot be read.
+        """
+        return iter(())
+
+    def images(self, work_unit: int, span: Span) -> ImageRange | None:
+        """One unit's images, floats in ``span``, where they are in an array; None where they are files."""
+        return None
+
+    def decode(self, sample: Sample, data: bytes, span: Span | None) -> StoredImage:
+        """A sample's image from its bytes, floats in ``span``.
+
+        Raises:
+            InputError: if it cannot be decoded.
+        """
+        return decode_image(data, sample.where, key=None, span=span)
+
+    def unit_sha256(self, work_unit: int) -> str | None:
+        """SHA-256 of the one file that a unit is; None where each of its files has its own in the manifest."""
+        return None
+
+    def shard(self, work_unit: int) -> Path | None:
+        """The shard that a unit is; None where it is none."""
+        return None
+
+    def shard_name(self, work_unit: int) -> str | None:
+        """Of the shard that a unit is to become; None for one of files that no shard takes."""
+        return f"{work_unit:08d}.tar"
+
+    def describe(self) -> str:
+        """What was found, in one line."""
+
+
+def refuse_unread(where: Path, census: Census) -> None:
+    """Raise InputError if pictures of kinds that are not read would come out as they are among refined ones."""
+    if unread := census.unread_text():
+        raise InputError(
+            f"{printable(where)}: {unread}: they would come out unrefined among refined ones; convert them (magick "
+            "mogrify -format png), or --images 'GLOB' tells which files are images and leaves these as they are"
+        )
+
+
+def absolute(path: Path) -> str:
+    """A path as identities have it."""
+    return os.path.realpath(path)
+
+
+def units_of(samples: int) -> int:
+    """Work units that so many samples make."""
+    return -(-samples // SAMPLES_PER_UNIT)
