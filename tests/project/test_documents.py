@@ -352,7 +352,7 @@ def test_pages_build_without_a_warning_and_ask_no_other_host(tmp_path: Path) -> 
             shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         else:
             shutil.copy(source, tmp_path)
-    arguments = [python, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    arguments = [python, "-m", "mkdocs", "build", "--strict"]  # --quiet would keep warnings from --strict too
     done = subprocess.run(
         arguments,
         cwd=tmp_path,
