@@ -22,10 +22,12 @@ from bench import limits
 from fastsimgan.config import preset
 from fastsimgan.hardware.device import choose_device, keep_freed_memory
 from fastsimgan.hardware.precision import DTYPES, choose_precision
-from fastsimgan.training.acceleration import GraphedIterations, compile_networks
-from fastsimgan.training.batches import open_pools
-from fastsimgan.training.profiler import iteration_flops
+from fastsimgan.training.batches import open_batches
+from fastsimgan.training.compilation import compile_networks
+from fastsimgan.training.flops import iteration_flops
+from fastsimgan.training.graphed_iterations import GraphedIterations
 from fastsimgan.training.simgan import SimGAN
+from fastsimgan.training.state import TrainingState
 
 
 def measure(
@@ -33,20 +35,25 @@ def measure(
 ) -> tuple[list[float], int, float, str]:
     """Seconds of each iteration, its floating-point operations, the peak of device memory in GB, and the precision."""
     config = preset(
-        "hand", batch_size=batch, accumulate=accumulate, recompute=recompute, width=width, history=max(2048, batch)
+        "hand",
+        batch_size=batch,
+        accumulate=accumulate,
+        recompute=recompute,
+        hidden_channels=width,
+        history=max(2048, batch),
     )
     random = np.random.default_rng(0)
     sides = [random.integers(0, 65536, (max(512, batch), size, size), dtype=np.uint16) for _ in range(2)]
     precision, _ = choose_precision("auto", device)
-    pools = open_pools(sides[0], sides[1], config, device, lambda _: None)
-    trainer = SimGAN(config, pools.image_shape, device, precision=precision)
-    flops = iteration_flops(trainer)
+    batches = open_batches(sides[0], sides[1], config, device, lambda _: None)
+    trainer = SimGAN(TrainingState(config, batches.image_shape, device, precision=precision, batches=batches))
+    flops = iteration_flops(trainer.state)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-        compile_networks(trainer, "auto", print)
-    graphs = GraphedIterations(trainer, pools) if on_gpu else None
-    call = graphs or (lambda: trainer.iteration(pools.draw_synthetic, pools.draw_real))
+        compile_networks(trainer.state, "auto", print)
+    graphs = GraphedIterations(trainer, print) if on_gpu else None
+    call = graphs or (lambda: trainer.iteration(batches.draw_synthetic, batches.draw_real))
     for _ in range(6 if on_gpu else 0):  # compiling, and the capture of the graph
         call()
     if on_gpu:  # between events around as many iterations as take 0.1 s: nothing is made to wait for the host
@@ -69,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--first", type=int, default=16 if full else 2, help="batch to begin with when looking for the largest"
     )
     parser.add_argument("--size", type=int, default=224 if full else 32)
-    parser.add_argument("--width", type=int, default=64 if full else 20)
+    parser.add_argument("--hidden-channels", type=int, default=64 if full else 20)
     parser.add_argument("--rounds", type=int, default=5 if full else 2)
     arguments = parser.parse_args(argv)
     device = choose_device("auto")
     keep_freed_memory()
-    size, width, rounds = arguments.size, arguments.width, arguments.rounds
+    size, width, rounds = arguments.size, arguments.hidden_channels, arguments.rounds
 
     def show(batch: int, accumulate: int, recompute: bool) -> None:
         with limits.same_switches(tf32=False):  # as `fit` has it

@@ -25,11 +25,11 @@ from torch import Tensor
 from bench import limits
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.pixel_values import from_float
+from fastsimgan.data.preprocess import prepare
 from fastsimgan.data.simulators.builtin import builtin_pair
 from fastsimgan.errors import FastSimGANError
 from fastsimgan.hardware.precision import choose_precision
 from fastsimgan.inference.refiner import Refiner, load_refiner, read_refiner, save_refiner
-from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.models.refiner import Refiner as Network
 from fastsimgan.refinement.tuning import BATCH_SIZE_CUDA, fitting, read_shape, useful_pixels
 
@@ -102,11 +102,12 @@ def sides_here(path: Path, folder: Path, device: torch.device, batch: int, size:
             sides[f"compile {precision}"] = plain(in_16_bits(network, precision), histogram, last)
     if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")):
         return sides
-    from fastsimgan.exporting.export import QUANTISED, engine, export
+    from fastsimgan.exporting.export import engine, export
+    from fastsimgan.exporting.exported_files import QUANTISED
     from fastsimgan.inference import int8_backend, onnx_file
     from fastsimgan.inference.onnxruntime_backend import OnnxRuntimeBackend
 
-    export(path, folder / "exported", quantise=("int8-cpu",), min_psnr=0, say=lambda line: None)
+    export(path, folder / "exported", quantise=("int8-cpu",), min_psnr=0, log=lambda line: None)
     files = {"float32": "refiner.onnx", "int8": QUANTISED["int8-cpu"][0]}
     if device.type == "cuda":
         files = {"float32": "refiner.onnx", "float16": "refiner.u8.fp16.onnx"}

@@ -31,10 +31,12 @@ from fastsimgan.models.refiner import Refiner
 from fastsimgan.ops.discriminator_loss import discriminator_loss
 from fastsimgan.ops.history_swap import FILL, encode, history_swap, new_state
 from fastsimgan.ops.refiner_loss import refiner_loss
-from fastsimgan.training.acceleration import GraphedIterations, compile_networks
-from fastsimgan.training.batches import open_pools
-from fastsimgan.training.profiler import iteration_flops
+from fastsimgan.training.batches import open_batches
+from fastsimgan.training.compilation import compile_networks
+from fastsimgan.training.flops import iteration_flops
+from fastsimgan.training.graphed_iterations import GraphedIterations
 from fastsimgan.training.simgan import SimGAN
+from fastsimgan.training.state import TrainingState
 
 SIZE, BATCH, WIDTH, PATCHES = ((16, 20), 8, 20, (4, 5)) if limits.SMALL else ((35, 55), 512, 64, (9, 14))
 CALLS = 2 if limits.SMALL else 5  # profiled
@@ -87,17 +89,17 @@ def training(device: torch.device) -> None:
     """One iteration as `fit` runs it, and the same without a graph, where launches cost what they cost."""
     random = np.random.default_rng(0)
     sides = [random.integers(0, 256, (max(64, 2 * BATCH), *SIZE), dtype=np.uint8) for _ in range(2)]
-    config = TrainConfig(batch_size=BATCH, k_g=2, width=WIDTH, history=max(64, 4 * BATCH))
+    config = TrainConfig(batch_size=BATCH, k_g=2, hidden_channels=WIDTH, history=max(64, 4 * BATCH))
     precision, _ = choose_precision("auto", device)
     for title, graphed in (("training iteration, graph", True), ("training iteration, no graph", False)):
-        pools = open_pools(sides[0], sides[1], config, device, lambda _: None)
-        trainer = SimGAN(config, pools.image_shape, device, precision=precision)
-        flop = iteration_flops(trainer)
-        compile_networks(trainer, "auto", print)
-        graphs = GraphedIterations(trainer, pools) if graphed else None
+        batches = open_batches(sides[0], sides[1], config, device, lambda _: None)
+        trainer = SimGAN(TrainingState(config, batches.image_shape, device, precision=precision, batches=batches))
+        flop = iteration_flops(trainer.state)
+        compile_networks(trainer.state, "auto", print)
+        graphs = GraphedIterations(trainer, print) if graphed else None
 
-        def call(trainer=trainer, pools=pools, graphs=graphs) -> object:
-            return graphs() if graphs else trainer.iteration(pools.draw_synthetic, pools.draw_real)
+        def call(trainer=trainer, batches=batches, graphs=graphs) -> object:
+            return graphs() if graphs else trainer.iteration(batches.draw_synthetic, batches.draw_real)
 
         for _ in range(6):
             call()

@@ -35,14 +35,14 @@ def child(out: Path, resume: bool, deterministic: bool, device: str) -> None:
     from fastsimgan.config import TrainConfig
     from fastsimgan.training.loop import fit
 
-    settings: dict[str, Any] = {"batch_size": 128, "width": 64, "k_g": 2, "history": 2048}
+    settings: dict[str, Any] = {"batch_size": 128, "hidden_channels": 64, "k_g": 2, "history": 2048}
     size = (35, 55)
     if limits.SMALL or device == "cpu":
-        settings, size = {"batch_size": 4, "width": 20, "blocks": 1, "k_g": 2, "history": 16}, (16, 20)
+        settings, size = {"batch_size": 4, "hidden_channels": 20, "blocks": 1, "k_g": 2, "history": 16}, (16, 20)
     if deterministic:
         settings["deterministic"] = True
     config = TrainConfig(
-        out=out, resume=resume, device=device, steps=STEPS, checkpoint_every=EVERY, picture_every=100_000,
+        out=out, resume=resume, device=device, steps=STEPS, checkpoint_every=EVERY, eval_every=100_000,
         pretrain_discriminator=2, warm_up=10, **settings,
     )  # fmt: skip
     random = np.random.default_rng(0)

@@ -30,11 +30,13 @@ from bench.baselines.plain_trainer import PlainTrainer
 from fastsimgan.config import TrainConfig, preset
 from fastsimgan.hardware.device import choose_device, keep_freed_memory
 from fastsimgan.hardware.precision import DTYPES, choose_precision
-from fastsimgan.training.acceleration import GraphedIterations, compile_networks
-from fastsimgan.training.batches import open_pools
+from fastsimgan.training.batches import open_batches
+from fastsimgan.training.compilation import compile_networks
+from fastsimgan.training.flops import iteration_flops
+from fastsimgan.training.graphed_iterations import GraphedIterations
 from fastsimgan.training.loop import fit
-from fastsimgan.training.profiler import iteration_flops
 from fastsimgan.training.simgan import SimGAN
+from fastsimgan.training.state import TrainingState
 
 SIZE = (35, 55)
 
@@ -47,13 +49,13 @@ def plain(config: TrainConfig, trainer: SimGAN, sides: tuple[np.ndarray, np.ndar
     """A plain trainer with copies of ``trainer``'s weights, contiguous."""
     refiner, discriminator = (
         copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-        for network in (trainer.refiner, trainer.discriminator)
+        for network in (trainer.state.refiner, trainer.state.discriminator)
     )
     refiner.impl = "reference"  # PyTorch's own convolutions
     rates = config.learning_rate_refiner, config.learning_rate_discriminator
     return PlainTrainer(
         refiner, discriminator, *sides, batch=config.batch_size, k_g=config.k_g, lam=config.lam, rates=rates,
-        history=config.history, device=trainer.device, **options,
+        history=config.history, device=trainer.state.device, **options,
     )  # fmt: skip
 
 
@@ -67,13 +69,13 @@ def losses_side_by_side(
     and, from there, grows tenfold every two or three; small images put that off.
     """
     config = TrainConfig(
-        batch_size=batch, k_g=2, width=width, history=batch // 2, steps=steps, warm_up=0, decay=False,
+        batch_size=batch, k_g=2, hidden_channels=width, history=batch // 2, steps=steps, warm_up=0, decay=False,
         identity_init=identity_init,
     )  # fmt: skip
-    ours = SimGAN(config, (1, *size), torch.device("cpu"))
+    ours = SimGAN(TrainingState(config, (1, *size), torch.device("cpu")))
     sides = images(64, 0, size), images(64, 1, size)
     other = plain(config, ours, sides)
-    ours.history.swap = other.swap = lambda fresh: fresh  # type: ignore[method-assign,union-attr]
+    ours.state.history.swap = other.swap = lambda fresh: fresh  # type: ignore[method-assign,union-attr]
     ours_drawn, other.random = np.random.default_rng(2), np.random.default_rng(2)
 
     def draw(pool: np.ndarray, count: int) -> torch.Tensor:
@@ -101,11 +103,11 @@ class Found:
 def race(batch: int, rounds: int, device: torch.device, width: int = 64) -> Found:
     """Time each side's iterations, in turn: CPU-seconds on a CPU; on a GPU between events around as many as take 0.1 s,
     so that ours, which waits for nothing, is not made to."""
-    config = TrainConfig(batch_size=batch, k_g=2, width=width, history=max(2048, batch))
+    config = TrainConfig(batch_size=batch, k_g=2, hidden_channels=width, history=max(2048, batch))
     sides = images(4096, 0), images(2048, 1)
     precision, _ = choose_precision("auto", device)
-    pools = open_pools(*sides, config, device, lambda _: None)
-    ours = SimGAN(config, pools.image_shape, device, precision=precision)
+    batches = open_batches(*sides, config, device, lambda _: None)
+    ours = SimGAN(TrainingState(config, batches.image_shape, device, precision=precision, batches=batches))
     flops = iteration_flops(ours)
     first = plain(config, ours, sides)
     second = plain(config, ours, sides, autocast=torch.bfloat16 if precision == "bfloat16" else None)
@@ -113,9 +115,9 @@ def race(batch: int, rounds: int, device: torch.device, width: int = 64) -> Foun
     second.discriminator.compile()
     on_gpu = device.type == "cuda"
     compile_networks(ours, "auto", print)
-    graphs = GraphedIterations(ours, pools) if on_gpu else None
+    graphs = GraphedIterations(ours, print) if on_gpu else None
     calls: dict[str, Callable[[], object]] = {
-        "ours": graphs or (lambda: ours.iteration(pools.draw_synthetic, pools.draw_real)),
+        "ours": graphs or (lambda: ours.iteration(batches.draw_synthetic, batches.draw_real)),
         "plain": first.iteration,
         f"plain, compiled, {precision}": second.iteration,
     }
@@ -152,9 +154,16 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
 def whole_schedule() -> None:
     """Train by the paper's schedule on random images of the gaze experiment's size, and say how long it took."""
     counts = (200, 100) if limits.SMALL else (200_000, 50_000)
-    settings: dict[str, Any] = {"picture_every": 100_000, "checkpoint_every": 100_000}
+    settings: dict[str, Any] = {"eval_every": 100_000, "checkpoint_every": 100_000}
     if limits.SMALL:
-        settings |= {"steps": 8, "batch_size": 4, "width": 20, "blocks": 1, "history": 16, "pretrain_refiner": 2}
+        settings |= {
+            "steps": 8,
+            "batch_size": 4,
+            "hidden_channels": 20,
+            "blocks": 1,
+            "history": 16,
+            "pretrain_refiner": 2,
+        }
         settings |= {"pretrain_discriminator": 2}
     with tempfile.TemporaryDirectory() as folder:
         config = preset("paper", out=Path(folder) / "run", **settings)

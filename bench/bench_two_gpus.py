@@ -34,8 +34,9 @@ def child(out: Path) -> None:
     size, count = ((16, 20), 64) if limits.SMALL else ((35, 55), 8192)
     width, batch = (20, 8) if limits.SMALL else (64, 512)
     config = TrainConfig(
-        out=out, device="cuda", steps=STEPS, batch_size=batch, width=width, k_g=2, history=4 * batch, warm_up=0,
-        pretrain_discriminator=0, picture_every=100_000, checkpoint_every=100_000, precision="float32",
+        out=out, device="cuda", steps=STEPS, batch_size=batch, hidden_channels=width, k_g=2, history=4 * batch,
+        warm_up=0,
+        pretrain_discriminator=0, eval_every=100_000, checkpoint_every=100_000, precision="float32",
         cuda_graph=False,  # as it is for several ranks
     )  # fmt: skip
     random = np.random.default_rng(0)

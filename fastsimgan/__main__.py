@@ -1,5 +1,9 @@
 """`python -m fastsimgan` lists the commands."""
 
+import sys
+
+from fastsimgan import cli
+
 COMMANDS = {
     "data": "`data import`: UnityEyes and MPIIGaze as they lie on the disk into packed arrays",
     "train": "two folders of images in, a refiner out",
@@ -12,7 +16,13 @@ COMMANDS = {
     "env": "versions, devices, and which implementation of each op runs here",
 }
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Print the list."""
     print("python -m fastsimgan.COMMAND --help\n")
     for name, what in COMMANDS.items():
         print(f"  {name:<12}{what}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.exit_code(main))

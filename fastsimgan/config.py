@@ -77,7 +77,7 @@ class TrainConfig:
 
     network: Literal["gaze", "hand"] = "gaze"
     """Architecture of D, and of R's first layer (§3.1 or §3.2)."""
-    width: int = 32
+    hidden_channels: int = 32
     """Feature maps in R. The paper has 64; 32 take a quarter of the time; --identity-init needs 20 an image channel."""
     blocks: int = 4
     """Residual blocks in R."""
@@ -114,7 +114,7 @@ class TrainConfig:
     profile: int = 0
     """Iterations to profile: after ten ordinary ones, a table of where the time goes is printed and profile.txt and
     trace.json.gz are written to --out. 0: none."""
-    picture_every: int = 250
+    eval_every: int = 250
     """Iterations between contact sheets, lines of progress in a log, and looks at how real the refined images are (KID)
     and how far labels drifted; the best look is kept as best.safetensors."""
     max_drift: float = 0.0
@@ -149,53 +149,16 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise InputError on the first setting that breaks its rule."""
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "k_g",
-            "k_d",
-            "width",
-            "picture_every",
-            "checkpoint_every",
-            "keep",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{_flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("blocks", "pretrain_refiner", "pretrain_discriminator", "history", "warm_up", "seed", "profile"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{_flag(name)} must be at least 0, got {getattr(self, name)}")
-        if self.k_g_max and self.k_g_max < self.k_g:
-            raise InputError(f"--k-g-max must be 0 or at least --k-g ({self.k_g}), got {self.k_g_max}")
-        if self.batch_size % 2:
-            raise InputError(f"--batch-size must be even (half of D's batch is history, §2.3), got {self.batch_size}")
-        if 0 < self.history < self.batch_size // 2:
-            raise InputError(
-                f"--history must be 0 or at least half the batch size ({self.batch_size // 2}), got {self.history}"
-            )
-        for name in ("learning_rate_refiner", "learning_rate_discriminator"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"--{_flag(name)} must be between 0 and 1, got {getattr(self, name)}")
-        if not self.max_drift >= 0:
-            raise InputError(f"--max-drift must be at least 0, got {self.max_drift}")
-        if not self.lam >= 0:
-            raise InputError(f"--lambda must be at least 0, got {self.lam}")
-        if not 0 <= self.ema < 1:
-            raise InputError(f"--ema must be at least 0 and below 1, got {self.ema}")
-        if self.crop is not None and min(self.crop) < 1:
-            raise InputError(f"--crop must be at least 1x1, got {self.crop[0]}x{self.crop[1]}")
-        if self.range is not None and not -math.inf < self.range[0] < self.range[1] < math.inf:
-            raise InputError(f"--range must be two numbers, the second larger, got {self.range[0]:g} {self.range[1]:g}")
-        factor = self.resize_real
-        if factor not in ("auto", "none") and (isinstance(factor, str) or not 0 < factor <= 4):
-            raise InputError(f"--resize-real must be auto, none or a factor above 0 and up to 4, got {factor}")
-        if (self.synthetic is None) != (self.real is None):
-            given, missing = ("synthetic", "real") if self.real is None else ("real", "synthetic")
-            raise InputError(f"--{given} needs --{missing} beside it (or give neither for the built-in eyes)")
+        _check_counts(self)
+        _check_values(self)
 
     def to_json(self) -> str:
         """The settings as JSON, one key a line."""
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+        return _json(dataclasses.asdict(self))
+
+    def to_header(self) -> str:
+        """As `to_json`, for the header of a refiner's file."""
+        return _json({_HEADER_KEYS.get(name, name): value for name, value in dataclasses.asdict(self).items()})
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
@@ -213,6 +176,63 @@ class TrainConfig:
         return cls(**values)
 
 
+#: Refiner files keep the keys that they have had from the first for these settings, so that they keep their bytes.
+_HEADER_KEYS = {"hidden_channels": "width", "eval_every": "picture_every"}
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, default=str) + "\n"
+
+
+def _check_counts(config: TrainConfig) -> None:
+    for name in (
+        "steps",
+        "batch_size",
+        "accumulate",
+        "k_g",
+        "k_d",
+        "hidden_channels",
+        "eval_every",
+        "checkpoint_every",
+        "keep",
+    ):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{_flag(name)} must be at least 1, got {getattr(config, name)}")
+    for name in ("blocks", "pretrain_refiner", "pretrain_discriminator", "history", "warm_up", "seed", "profile"):
+        if getattr(config, name) < 0:
+            raise InputError(f"--{_flag(name)} must be at least 0, got {getattr(config, name)}")
+    if config.k_g_max and config.k_g_max < config.k_g:
+        raise InputError(f"--k-g-max must be 0 or at least --k-g ({config.k_g}), got {config.k_g_max}")
+    if config.batch_size % 2:
+        raise InputError(f"--batch-size must be even (half of D's batch is history, §2.3), got {config.batch_size}")
+    if 0 < config.history < config.batch_size // 2:
+        raise InputError(
+            f"--history must be 0 or at least half the batch size ({config.batch_size // 2}), got {config.history}"
+        )
+
+
+def _check_values(config: TrainConfig) -> None:
+    for name in ("learning_rate_refiner", "learning_rate_discriminator"):
+        if not 0 < getattr(config, name) < 1:
+            raise InputError(f"--{_flag(name)} must be between 0 and 1, got {getattr(config, name)}")
+    if not config.max_drift >= 0:
+        raise InputError(f"--max-drift must be at least 0, got {config.max_drift}")
+    if not config.lam >= 0:
+        raise InputError(f"--lambda must be at least 0, got {config.lam}")
+    if not 0 <= config.ema < 1:
+        raise InputError(f"--ema must be at least 0 and below 1, got {config.ema}")
+    if config.crop is not None and min(config.crop) < 1:
+        raise InputError(f"--crop must be at least 1x1, got {config.crop[0]}x{config.crop[1]}")
+    if config.range is not None and not -math.inf < config.range[0] < config.range[1] < math.inf:
+        raise InputError(f"--range must be two numbers, the second larger, got {config.range[0]:g} {config.range[1]:g}")
+    factor = config.resize_real
+    if factor not in ("auto", "none") and (isinstance(factor, str) or not 0 < factor <= 4):
+        raise InputError(f"--resize-real must be auto, none or a factor above 0 and up to 4, got {factor}")
+    if (config.synthetic is None) != (config.real is None):
+        given, missing = ("synthetic", "real") if config.real is None else ("real", "synthetic")
+        raise InputError(f"--{given} needs --{missing} beside it (or give neither for the built-in eyes)")
+
+
 def _flag(name: str) -> str:
     return name.replace("_", "-")
 
@@ -221,7 +241,7 @@ def _flag(name: str) -> str:
 _PAPER: dict[str, Any] = {
     "steps": 10_000,
     "batch_size": 512,
-    "width": 64,
+    "hidden_channels": 64,
     "k_g": 2,
     "history": 51_200,
     "pretrain_refiner": 1000,

@@ -43,7 +43,9 @@ def demo(config: DemoConfig) -> None:
     evaluate_command(
         EvaluateConfig(refiner=config.out, seeds=config.seeds, steps=DEMO_STEPS, json=config.out / "evaluation.json")
     )
-    print(f"contact sheet: {config.out / 'contact_sheet.png'}   ({(time.monotonic() - started) / 60:.1f} minutes)")
+    cli.LOG.info(
+        f"contact sheet: {config.out / 'contact_sheet.png'}   ({(time.monotonic() - started) / 60:.1f} minutes)"
+    )
 
 
 DEMO_STEPS = 300  # of each task network: fewer than evaluate's own, so that the demo ends in minutes

@@ -22,13 +22,14 @@ REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 PACKAGES = {
     "torch": "core",
     "numpy": "core",
+    "scipy": "core",
+    "jinja2": "core",
     "pillow": "core",
     "safetensors": "core",
     "tyro": "core",
     "triton": "Triton kernels",
     "simplejpeg": "[fast]",
     "opencv-python-headless": "[fast]",
-    "scipy": "[eval]",
     "matplotlib": "[eval]",
     "h5py": "[eval]",
     "onnx": "[onnx]",
@@ -71,32 +72,22 @@ def report(config: EnvConfig) -> None:
         print(f"  cuda:{index}: {properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}")
 
     print("fastsimgan._C")
-    from fastsimgan.ops import history_swap
+    from fastsimgan.ops import _extension
 
-    if history_swap.BUILD_INFO is None:
-        print(f"  {history_swap.NOT_LOADED}")
+    if _extension.BUILD_INFO is None:
+        print(f"  {_extension.NOT_LOADED}")
         print(f"  build it with torch installed: {REBUILD}")
     else:
-        for name, value in history_swap.BUILD_INFO.items():
+        for name, value in _extension.BUILD_INFO.items():
             print(f"  {name:<24}{value if value != '' else '-'}")
-        if torch.version.cuda and not history_swap.BUILD_INFO["cuda"]:
+        if torch.version.cuda and not _extension.BUILD_INFO["cuda"]:
             print(f"  for its CUDA kernels, with nvcc of CUDA {torch.version.cuda}: {REBUILD}")
 
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for op in OPS:
-        reasons = importlib.import_module(f"fastsimgan.ops.{op}").implementations()
         print(op)
-        for name, reason in reasons.items():
-            print(f"  {name:<24}{'can run' if reason is None else reason}")
-        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            print(f"  on {device:<21}{_chosen(op, reasons, device)}")
-
-
-def _chosen(op: str, reasons: dict[str, str | None], device: str) -> str:
-    """What impl="auto" takes: a kernel made for the device where it can run, otherwise the reference."""
-    if op == "residual_block" and device == "cuda":
-        return "what wins a race at start-up" if reasons["triton"] is None else "reference"
-    preferred = {"cpu": ("cpp", "amx", "vnni"), "cuda": ("cuda" if op == "history_swap" else "triton",)}[device]
-    return next((name for name in preferred if name in reasons and reasons[name] is None), "reference")
+        for name, state in importlib.import_module(f"fastsimgan.ops.{op}").DISPATCH.table(devices):
+            print(f"  {name:<24}{state}")
 
 
 def _version(package: str) -> str:

@@ -23,6 +23,10 @@ SKIP = "--on-error skip leaves bad images out, if they are at most 1 %"
 """The way out of a bad image, for commands that have that flag."""
 
 
+BAD_SHARE = 0.01
+"""Of the images: with more left out, a command fails."""
+
+
 class UnavailableError(FastSimGANError, RuntimeError):
     """An explicit request that this machine cannot meet (an implementation, a device, an optional package)."""
 

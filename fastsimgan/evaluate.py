@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fastsimgan import cli
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import refuse_existing
+from fastsimgan.storage.atomic import refuse_existing
 
 if TYPE_CHECKING:
     from fastsimgan.evaluation.task_network import Judge, Labelled
@@ -83,11 +83,13 @@ def evaluate_command(config: EvaluateConfig) -> None:
     if config.refined is not None and config.refiner is not None:
         raise InputError(f"give --refined or --refiner, not both: got {config.refined} and {config.refiner}")
 
-    from fastsimgan.evaluation.comparison import compare, draw, equalised, pyplot, table
+    from fastsimgan.evaluation.comparison import compare, equalised
+    from fastsimgan.evaluation.tables import draw, table
     from fastsimgan.evaluation.task_network import Judge, number_classes, unseen_classes
+    from fastsimgan.reporting.plots import check_matplotlib
 
     if config.plot is not None:
-        pyplot()  # missing matplotlib is better said now than after the training
+        check_matplotlib("--plot")  # missing matplotlib is better said now than after the training
     synthetic, refined, real = _sets(config)
     features = _features(config, real) if config.realism else None
     sets = {"synthetic": synthetic, "refined": refined}
@@ -100,7 +102,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
             f"{list(refined.images.shape)}"
         )
     if unseen := unseen_classes({**sets, "refined": refined}, real):
-        print(f"warning: {unseen}: no network can answer with these")
+        cli.LOG.warning(f"{unseen}: no network can answer with these")
     number_classes(sets, real)  # refuses what cannot be classes
     judge = Judge() if config.steps is None else Judge(steps=config.steps)
     result, predictions = compare(sets, real, seeds=config.seeds, judge=judge, device=config.device)
@@ -110,18 +112,18 @@ def evaluate_command(config: EvaluateConfig) -> None:
     if drift:
         result["drift"] = _drift(synthetic, refined, config.worst)
     if config.json is not None:
-        from fastsimgan.storage.checkpoint import write_atomically
+        from fastsimgan.storage.atomic import write_atomically
 
         write_atomically(config.json, (json.dumps(result, indent=2) + "\n").encode())
-        print(f"numbers: {config.json}")
+        cli.LOG.info(f"numbers: {config.json}")
     if config.plot is not None:
         draw(config.plot, result["task"], predictions, real.labels)
-        print(f"plot: {config.plot}")
+        cli.LOG.info(f"plot: {config.plot}")
 
 
 def _features(config: EvaluateConfig, real: Labelled) -> Callable[[Any], Any] | None:
     """--features, tried on two images before the training, not after; None for the task network, still to come."""
-    from fastsimgan.metrics.realism import onnx_features, random_features
+    from fastsimgan.metrics.features import onnx_features, random_features
 
     if config.features == "task":
         return None
@@ -141,11 +143,12 @@ def _realism(
     print(f"{'against the real images':<24}{'KID':>10}{'Fréchet':>10}   told apart from them by a classifier")
     found = {}
     for name, part in (("synthetic", synthetic), ("refined", refined)):
-        found[name] = row = realism(part.images, real.images, features=features)
-        test = row["c2st"]
+        row = realism(part.images, real.images, features=features)
+        found[name] = asdict(row)
+        test = row.c2st
         print(
-            f"{name:<24}{row['kid']:>10.4f}{row['frechet']:>10.4f}   "
-            f"{test['accuracy']:.1f} % (95 % interval {test['low']:.1f} to {test['high']:.1f}; 50 is guessing)"
+            f"{name:<24}{row.kid:>10.4f}{row.frechet:>10.4f}   "
+            f"{test.accuracy:.1f} % (95 % interval {test.low:.1f} to {test.high:.1f}; 50 is guessing)"
         )
     named = {
         "random": "a fixed random convolution",
@@ -196,13 +199,13 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
 
     def read(name: str, path: Path) -> dict[str, Any]:
         source = open_images(path, Reading(images=config.images, key=config.key, links="inside"))
-        print(f"{name}: {source.describe()}")
+        cli.LOG.info(f"{name}: {source.describe()}")
         if isinstance(source, ArrayImages | HDF5Images):
             for label in {"pitch_yaw", "label"} & set(source.other_names):
                 shape = list(source.others()[label].shape)
                 raise InputError(f"{path}: array {label} must have length {len(source)}, one row an image, got {shape}")
         images = source.load()
-        print(f"{name}: values {value_range(images)}")
+        cli.LOG.info(f"{name}: values {value_range(images)}")
         return {"images": images, **source.labels()}
 
     if config.synthetic is None and config.real is None and config.refined is None:
@@ -228,7 +231,7 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
         Labelled.from_arrays(part, name) for part, name in zip((arrays, refined, real), names, strict=True)
     )
     if warning := mismatch(value_range(synthetic.images), value_range(real_set.images)):
-        print(f"warning: {warning}")
+        cli.LOG.warning(warning)
     return synthetic, refined_set, real_set
 
 

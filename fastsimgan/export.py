@@ -50,7 +50,8 @@ def export_command(config: ExportConfig) -> None:
     """The command itself, on parsed settings."""
     from fastsimgan.data.formats.open_images import refuse_inside
     from fastsimgan.errors import InputError
-    from fastsimgan.storage.files import printable, refuse_existing
+    from fastsimgan.storage.atomic import refuse_existing
+    from fastsimgan.storage.names import printable
 
     refuse_existing(config.out)
     refuse_inside(config.out, "--out", config.images)
@@ -72,12 +73,12 @@ def export_command(config: ExportConfig) -> None:
         batch=config.batch,
         size=config.size,
     )
-    print(f"{printable(config.out)}: how to call each file is in README.md")
+    cli.LOG.info(f"{printable(config.out)}: how to call each file is in README.md")
     if config.trtexec is not None:
         print((config.out / f"trtexec{config.trtexec}.sh").read_text(), end="")
     if config.engine is not None:
         path = engine(config.out, config.engine, batch=config.batch, size=config.size, sm=config.sm)
-        print(f"engine: {printable(path)}")
+        cli.LOG.info(f"engine: {printable(path)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastsimgan import cli
-from fastsimgan.errors import InputError
+from fastsimgan.errors import BAD_SHARE, InputError
 
 if TYPE_CHECKING:
     from fastsimgan.refinement.job import Job
@@ -26,8 +26,6 @@ The output has the same names, sizes, bit depths and order. Everything else (sid
 copied byte for byte. PNG, TIFF and arrays are written without loss; JPEG is written as JPEG of quality 95. Nothing is
 ever overwritten, and the output appears whole, at the end: until then it is OUTPUT.partial. Killed at any moment, the
 same command goes on where it was, and ends with the same bytes."""
-
-BAD_SHARE = 0.01  # of the images; with more left out, the command fails although the output is there
 
 
 @dataclass(frozen=True)
@@ -87,13 +85,15 @@ def refine(config: RefineConfig) -> int:
         raise InputError(f"address must be given with --engine ray only, got {config.address}")
 
     from fastsimgan.refinement.session import open_session
-    from fastsimgan.storage.files import printable
+    from fastsimgan.storage.names import printable
 
     session = open_session(_job(config))
-    print(session.source.describe())
+    cli.LOG.info(session.source.describe())
     packs = config.to in ("npz", "hdf5") and session.source.kind in ("folder", "shards")
     if packs:
-        print("not kept in a packed file: what image files carry beside their pixels (EXIF, colour profiles, text)")
+        cli.LOG.info(
+            "not kept in a packed file: what image files carry beside their pixels (EXIF, colour profiles, text)"
+        )
     if session.run.complete:
         counts = session.run.totals().counts
         print(f"{printable(session.run.output)}: complete already, {counts.images} images, {counts.failed} skipped")
@@ -104,12 +104,12 @@ def refine(config: RefineConfig) -> int:
         from fastsimgan.data.formats.open_images import open_arrays
 
         arrays = [name for name in open_arrays(session.run.output).label_names if name != "name"]
-        print(f"labels that became arrays: {', '.join(map(printable, arrays)) or 'none'}")
+        cli.LOG.info(f"labels that became arrays: {', '.join(map(printable, arrays)) or 'none'}")
     return _judge(report.images, report.failed)
 
 
 def _verify(config: RefineConfig) -> int:
-    from fastsimgan.storage.files import printable
+    from fastsimgan.storage.names import printable
 
     assert config.verify is not None
     if config.refiner or config.input or config.output:
@@ -152,8 +152,8 @@ def _run(session: Session, config: RefineConfig) -> Report:
 
     done = len(session.run.committed())
     if done:
-        print(f"going on: {done} of {session.run.work_units} blocks are committed")
-    with tqdm(unit=" images") as bar:
+        cli.LOG.info(f"going on: {done} of {session.run.work_units} blocks are committed")
+    with tqdm(unit=" images", disable=cli.quiet()) as bar:
 
         def progress(part: Progress) -> None:
             nonlocal done
@@ -170,7 +170,7 @@ def _run(session: Session, config: RefineConfig) -> Report:
 
 
 def _print_report(session: Session, report: Report) -> None:
-    from fastsimgan.storage.files import printable
+    from fastsimgan.storage.names import printable
 
     for _, reason in session.run.failures():
         print(f"skipped {reason}", file=sys.stderr)
@@ -196,9 +196,9 @@ def print_stages(report: Report) -> None:
     }
     for stage, share in shares.items():
         limit = "  <- the limit" if share == max(shares.values()) else ""
-        print(f"  {stage:14} {report.threads[stage]:3} threads, busy {share:6.1%}{limit}")
+        cli.LOG.info(f"  {stage:14} {report.threads[stage]:3} threads, busy {share:6.1%}{limit}")
     if report.peak_bytes:
-        print(f"  device memory: {report.peak_bytes / 1e9:.2f} GB at most, of the worker that took most")
+        cli.LOG.info(f"  device memory: {report.peak_bytes / 1e9:.2f} GB at most, of the worker that took most")
 
 
 def _judge(images: int, failed: int) -> int:

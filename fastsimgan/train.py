@@ -11,46 +11,55 @@ from typing import Any
 
 from fastsimgan import cli
 from fastsimgan.config import PRESETS, TrainConfig, preset
-from fastsimgan.errors import SKIP, FastSimGANError, InputError
+from fastsimgan.errors import BAD_SHARE, SKIP, InputError
 
+PROG = "python -m fastsimgan.train"
 DESCRIPTION = """Train a SimGAN refiner: a network that makes synthetic images look real while their labels stay true.
 
 Give --synthetic and --real (folders of images, .npz, .npy or HDF5 files, .tar shards), or neither for the built-in
 procedural eyes. What comes out, in --out: refiner.safetensors, contact_sheet.png, metrics.jsonl, config.json,
 checkpoints/ and pictures/."""
 
-RGB_WIDTH = 64
+RGB_HIDDEN_CHANNELS = 64
 """Feature maps of R for RGB images where none are asked for: it starts at the identity with 20 a channel or more."""
 
 #: What a resumed run may change without ceasing to be the same run.
-_FREE_ON_RESUME = {"out", "resume", "dry_run", "device", "picture_every", "checkpoint_every", "keep", "data", "profile"}
+_FREE_ON_RESUME = {"out", "resume", "dry_run", "device", "eval_every", "checkpoint_every", "keep", "data", "profile"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The flags that decide about the defaults of all."""
+
+    synthetic: Path | None = None
+    out: Path = TrainConfig.out
+    preset: str | None = None
+    resume: bool = False
+    hidden_channels: str | None = None  # a number is the parser's to ask for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, read both sets of images, train; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        default = _default(arguments)
-    except FastSimGANError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    command = functools.partial(train, width_given=any(each.split("=")[0] == "--width" for each in arguments))
-    return cli.run(
-        command,
-        TrainConfig,
-        prog="python -m fastsimgan.train",
-        description=DESCRIPTION,
-        argv=arguments,
-        default=default,
-    )
+
+    def parsed() -> int:
+        # tyro's way of presets is subcommands: these would know nothing of --resume, whose defaults are in a file, nor
+        # of what a run without data is
+        given = cli.parse_known(_Given, arguments, prog=PROG)
+        command = functools.partial(train, hidden_channels_given=given.hidden_channels is not None)
+        return cli.run(
+            command, TrainConfig, prog=PROG, description=DESCRIPTION, argv=arguments, default=_default(given)
+        )
+
+    return cli.exit_code(parsed)
 
 
-def train(config: TrainConfig, *, width_given: bool = True) -> None:
+def train(config: TrainConfig, *, hidden_channels_given: bool = True) -> None:
     """The command itself, on parsed settings.
 
     Args:
         config: settings.
-        width_given: whether ``config.width`` is the user's, and no default.
+        hidden_channels_given: whether ``config.hidden_channels`` is the user's, and no default.
     """
     from fastsimgan.data.formats.open_images import refuse_inside
 
@@ -65,10 +74,12 @@ def train(config: TrainConfig, *, width_given: bool = True) -> None:
 
     if config.synthetic is None or config.real is None:
         synthetic, real = (part["images"] for part in builtin_pair(config.seed))
-        print(f"built-in eyes: {len(synthetic)} synthetic, {len(real)} of the stand-in for real ones (simulated too)")
+        cli.LOG.info(
+            f"built-in eyes: {len(synthetic)} synthetic, {len(real)} of the stand-in for real ones (simulated too)"
+        )
     else:
         synthetic, real = _both_sides(config, config.synthetic, config.real)
-    if not width_given and not config.resume:
+    if not hidden_channels_given and not config.resume:
         config = _wide_enough(config, synthetic)
 
     from fastsimgan.training.loop import fit
@@ -82,12 +93,9 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
     Synthetic images are read as stored: labels belong to them. Real ones carry none, so they are turned upright and
     made grey or RGB, as the synthetic ones are.
     """
-    from fastsimgan.data.formats.numpy_file import UNIT
     from fastsimgan.data.formats.open_images import open_images
-    from fastsimgan.data.pixel_values import mismatch, value_range
-    from fastsimgan.data.ragged import channels_of
-    from fastsimgan.data.reading import Reading, grey_in_colour, in_the_colour
-    from fastsimgan.data.resizing import rescale
+    from fastsimgan.data.pixel_values import UNIT
+    from fastsimgan.data.reading import Reading, in_the_colour
 
     reading = Reading(
         images=config.images,
@@ -101,54 +109,74 @@ def _both_sides(config: TrainConfig, synthetic: Path, real: Path) -> tuple[Any, 
         colouring="--colour rgb or --colour grey makes them alike",
     )
     ours = open_images(synthetic, reading)
-    print(f"synthetic: {ours.describe()}")
+    cli.LOG.info(f"synthetic: {ours.describe()}")
     theirs = _open_real(
         real, dataclasses.replace(reading, upright=True, images=config.real_images or config.images), config
     )
-    print(f"real: {theirs.describe()}")
-    colour = config.colour
-    images = in_the_colour(_set_of(ours), colour)
+    cli.LOG.info(f"real: {theirs.describe()}")
+    images = in_the_colour(_set_of(ours), config.colour)
     _say_left_out("synthetic", ours, len(images), config)
+    photos = _photos(theirs, images, config)
+    _say_values(images, photos, config)
+    return images, photos
+
+
+def _photos(theirs: Any, images: Any, config: TrainConfig) -> Any:
+    """The real images, made like the synthetic ones in colour and scale."""
+    from fastsimgan.data.ragged import channels_of
+    from fastsimgan.data.reading import in_the_colour
+    from fastsimgan.data.resizing import rescale
+
+    colour = config.colour
     if colour == "auto":
         channels = channels_of(images)
         colour = "grey" if channels == 1 else "rgb" if channels == 3 else "auto"
-    if hasattr(theirs, "reading"):
-        theirs.reading = dataclasses.replace(theirs.reading, colour="as stored" if colour == "auto" else colour)
     scale = _scale(config, images)
     if hasattr(theirs, "reading"):
-        theirs.reading = dataclasses.replace(theirs.reading, scale=scale)
+        read_as = "as stored" if colour == "auto" else colour
+        theirs.reading = dataclasses.replace(theirs.reading, colour=read_as, scale=scale)
         stored = _set_of(theirs)
         resized = theirs.resized
     else:
         stored = rescale(as_found := _set_of(theirs), scale)
         resized = 0 if stored is as_found else len(stored)
     if resized:
-        print(f"real: {resized} of {len(stored)} images {_scale_text(config, scale)}")
+        cli.LOG.info(f"real: {resized} of {len(stored)} images {_scale_text(config, scale)}")
     photos = in_the_colour(stored, colour)
     _say_left_out("real", theirs, len(photos), config)
     if converted := getattr(theirs, "converted", 0) or (len(photos) if photos is not stored else 0):
         of = "--colour says" if config.colour != "auto" else "the synthetic ones are"
-        print(f"real: {converted} of {len(photos)} images made {'RGB' if colour == 'rgb' else 'grey'}, as {of}")
+        cli.LOG.info(f"real: {converted} of {len(photos)} images made {'RGB' if colour == 'rgb' else 'grey'}, as {of}")
+    return photos
+
+
+def _say_values(images: Any, photos: Any, config: TrainConfig) -> None:
+    """What values both sides have, and what is odd about them."""
+    from fastsimgan.data.pixel_values import UNIT, mismatch, value_range
+    from fastsimgan.data.reading import grey_in_colour
+
     if grey_in_colour(images):
-        print("synthetic: RGB with R = G = B in all that were looked at; --colour grey trains on one channel")
+        cli.LOG.info("synthetic: RGB with R = G = B in all that were looked at; --colour grey trains on one channel")
     span = config.range or UNIT
     ranges = value_range(images, span), value_range(photos, span)
     of = "" if config.range is None else f", where these are --range's {config.range[0]:g} and {config.range[1]:g}"
     for name, found in zip(("synthetic", "real"), ranges, strict=True):
-        print(f"{name}: values {found}{of}")
+        cli.LOG.info(f"{name}: values {found}{of}")
     if warning := mismatch(*ranges):
-        print(f"warning: {warning}")
-    return images, photos
+        cli.LOG.warning(warning)
 
 
 def _wide_enough(config: TrainConfig, synthetic: Any) -> TrainConfig:
     """For RGB images, as many feature maps as it takes to start at the identity."""
     from fastsimgan.data.ragged import channels_of
 
-    if not config.identity_init or channels_of(synthetic) != 3 or config.width >= RGB_WIDTH:
+    if not config.identity_init or channels_of(synthetic) != 3 or config.hidden_channels >= RGB_HIDDEN_CHANNELS:
         return config
-    print(f"width: {RGB_WIDTH} feature maps, so that R starts at the identity in RGB (--width {config.width}: fewer)")
-    return dataclasses.replace(config, width=RGB_WIDTH)
+    cli.LOG.info(
+        f"hidden channels: {RGB_HIDDEN_CHANNELS}, so that R starts at the identity in RGB "
+        f"(--hidden-channels {config.hidden_channels}: fewer)"
+    )
+    return dataclasses.replace(config, hidden_channels=RGB_HIDDEN_CHANNELS)
 
 
 def _set_of(source: Any) -> Any:
@@ -177,18 +205,16 @@ def _open_real(path: Path, reading: Any, config: TrainConfig) -> Any:
 
     reading = dataclasses.replace(reading, flag=real_images_flag)
     if config.images is not None and config.real_images is None and not matches(path, reading):
-        print(f"real: no name matches --images {config.images!r}: judged without it")
+        cli.LOG.info(f"real: no name matches --images {config.images!r}: judged without it")
         reading = dataclasses.replace(reading, images=None)
     return open_images(path, reading)
 
 
 def _say_left_out(name: str, source: Any, kept: int, config: TrainConfig) -> None:
     """Name what was left out. Raises InputError if it is too much."""
-    from fastsimgan.refine import BAD_SHARE
-
     left_out: list[str] = getattr(source, "left_out", [])
     for reason in left_out:
-        print(f"left out: {reason}")
+        cli.LOG.info(f"left out: {reason}")
     if len(left_out) > BAD_SHARE * (kept + len(left_out)):
         raise InputError(
             f"{config.synthetic if name == 'synthetic' else config.real}: at most {BAD_SHARE:.0%} of the images may be "
@@ -196,20 +222,11 @@ def _say_left_out(name: str, source: Any, kept: int, config: TrainConfig) -> Non
         )
 
 
-def _default(arguments: Sequence[str]) -> TrainConfig:
+def _default(given: _Given) -> TrainConfig:
     """The settings that flags override: those of the run that is resumed, or of the preset."""
-
-    def given(flag: str) -> str | None:
-        for position, argument in enumerate(arguments):
-            if argument == flag and position + 1 < len(arguments):
-                return arguments[position + 1]
-            if argument.startswith(f"{flag}="):
-                return argument.partition("=")[2]
-        return None
-
-    if "--resume" in arguments:
-        return _saved(Path(given("--out") or TrainConfig.out))
-    name = given("--preset") or ("gaze" if given("--synthetic") else "quick")
+    if given.resume:
+        return _saved(given.out)
+    name = given.preset or ("gaze" if given.synthetic else "quick")
     return preset(name) if name in PRESETS else TrainConfig()  # an unknown name is the parser's to answer
 
 

@@ -34,15 +34,15 @@ from fastsimgan.errors import Stopped
 from fastsimgan.inference.refiner import read_refiner
 from fastsimgan.models.refiner import Refiner
 from fastsimgan.storage import checkpoint
-from fastsimgan.training import graceful_stop, loop, simgan
+from fastsimgan.training import graceful_stop, loop, progress, simgan
 from fastsimgan.training.history_buffer import HistoryBuffer
 from fastsimgan.training.loop import fit
-from fastsimgan.training.model_selection import Selection
-from fastsimgan.training.run_directory import RunFolder
+from fastsimgan.training.model_selection import ModelSelector
+from fastsimgan.training.run_directory import RunDirectory
 
 CONFIG = TrainConfig(
-    out=Path("run"), steps=8, batch_size=4, width=24, blocks=1, history=10, pretrain_refiner=1,
-    pretrain_discriminator=2, picture_every=3, checkpoint_every=2, device="cpu",
+    out=Path("run"), steps=8, batch_size=4, hidden_channels=24, blocks=1, history=10, pretrain_refiner=1,
+    pretrain_discriminator=2, eval_every=3, checkpoint_every=2, device="cpu",
 )  # fmt: skip
 
 
@@ -53,9 +53,9 @@ STUCK: list[tuple[Any, str, int, str]] = [
     (HistoryBuffer, "swap", 1, "pretrain-00000001"),
     (simgan.SimGAN, "_backward", 8, "step-00000002"),
     (simgan.SimGAN, "update_refiner", 4, "step-00000003"),
-    (RunFolder, "record", 7, "step-00000003"),
-    (RunFolder, "picture", 1, "step-00000002"),
-    (Selection, "look", 2, "step-00000005"),
+    (RunDirectory, "record", 7, "step-00000003"),
+    (progress, "draw_picture", 1, "step-00000002"),
+    (ModelSelector, "evaluate", 2, "step-00000005"),
 ]
 """Calls that never end: which of a run's calls of what, and the checkpoint that SIGTERM must leave there."""
 
@@ -110,7 +110,7 @@ def train(folder: Path, kill_at: int = 0, prepare: Callable[[], None] = lambda: 
         data = "host" if sys.argv[5:] == ["mapped"] else CONFIG.data
         config = dataclasses.replace(CONFIG, data=data, resume=Path("run").exists())  # type: ignore[arg-type]
         try:
-            fit(*pair(), config, say=lambda _: None)
+            fit(*pair(), config, log=lambda _: None)
         except Stopped as stopped:
             os._exit(stopped.exit_code)
         Path("calls").write_text(str(calls))
@@ -161,7 +161,7 @@ def ended(pid: int) -> bool:
 
 def main() -> None:
     torch.set_num_threads(1)  # a process with threads cannot be forked
-    fit(*pair(), dataclasses.replace(CONFIG, dry_run=True), say=lambda _: None)  # imports the rest
+    fit(*pair(), dataclasses.replace(CONFIG, dry_run=True), log=lambda _: None)  # imports the rest
     root, mode, first, second = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 
     def fresh(name: str) -> Path:

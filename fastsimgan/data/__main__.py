@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _import(config: ImportConfig) -> None:
     # here, so that --help stays quick
-    from fastsimgan.storage.files import printable, refuse_existing, staged
+    from fastsimgan.storage.atomic import refuse_existing, staged
+    from fastsimgan.storage.names import printable
 
     if config.output.suffix != ".npz":
         raise InputError(f"{printable(config.output)}: --output must end in .npz")
@@ -102,7 +103,7 @@ def _hands(config: ImportConfig, size: tuple[int, int]) -> Found:
 
     if size[0] != size[1]:
         raise InputError(f"--size must be square for nyu-hands, got {size[0]} {size[1]}")
-    with tqdm(unit="frame", dynamic_ncols=True) as bar:
+    with tqdm(unit="frame", dynamic_ncols=True, disable=cli.quiet()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from fastsimgan.data.formats.numpy_file import UNIT, Span, out_of_range
 from fastsimgan.data.ragged import Images, RaggedImages
 from fastsimgan.errors import InputError
-from fastsimgan.hardware.memory import room_for
+from fastsimgan.hardware.memory import allocate
+from fastsimgan.storage.names import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: The stored types, and the value that stands for white in each.
 WHITE = {"uint8": 255, "uint16": 65535, "float32": 1}
+Span = tuple[float, float]
+UNIT: Span = (0.0, 1.0)  # in which floats must lie, where no other range is stated
+HAIR = 1 / 1024  # by which floats may leave [0, 1], a quarter of an 8-bit level: rounding, which is clipped
 APART = 4  # times by which one side's bright values may be above the other's before it is told
 
 
@@ -148,6 +151,38 @@ class ValueRange:
         )
 
 
+def check_range(images: np.ndarray, path: Path, first: int, span: Span = UNIT) -> np.ndarray:
+    """The images, with floats a hair outside ``span`` clipped; a copy only where there are such.
+
+    Raises InputError if a float is further outside, or not a number. ``images[0]`` is image ``first`` of the file.
+    """
+    if images.dtype.kind != "f":
+        return images
+    low, high = span
+    hair = HAIR * (high - low)
+    good = ((images >= low - hair) & (images <= high + hair)).reshape(len(images), -1).all(axis=1)
+    if not good.all():
+        worst = int(np.argmin(good))
+        raise InputError(f"{printable(path)}: image {first + worst}: {out_of_range(images[worst], span)}")
+    outside = images.min() < low or images.max() > high
+    return np.clip(images, np.float32(low), np.float32(high)) if outside else images
+
+
+def out_of_range(values: np.ndarray, span: Span) -> str:
+    """Why floats that are not all in ``span`` are refused, and the way out."""
+    low, high = span
+    rule = "in [0, 1]" if span == UNIT else f"in the refiner's range {low:g} to {high:g} (train --range)"
+    if not np.isfinite(values).all():
+        return f"float images must be {rule}, got NaN or infinity: give such pixels a value, such as the background's"
+    least, largest = float(values.min()), float(values.max())
+    way = ""
+    if span == UNIT and least >= 0 and 1 < largest <= 255 and bool((values == np.rint(values)).all()):
+        way = ": divide by 255"
+    elif span == UNIT:
+        way = "; train --range LO HI takes another range, such as metres, and the refiner keeps it"
+    return f"float images must be {rule}, got {least:g} to {largest:g}{way}"
+
+
 def in_units(images: Images, span: Span, name: str) -> Images:
     """Floats in ``span`` -> the same images in [0, 1].
 
@@ -157,11 +192,11 @@ def in_units(images: Images, span: Span, name: str) -> Images:
         raise InputError(f"--range must be given for float images, got {name} of {images.dtype}")
     low, high = span
     if isinstance(images, RaggedImages):
-        found: Images = RaggedImages.room(
+        found: Images = RaggedImages.empty(
             [(h, w) for h, w in images.sizes.tolist()], images.channels, "float32", Path()
         )
     else:
-        found = room_for(images.shape, "float32", Path())
+        found = allocate(images.shape, "float32", Path())
     for i in range(len(images)):
         if not bool(((images[i] >= low) & (images[i] <= high)).all()):
             raise InputError(f"{name}: image {i}: {out_of_range(images[i], span)}")

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsimgan.errors import InputError
-from fastsimgan.hardware.memory import SHARE, available_memory, room_for
-from fastsimgan.storage.files import printable
+from fastsimgan.hardware.memory import SHARE, allocate, available_memory
+from fastsimgan.storage.names import printable
 
 Size = tuple[int, int]
 """(height, width)."""
@@ -37,10 +37,10 @@ class RaggedImages:
         self.starts: NDArray[np.int64] = np.cumsum(lengths) - lengths if starts is None else starts
 
     @classmethod
-    def room(cls, sizes: Sequence[Size], channels: int, dtype: str | np.dtype, path: Path) -> RaggedImages:
-        """Images to be filled in; see `room_for`."""
+    def empty(cls, sizes: Sequence[Size], channels: int, dtype: str | np.dtype, path: Path) -> RaggedImages:
+        """Images to be filled in; see `allocate`."""
         table = np.array(sizes, np.int64).reshape(-1, 2)
-        return cls(room_for((int(table.prod(1).sum()) * channels,), dtype, path), table, channels)
+        return cls(allocate((int(table.prod(1).sum()) * channels,), dtype, path), table, channels)
 
     @classmethod
     def of(cls, images: Images) -> RaggedImages:
@@ -175,7 +175,7 @@ def pack(images: Sequence[NDArray[Any]]) -> Images:
 class Packer:
     """Takes images one by one, whose number and sizes nobody knows yet.
 
-    Beyond what `room_for` would keep in memory they go into a file without a name that goes with the set.
+    Beyond what `allocate` would keep in memory they go into a file without a name that goes with the set.
 
     Args:
         path: where the images come from, for messages.

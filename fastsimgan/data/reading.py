@@ -9,11 +9,13 @@ from typing import Literal, overload
 
 import numpy as np
 
-from fastsimgan.data.formats.listing import Links
-from fastsimgan.data.formats.numpy_file import UNIT, Span
+from fastsimgan.data.pixel_values import UNIT, Span
 from fastsimgan.data.ragged import Images, RaggedImages, channels_of
 from fastsimgan.data.resizing import Scale, resize
 from fastsimgan.errors import InputError
+
+Links = Literal["files", "inside", "all"]
+"""Which links of a folder are followed: to files inside it, to files and folders inside it, or all of them."""
 
 
 def images_flag(glob: str) -> str:
@@ -109,7 +111,7 @@ def in_the_colour(images: Images, colour: str) -> Images:
         if (images.channels, colour) not in ((1, "rgb"), (3, "grey")):
             return images
         sizes = [(height, width) for height, width in images.sizes.tolist()]
-        found = RaggedImages.room(sizes, 3 if colour == "rgb" else 1, images.dtype, Path("images made " + colour))
+        found = RaggedImages.empty(sizes, 3 if colour == "rgb" else 1, images.dtype, Path("images made " + colour))
         for i in range(len(images)):
             found[i][...] = Reading.coloured(images[i], colour)
         return found

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from fastsimgan import cli
 from fastsimgan.data.equalisation import equalise
-from fastsimgan.errors import InputError, UnavailableError
+from fastsimgan.errors import InputError
 from fastsimgan.evaluation.task_network import (
     Judge,
     Labelled,
@@ -24,9 +23,7 @@ from fastsimgan.evaluation.task_network import (
     train_and_predict,
 )
 from fastsimgan.hardware.device import choose_device, keep_freed_memory
-from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
-from fastsimgan.metrics.statistics import difference_interval
-from fastsimgan.storage.checkpoint import write_atomically
+from fastsimgan.metrics.statistics import check_scipy, difference_interval
 
 
 def evaluate(
@@ -73,6 +70,8 @@ def compare(
         InputError: the sets differ in task or size, or a number is out of range.
     """
     _check(sets, real, seeds, judge)
+    if seeds > 1:
+        check_scipy()  # missing, it is better said now than after the training
     place = choose_device(device)
     keep_freed_memory()
     sets, real, names = number_classes(sets, real)
@@ -80,7 +79,8 @@ def compare(
     constant = constant_prediction(sets["synthetic"], len(real.images), classes)
     rows: dict[str, Any] = {"constant": statistics([summarise(real.task, constant, real.labels)])}
     predictions = {"constant": constant}
-    bar = tqdm(total=len(sets) * seeds * judge.steps, desc="task networks", unit="step", dynamic_ncols=True)
+    steps = len(sets) * seeds * judge.steps
+    bar = tqdm(total=steps, desc="task networks", unit="step", dynamic_ncols=True, disable=cli.quiet())
     runs: dict[str, list[Any]] = {name: [] for name in sets}
     for seed in range(seeds):  # sets inside seeds: an interrupted look at the bar compares like with like
         for name, part in sets.items():
@@ -107,41 +107,6 @@ def compare(
         **({"classes": names} if names else {}),
     }
     return result, predictions
-
-
-def table(result: dict[str, Any]) -> str:
-    """The rows as text, for a terminal."""
-    columns = (
-        {
-            "mean_deg": "mean error °",
-            "median_deg": "median °",
-            "within_7deg": "within 7° %",
-            "bias_pitch_deg": "bias pitch °",
-            "bias_yaw_deg": "bias yaw °",
-            "bias_free_mean_deg": "bias-free °",
-            "bias_free_within_7deg": "bias-free 7° %",
-        }
-        if result["task"] == "gaze"
-        else {"accuracy": "accuracy %"}
-    )
-    lines = [f"{'trained on':<22}" + "".join(f"{title:>16}" for title in columns.values())]
-    for name, row in result["rows"].items():
-        cells = [
-            f"{row[key]['mean']:.2f}" + (f" ± {row[key]['std']:.2f}" if name != "constant" else "") for key in columns
-        ]
-        lines.append(f"{name:<22}" + "".join(f"{cell:>16}" for cell in cells))
-        if "ensemble" in row:
-            lines.append(f"{'  ensemble':<22}" + "".join(f"{row['ensemble'][key]:>16.2f}" for key in columns))
-    lines.append(
-        f"{result['test_images']} real test images; mean ± standard deviation over {result['seeds']} seeds; "
-        "ensemble: the seeds' predictions averaged; constant: the training labels' mean or commonest"
-    )
-    lines += [
-        f"refined above {name} by {found['difference']:+.1f} points, 95 % interval {found['low']:+.1f} to "
-        f"{found['high']:+.1f} (Welch's t over the seeds)"
-        for name, found in result["differences"].items()
-    ]
-    return "\n".join(lines)
 
 
 def _differences(rows: dict[str, Any], task: str) -> dict[str, dict[str, float]]:
@@ -192,35 +157,3 @@ def statistics(summaries: list[dict[str, float]]) -> dict[str, Any]:
         }
         for key in summaries[0]
     }
-
-
-def pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files; UnavailableError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UnavailableError('--plot needs matplotlib: pip install "fastsimgan[eval]"') from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
-def draw(path: Path, task: str, predictions: dict[str, Any], labels: Any) -> None:
-    """Cumulative error curves of the ensembles (Fig. 7), as a PNG. InputError for classes."""
-    if task != "gaze":
-        raise InputError("--plot draws gaze errors; classes have no such curve")
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
-    degrees = np.linspace(0, 25, 251)
-    for name, prediction in predictions.items():
-        errors = angular_errors(pitch_yaw(prediction), labels)
-        style = "--" if name == "constant" else "-"
-        axes.plot(degrees, (errors[:, None] <= degrees).mean(0) * 100, style, label=name)
-    axes.set(xlabel="angular error, degrees", ylabel="real test images within it, %", xlim=(0, 25), ylim=(0, 100))
-    axes.axvline(7, color="0.8", zorder=0)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())

@@ -31,13 +31,13 @@ class PoseJudge:
 
     Pictures are brought to ``input_size`` pixels each way (256 gives the paper's 64×64 heat maps), and in training
     turned by up to ``rotation`` degrees, magnified by 1 / ``zoom`` to ``zoom`` and shifted by up to ``shift`` of their
-    size. ``average`` is the decay of the weights' moving average. The rest is the network's.
+    size. ``ema_decay`` is that of the weights' moving average. The rest is the network's.
     """
 
     steps: int = 20_000
     batch_size: int = 32
     learning_rate: float = 1e-3
-    average: float = 0.99
+    ema_decay: float = 0.99
     input_size: int = 256
     modules: int = 2
     features: int = 256
@@ -90,17 +90,21 @@ def train_and_find_joints(
         maps = network(batch)
         return torch.stack([heat_map_loss(each, target) for each in maps]).sum()
 
-    average = train_task_network(
-        network, loss, steps=judge.steps, learning_rate=judge.learning_rate, average=judge.average, progress=progress
+    ema = train_task_network(
+        network,
+        loss,
+        steps=judge.steps,
+        learning_rate=judge.learning_rate,
+        ema_decay=judge.ema_decay,
+        progress=progress,
     )
     found = []
     with torch.inference_mode():
         for start in range(0, len(test_images), 64):
             part = test_images[start : start + 64]
-            views = random_views(
-                len(part), (height, width), seen, torch.Generator(), rotation=0, zoom=1, shift=0
-            )  # the plain picture
+            plain = dict(rotation=0, zoom=1, shift=0)
+            views = random_views(len(part), (height, width), seen, torch.Generator(), **plain)
             batch = views.images(torch.from_numpy(to_float(np.ascontiguousarray(part))).to(device))
-            maps = probabilities(average(batch)[-1])
+            maps = probabilities(ema(batch)[-1])
             found.append(views.joints_back(find_joints(maps, judge.stride).cpu()))
     return torch.cat(found).numpy()

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastsimgan.data.gaze_angles import gaze_vectors, pitch_yaw
 from fastsimgan.data.pixel_values import as_images, to_float
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import InputError
 from fastsimgan.evaluation.task_training import train_task_network
 from fastsimgan.hardware.device import channels_last
-from fastsimgan.metrics.gaze_error import gaze_summary, gaze_vectors, pitch_yaw
+from fastsimgan.metrics.gaze_error import gaze_summary
 from fastsimgan.models.classifier import Classifier
 from fastsimgan.models.gaze import GazeNetwork
 
@@ -113,7 +114,7 @@ def unseen_classes(sets: dict[str, Labelled], real: Labelled) -> str:
 class Judge:
     """How a task network is trained; the same for every set that is compared.
 
-    ``steps`` fixes the work, whatever the size of the set; ``average`` is the decay of the weights' moving average;
+    ``steps`` fixes the work, whatever the size of the set; ``ema_decay`` is that of the weights' moving average;
     each image is shifted by up to ``shift`` pixels each way and magnified by 1 / ``zoom`` to ``zoom``, the border
     repeated. A test image's answer is the mean over nine copies, shifted by ``test_shift`` pixels or not each way.
     """
@@ -121,7 +122,7 @@ class Judge:
     steps: int = 600
     batch_size: int = 32
     learning_rate: float = 1e-3
-    average: float = 0.98
+    ema_decay: float = 0.98
     shift: float = 3.0
     zoom: float = 1.1
     test_shift: int = 2
@@ -176,7 +177,12 @@ def train_network(
         return _loss(train.task, network(images), targets[chosen].to(device))
 
     return train_task_network(
-        network, loss, steps=judge.steps, learning_rate=judge.learning_rate, average=judge.average, progress=progress
+        network,
+        loss,
+        steps=judge.steps,
+        learning_rate=judge.learning_rate,
+        ema_decay=judge.ema_decay,
+        progress=progress,
     )
 
 

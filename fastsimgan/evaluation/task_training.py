@@ -14,7 +14,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def train_task_network(
-    network: AnyModule, loss: Callable[[], Tensor], *, steps: int, learning_rate: float, average: float,
+    network: AnyModule, loss: Callable[[], Tensor], *, steps: int, learning_rate: float, ema_decay: float,
     progress: Callable[[], None] = lambda: None,
 ) -> AnyModule:  # fmt: skip
     """Adam, its rate rising over 20 steps and falling to zero by a half cosine.
@@ -24,7 +24,7 @@ def train_task_network(
         loss: draws the next batch and gives the network's loss on it.
         steps: how many.
         learning_rate: the highest.
-        average: decay of the moving average.
+        ema_decay: of the exponential moving average of the weights.
         progress: called after each step.
 
     Returns:
@@ -42,7 +42,7 @@ def train_task_network(
         result.backward()
         optimiser.step()
         with torch.no_grad():
-            decay = min(average, step / (step + 10))
+            decay = min(ema_decay, step / (step + 10))
             torch._foreach_lerp_(means, values, 1 - decay)
         progress()
     return mean.eval()

@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fastsimgan import cli
+
 EXPERIMENTS = {
     "gaze": "§3.1.3: do gaze networks trained on refined eyes do better on real ones?",
     "hand": "§3.2: do pose networks trained on refined depth hands do better on real ones?",
@@ -17,6 +19,10 @@ MODULES = {"ablation-local": "ablation", "ablation-history": "ablation"}  # of a
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Hand the arguments to the experiment that the first one names; return the exit code."""
+    return cli.exit_code(lambda: _named(argv))
+
+
+def _named(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in EXPERIMENTS:
         name = arguments[0]

@@ -1,4 +1,4 @@
-"""What every experiment does alike: its folder, filled piece by piece, so that a kill loses one piece and no more."""
+"""What every experiment does alike: its folder, filled step by step, so that a kill loses one step and no more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsimgan import __version__
+from fastsimgan import __version__, cli
 from fastsimgan.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,6 +36,16 @@ def check_counts(config: Any, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
+def check_installed(seeds: int) -> None:
+    """UnavailableError if what the report will need is not installed: better said now than after the training."""
+    from fastsimgan.metrics.statistics import check_scipy
+    from fastsimgan.reporting.plots import check_matplotlib
+
+    check_matplotlib("the report")
+    if seeds > 1:
+        check_scipy()
+
+
 def read_sets(config: Any) -> tuple[Sets, dict[str, str]]:
     """The arrays of ``config.synthetic``, ``.real`` and ``.validation`` by name, and each file's SHA-256.
 
@@ -43,7 +53,8 @@ def read_sets(config: Any) -> tuple[Sets, dict[str, str]]:
         InputError: one is no packed array, breaks its rules, or --validation is the file given as --real.
     """
     from fastsimgan.data.formats.open_images import open_images
-    from fastsimgan.storage.files import hash_file, printable
+    from fastsimgan.storage.checksum import hash_file
+    from fastsimgan.storage.names import printable
 
     paths: dict[str, Path] = {name: getattr(config, name) for name in SETS}
     for name, path in paths.items():
@@ -68,7 +79,7 @@ def hash_sets(sets: Sets, *keys: str) -> dict[str, str]:
 
 
 def claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Make ``out`` the folder of one experiment, or see that it is; so every piece in it was made of the same things.
+    """Make ``out`` the folder of one experiment, or see that it is: all steps kept in it were made of the same things.
 
     Args:
         out: the folder.
@@ -80,7 +91,7 @@ def claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: ``out`` holds another experiment, or something else.
     """
-    from fastsimgan.storage.checkpoint import write_atomically
+    from fastsimgan.storage.atomic import write_atomically
 
     identity = json.loads(json.dumps({"version": __version__} | identity, default=str))
     path = out / "experiment.json"
@@ -97,9 +108,9 @@ def claim(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return identity
 
 
-def piece(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """``work``'s result, kept as ``name.json``; not done again if that is there."""
-    from fastsimgan.storage.checkpoint import write_atomically
+    from fastsimgan.storage.atomic import write_atomically
 
     path = out / f"{name}.json"
     if not path.is_file():
@@ -108,11 +119,11 @@ def piece(out: Path, name: str, work: Callable[[], dict[str, Any]]) -> dict[str,
     return kept
 
 
-def array_piece(out: Path, name: str, work: Callable[[], Any]) -> Any:
+def cached_array(out: Path, name: str, work: Callable[[], Any]) -> Any:
     """The same for one array, kept as ``name.npy``, with - for each space and x for each ×."""
     import numpy as np
 
-    from fastsimgan.storage.files import staged
+    from fastsimgan.storage.atomic import staged
 
     path = out / f"{name.replace(' ', '-').replace('×', 'x')}.npy"
     if not path.is_file():
@@ -145,7 +156,7 @@ def refined_by(out: Path, name: str, training: TrainConfig, synthetic: Any, real
         fit(synthetic, real, dataclasses.replace(training, out=folder, resume=folder.exists()))
         return load_refiner(folder, training.device)(synthetic if images is None else images)
 
-    return array_piece(out, f"refined-{name}", work)
+    return cached_array(out, f"refined-{name}", work)
 
 
 def versions() -> dict[str, str]:
@@ -169,7 +180,7 @@ def write_report(out: Path, report: Report, numbers: dict[str, Any]) -> None:
         report: the page.
         numbers: what report.json holds; ``command``, ``versions`` and ``data_sha256`` are told in the page too.
     """
-    from fastsimgan.storage.checkpoint import write_atomically
+    from fastsimgan.storage.atomic import write_atomically
 
     report.heading("How to get this again")
     report.paragraph(numbers["command"])
@@ -177,4 +188,4 @@ def write_report(out: Path, report: Report, numbers: dict[str, Any]) -> None:
     report.table(["data", "SHA-256"], [[name, text] for name, text in numbers["data_sha256"].items()])
     write_atomically(out / "report.html", report.html().encode())
     write_atomically(out / "report.json", (json.dumps(numbers, indent=2) + "\n").encode())
-    print(f"report: {out / 'report.html'}")
+    cli.LOG.info(f"report: {out / 'report.html'}")

@@ -14,12 +14,13 @@ from fastsimgan import cli
 from fastsimgan.errors import InputError
 from fastsimgan.experiments.cached_step import (
     SETS,
-    array_piece,
+    cached,
+    cached_array,
     check_counts,
+    check_installed,
     check_sets,
     claim,
     hash_sets,
-    piece,
     read_sets,
     refined_by,
     versions,
@@ -27,8 +28,8 @@ from fastsimgan.experiments.cached_step import (
 )
 
 if TYPE_CHECKING:
-    from fastsimgan.evaluation.task_network import Labelled
-    from fastsimgan.reporting.html_report import Report
+    from fastsimgan.config import TrainConfig
+    from fastsimgan.evaluation.task_network import Judge, Labelled
 
 DESCRIPTION = """Train refiners, refine the synthetic eyes, train gaze networks on synthetic, equalised and refined
 eyes, test them on labelled real ones, and write report.html and report.json. The same command goes on after a kill:
@@ -88,22 +89,13 @@ def run(config: GazeConfig, command: str) -> dict[str, Any]:
     """
     check_sets(config, "eyes")
     check_counts(config, "seeds", "steps", "judge_steps")
-    import numpy as np
-
-    from fastsimgan.config import preset
-    from fastsimgan.evaluation.task_network import Judge, Labelled
+    check_installed(config.seeds)
+    from fastsimgan.experiments.gaze_report import page
 
     arrays, hashes = read_eyes(config)
-    sets = {name: Labelled.from_arrays(arrays[name], name) for name in ("synthetic", "validation")}
-    for name, part in sets.items():
-        if part.task != "gaze":
-            raise InputError(f"{name}: must hold pitch_yaw, got {part.task} labels")
-    builtin = config.synthetic is None
-    training = preset("quick" if config.quick or builtin else "gaze", device=config.device)
-    if config.steps is not None:
-        training = dataclasses.replace(training, steps=config.steps)
+    sets = labelled_eyes(arrays)
+    training, judge = gaze_settings(config)
     training.validate()
-    judge = Judge(steps=config.judge_steps or (300 if config.quick else Judge.steps))
     identity = claim(
         config.out,
         {
@@ -122,11 +114,9 @@ def run(config: GazeConfig, command: str) -> dict[str, Any]:
         for seed in range(1 if config.quick else REFINERS)
     ]  # each [N, H, W]
     trained = _sets(synthetic, refined, arrays["real"], config.quick)
-    result = piece(config.out, "comparison", lambda: _compare(trained, sets["validation"], config, judge))
-    chosen = np.sort(np.random.default_rng(0).permutation(len(refined[0]))[:DRIFT_IMAGES])
-    some = dataclasses.replace(synthetic, images=synthetic.images[chosen], labels=synthetic.labels[chosen])
-    drift = piece(config.out, "drift", lambda: _drift(config.out, synthetic, some, refined[0][chosen], judge))
-    realism = piece(config.out, "realism", lambda: _realism(synthetic.images, refined[0], real))
+    result = cached(config.out, "comparison", lambda: _compare(trained, sets["validation"], config, judge))
+    drift = cached(config.out, "drift", lambda: _drift(config.out, synthetic, refined[0], judge))
+    realism = cached(config.out, "realism", lambda: _realism(synthetic.images, refined[0], real))
 
     numbers = {
         "command": command,
@@ -137,7 +127,7 @@ def run(config: GazeConfig, command: str) -> dict[str, Any]:
         "drift": drift,
         "realism": realism,
     }
-    write_report(config.out, _page(numbers, config.out, builtin), numbers)
+    write_report(config.out, page(numbers, config.out, config.synthetic is None), numbers)
     return numbers
 
 
@@ -149,6 +139,28 @@ def read_eyes(config: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         return read_sets(config)
     parts = dict(zip(SETS, (*builtin_pair(0), builtin_validation(0)), strict=True))
     return parts, hash_sets(parts, "images", "pitch_yaw")
+
+
+def gaze_settings(config: Any) -> tuple[TrainConfig, Judge]:
+    """How the refiners and the gaze networks are trained; ``config`` is this experiment's or an ablation's."""
+    from fastsimgan.config import preset
+    from fastsimgan.evaluation.task_network import Judge
+
+    training = preset("quick" if config.quick or config.synthetic is None else "gaze", device=config.device)
+    if config.steps is not None:
+        training = dataclasses.replace(training, steps=config.steps)
+    return training, Judge(steps=config.judge_steps or (300 if config.quick else Judge.steps))
+
+
+def labelled_eyes(arrays: dict[str, dict[str, Any]]) -> dict[str, Labelled]:
+    """The synthetic set and the validation set; InputError if one has no gaze."""
+    from fastsimgan.evaluation.task_network import Labelled
+
+    sets = {name: Labelled.from_arrays(arrays[name], name) for name in ("synthetic", "validation")}
+    for name, part in sets.items():
+        if part.task != "gaze":
+            raise InputError(f"{name}: must hold pitch_yaw, got {part.task} labels")
+    return sets
 
 
 def _sets(synthetic: Labelled, refined: list[Any], real: dict[str, Any], quick: bool) -> dict[str, Labelled]:
@@ -178,11 +190,13 @@ def _sets(synthetic: Labelled, refined: list[Any], real: dict[str, Any], quick: 
 def _compare(sets: dict[str, Labelled], real: Labelled, config: GazeConfig, judge: Any) -> dict[str, Any]:
     import numpy as np
 
-    from fastsimgan.evaluation.comparison import compare, table
-    from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
+    from fastsimgan.data.gaze_angles import pitch_yaw
+    from fastsimgan.evaluation.comparison import compare
+    from fastsimgan.evaluation.tables import table
+    from fastsimgan.metrics.gaze_error import angular_errors
 
     def keep(name: str, work: Callable[[], Any]) -> Any:
-        return array_piece(config.out, f"predicted-{name}", work)
+        return cached_array(config.out, f"predicted-{name}", work)
 
     result, predictions = compare(sets, real, seeds=config.seeds, judge=judge, device=config.device, keep=keep)
     print(table(result))
@@ -195,26 +209,21 @@ def _compare(sets: dict[str, Labelled], real: Labelled, config: GazeConfig, judg
     return result
 
 
-def _drift(out: Path, synthetic: Labelled, some: Labelled, refined: Any, judge: Any) -> dict[str, Any]:
+def _drift(out: Path, synthetic: Labelled, refined: Any, judge: Any) -> dict[str, Any]:
+    """How far some of the images moved, by themselves and to a gaze network that saw all; moved_most.png shows it."""
     import numpy as np
-    import torch
 
     from fastsimgan.data.pixel_values import from_float, to_float
-    from fastsimgan.evaluation.task_network import train_and_predict
-    from fastsimgan.metrics.gaze_error import angular_errors, pitch_yaw
+    from fastsimgan.evaluation.gaze_drift import gaze_drift
     from fastsimgan.metrics.label_drift import describe, label_drift
     from fastsimgan.reporting.contact_sheet import save_rows
 
-    drift = label_drift(some.images, refined)
-    # as metrics.label_drift.gaze_drift, but trained on all synthetic images and asked about these
-    vectors = train_and_predict(
-        synthetic, np.concatenate([some.images, refined]), classes=0, seed=0, judge=judge, device=torch.device("cpu")
-    )
-    before, after = np.split(pitch_yaw(vectors), 2)
-    moved = angular_errors(before, after)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(refined))[:DRIFT_IMAGES])
+    pairs = {"synthetic": synthetic.images[chosen], "refined": refined[chosen]}
+    drift = label_drift(*pairs.values())
+    moved = gaze_drift(synthetic, *pairs.values(), judge=judge)
     drift["gaze_deg"] = {"median": float(np.median(moved)), "p90": float(np.quantile(moved, 0.9))}
     drift["text"] = describe(drift)
-    pairs = {"synthetic": some.images, "refined": refined}
     rows = {name: from_float(to_float(each[drift["worst"]]), "uint8") for name, each in pairs.items()}
     save_rows(out / "moved_most.png", rows)
     return drift
@@ -223,82 +232,5 @@ def _drift(out: Path, synthetic: Labelled, some: Labelled, refined: Any, judge: 
 def _realism(synthetic: Any, refined: Any, real: Any) -> dict[str, Any]:
     from fastsimgan.metrics.realism import realism
 
-    return {name: realism(images, real) for name, images in (("synthetic", synthetic), ("refined", refined))}
-
-
-def _page(numbers: dict[str, Any], out: Path, builtin: bool) -> Report:
-    import numpy as np
-
-    from fastsimgan.reporting.html_report import Report, interval
-
-    result, counts, drift = numbers["comparison"], numbers["counts"], numbers["drift"]
-    rows, seeds = result["rows"], result["seeds"]
-    report = Report("Gaze: do refined eyes train a better model?")
-    report.paragraph(
-        f"{counts['synthetic']} synthetic eyes, refined against {counts['real']} "
-        f"{'simulated stand-ins for real ones' if builtin else 'real ones'}; gaze networks tested on "
-        f"{counts['validation']} others. {seeds} network(s) a set, {result['steps']} steps of {result['batch_size']}."
-        + (" A quick look: too few steps for a result." if numbers["quick"] else "")
-    )
-    if builtin:
-        report.paragraph("Both sides are simulated here: this shows that the machinery works, not that real eyes gain.")
-    spread = "± is half of the 95 % interval of the mean over the seeds (Student's t)." if seeds > 1 else "One seed."
-    report.heading("Within 7° (the paper's Table 2), mean error (the form of Table 3)")
-    columns = {
-        "within_7deg": "within 7° %",
-        "mean_deg": "mean error °",
-        "bias_pitch_deg": "bias pitch °",
-        "bias_yaw_deg": "bias yaw °",
-        "bias_free_mean_deg": "bias-free error °",
-        "bias_free_within_7deg": "bias-free within 7° %",
-    }
-    report.table(
-        ["trained on", *columns.values()],
-        [[name, *(interval(row[key], name == "constant") for key in columns)] for name, row in rows.items()],
-    )
-    report.paragraph(
-        f"{spread} Constant: the mean synthetic gaze for every image. Bias: mean of predicted minus true; bias-free: "
-        "with it taken out, which nobody has without labels. ×N: the synthetic set refined by N refiners "
-        "(seeds 0, 1, ...), labels kept; with the word equalised, those and the equalised synthetic set. Supervised: "
-        "trained on the real set's labels, which no refiner saw. "
-        "All gaze networks take equally many steps. The intervals are over the gaze networks' seeds alone, not over "
-        "refiners or people."
-    )
-    for name, found in result["differences"].items():
-        report.paragraph(
-            f"Refined is above {name} by {found['difference']:+.1f} points within 7°, 95 % interval "
-            f"{found['low']:+.1f} to {found['high']:+.1f} (Welch)."
-        )
-    report.heading("Cumulative curve (Fig. 7)")
-    degrees = np.array(result["degrees"])
-    report.curves(
-        {name: (degrees, np.array(share)) for name, share in result["within"].items()},
-        "angular error, degrees",
-        "test images within it, %",
-        "Each curve is of the predictions averaged over the seeds.",
-    )
-    report.heading("Pictures")
-    report.picture((out / "refiner-0" / "contact_sheet.png").read_bytes(), "Refiner of seed 0, as training left it")
-    report.heading("Did the labels stay true?")
-    angle = drift["gaze_deg"]
-    report.paragraph(
-        f"{drift['images']} images: {drift['text']}. A gaze network trained on the synthetic images changes its answer "
-        f"by {angle['median']:.1f}° (median; 90 % within {angle['p90']:.1f}°); the new look has its share in that."
-    )
-    report.picture((out / "moved_most.png").read_bytes(), "The eight images that moved most")
-    report.heading("Do they look real?")
-    report.table(
-        ["against the real images", "KID", "Fréchet", "told apart %", "95 % interval"],
-        [
-            [
-                name,
-                f"{row['kid']:.4f}",
-                f"{row['frechet']:.4f}",
-                f"{row['c2st']['accuracy']:.1f}",
-                f"{row['c2st']['low']:.1f} to {row['c2st']['high']:.1f}",
-            ]
-            for name, row in numbers["realism"].items()
-        ],
-    )
-    report.paragraph("Features of a fixed random convolution: compare within one project only. 50 % is guessing.")
-    return report
+    sets = {"synthetic": synthetic, "refined": refined}
+    return {name: dataclasses.asdict(realism(images, real)) for name, images in sets.items()}

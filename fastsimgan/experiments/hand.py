@@ -16,12 +16,13 @@ from fastsimgan.errors import InputError
 from fastsimgan.experiments.cached_step import (
     SETS,
     Sets,
-    array_piece,
+    cached,
+    cached_array,
     check_counts,
+    check_installed,
     check_sets,
     claim,
     hash_sets,
-    piece,
     read_sets,
     refined_by,
     versions,
@@ -29,15 +30,14 @@ from fastsimgan.experiments.cached_step import (
 )
 
 if TYPE_CHECKING:
+    from fastsimgan.config import TrainConfig
     from fastsimgan.evaluation.pose_network import PoseJudge
-    from fastsimgan.reporting.html_report import Report
 
 DESCRIPTION = """Train a refiner of depth hands, refine the synthetic ones, train pose networks (stacked hourglasses) on
 synthetic and on refined hands and on the real ones' labels if there are any, test them on labelled real hands, and
 write report.html and report.json. The same command goes on after a kill: every finished piece is kept in --out, and
 another experiment's pieces are refused."""
 
-PAPER_SIZE = 224  # pixels each way, at which "within 5 px" is said
 DRIFT_IMAGES = 1000
 BUILTIN = {"synthetic": 9000, "real": 6000, "validation": 1000}
 QUICK_BUILTIN, QUICK_SIZE = {"synthetic": 3000, "real": 1500, "validation": 1000}, 48
@@ -45,11 +45,11 @@ QUICK_BUILTIN, QUICK_SIZE = {"synthetic": 3000, "real": 1500, "validation": 1000
 # the paper's does, at random, and learns the identity first: begun at it, R drew outlines and moved flat depth as much
 # as edges at every λ that was tried, on hands of other seeds.
 QUICK_TRAINING: dict[str, Any] = {
-    "width": 24, "lam": 0.3, "steps": 1000, "identity_init": False, "pretrain_refiner": 300,
+    "hidden_channels": 24, "lam": 0.3, "steps": 1000, "identity_init": False, "pretrain_refiner": 300,
     "learning_rate_refiner": 1e-3,
 }  # fmt: skip
 QUICK_JUDGE: dict[str, Any] = {
-    "steps": 500, "batch_size": 16, "learning_rate": 3e-3, "average": 0.98, "features": 32, "depth": 3, "stride": 2,
+    "steps": 500, "batch_size": 16, "learning_rate": 3e-3, "ema_decay": 0.98, "features": 32, "depth": 3, "stride": 2,
 }  # fmt: skip
 
 
@@ -103,18 +103,13 @@ def run(config: HandConfig, command: str) -> dict[str, Any]:
     """
     check_sets(config, "hands")
     check_counts(config, "seeds", "steps", "judge_steps")
-    from fastsimgan.config import preset
-    from fastsimgan.evaluation.pose_network import PoseJudge
+    check_installed(config.seeds)
+    from fastsimgan.experiments.hand_report import page
 
     sets, hashes = read_hands(config)
     joints = evaluated_joints(sets)
-    training = preset("quick", **QUICK_TRAINING) if config.quick else preset("hand")
-    steps = training.steps if config.steps is None else config.steps
-    training = dataclasses.replace(training, steps=steps, device=config.device)
+    training, judge = hand_settings(config, sets)
     training.validate()
-    judge = PoseJudge(**QUICK_JUDGE, input_size=quick_size(sets)) if config.quick else PoseJudge()
-    if config.judge_steps is not None:
-        judge = dataclasses.replace(judge, steps=config.judge_steps)
     identity = claim(
         config.out,
         {
@@ -131,7 +126,7 @@ def run(config: HandConfig, command: str) -> dict[str, Any]:
     refined = refined_by(config.out, "0", training, synthetic, sets["real"]["images"])
     trained = _sets(sets, joints, refined, config.quick)
     result = _compare(config, trained, sets["validation"]["images"], joints["validation"], judge)
-    edges = piece(
+    edges = cached(
         config.out, "edges",
         lambda: _edges(config.out, synthetic, refined, joints["synthetic"], config.synthetic is None),
     )  # fmt: skip
@@ -145,7 +140,7 @@ def run(config: HandConfig, command: str) -> dict[str, Any]:
         "comparison": result,
         "edges": edges,
     }
-    write_report(config.out, _page(numbers, config.out, config.synthetic is None), numbers)
+    write_report(config.out, page(numbers, config.out, config.synthetic is None), numbers)
     return numbers
 
 
@@ -154,6 +149,7 @@ def read_hands(config: Any) -> tuple[Sets, dict[str, str]]:
     of its file, or of the built-in arrays' bytes."""
     from fastsimgan.data.simulators.eyes import Role, population_seed
     from fastsimgan.data.simulators.hands import simulate_hands
+    from fastsimgan.experiments.hand_report import PAPER_SIZE
 
     if config.synthetic is not None:
         return read_sets(config)
@@ -204,6 +200,19 @@ def evaluated_joints(sets: Sets) -> dict[str, Any]:
     return found
 
 
+def hand_settings(config: Any, sets: Sets) -> tuple[TrainConfig, PoseJudge]:
+    """How the refiners and the pose networks are trained; ``config`` is this experiment's or an ablation's."""
+    from fastsimgan.config import preset
+    from fastsimgan.evaluation.pose_network import PoseJudge
+
+    training = preset("quick", **QUICK_TRAINING) if config.quick else preset("hand")
+    steps = training.steps if config.steps is None else config.steps
+    judge = PoseJudge(**QUICK_JUDGE, input_size=quick_size(sets)) if config.quick else PoseJudge()
+    if config.judge_steps is not None:
+        judge = dataclasses.replace(judge, steps=config.judge_steps)
+    return dataclasses.replace(training, steps=steps, device=config.device), judge
+
+
 def quick_size(sets: Sets) -> int:
     """What a quick pose network sees: the pictures' own size, or 64; a multiple of 16, so that it can be halved."""
     return min(64, -(-max(sets["validation"]["images"].shape[1:]) // 16) * 16)
@@ -233,12 +242,13 @@ def _sets(sets: Sets, joints: dict[str, Any], refined: Any, quick: bool) -> dict
 def _compare(
     config: HandConfig, sets: dict[str, tuple[Any, Any]], images: Any, joints: Any, judge: PoseJudge
 ) -> dict[str, Any]:
-    """Pose networks of every set and seed, each a piece of its own, and how near they come to ``joints``."""
+    """Pose networks of every set and seed, each kept, and how near they come to ``joints``."""
     import numpy as np
     from tqdm import tqdm
 
     from fastsimgan.evaluation.comparison import statistics
     from fastsimgan.evaluation.pose_network import train_and_find_joints
+    from fastsimgan.experiments.hand_report import PAPER_SIZE, table
     from fastsimgan.hardware.device import choose_device, keep_freed_memory
     from fastsimgan.metrics.joints import joint_errors, share_within
     from fastsimgan.metrics.statistics import difference_interval
@@ -247,7 +257,8 @@ def _compare(
     keep_freed_memory()
     unit = max(images.shape[1:]) / PAPER_SIZE  # one pixel of the paper's, in these pictures' pixels
     errors: dict[str, list[Any]] = {name: [] for name in sets}
-    bar = tqdm(total=len(sets) * config.seeds * judge.steps, desc="pose networks", unit="step", dynamic_ncols=True)
+    steps = len(sets) * config.seeds * judge.steps
+    bar = tqdm(total=steps, desc="pose networks", unit="step", dynamic_ncols=True, disable=cli.quiet())
     for seed in range(config.seeds):
         for name, (pictures, places) in sets.items():
             bar.set_postfix_str(f"{name}, seed {seed}")
@@ -255,7 +266,7 @@ def _compare(
                 train_and_find_joints, pictures, places, images,
                 seed=seed, judge=judge, device=device, progress=bar.update,
             )  # fmt: skip
-            found = array_piece(config.out, f"joints-{name}-{seed}", work)
+            found = cached_array(config.out, f"joints-{name}-{seed}", work)
             errors[name].append(joint_errors(found, joints) / unit)
             bar.update(sum(map(len, errors.values())) * judge.steps - bar.n)  # past what was kept
     bar.close()
@@ -285,26 +296,8 @@ def _compare(
         "pixel": unit,
         "images": {name: len(pictures) for name, (pictures, _) in sets.items()},
     }
-    print(_table(result))
+    print(table(result))
     return result
-
-
-def _table(result: dict[str, Any]) -> str:
-    """The rows as text, for a terminal."""
-    lines = [f"{'trained on':<16}{'images':>8}{'within 5 px %':>18}{'mean px':>16}{'median px':>16}"]
-    for name, row in result["rows"].items():
-        cells = [f"{row[key]['mean']:.2f}" for key in ("within_5px", "mean_px", "median_px")]
-        if name != "constant":
-            cells = [
-                f"{cell} ± {row[key]['std']:.2f}"
-                for cell, key in zip(cells, ("within_5px", "mean_px", "median_px"), strict=True)
-            ]
-        count = result["images"].get(name, "")
-        lines.append(f"{name:<16}{count:>8}{cells[0]:>18}{cells[1]:>16}{cells[2]:>16}")
-    lines.append(f"pixels of {PAPER_SIZE}x{PAPER_SIZE}, {result['pixel']:.3f} of these pictures'; ± standard deviation")
-    for what, (difference, low, high) in result["differences"].items():
-        lines.append(f"{what} by {difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} (Welch's t)")
-    return "\n".join(lines)
 
 
 def _edges(out: Path, synthetic: Any, refined: Any, joints: Any, builtin: bool) -> dict[str, Any]:
@@ -323,7 +316,8 @@ def _edges(out: Path, synthetic: Any, refined: Any, joints: Any, builtin: bool) 
         noisy["stand-in sensor"] = through_sensor(clean, 0)
     result: dict[str, Any] = {"images": len(clean), "noise": {}, "drift": {}}
     for name, images in noisy.items():
-        result["noise"][name] = noise_by_place(clean, images)
+        noise = noise_by_place(clean, images)
+        result["noise"][name] = dataclasses.asdict(noise)
         shifts = joint_edge_shifts(clean, images, joints[chosen])
         known = shifts[np.isfinite(shifts)]
         result["drift"][name] = {
@@ -334,93 +328,8 @@ def _edges(out: Path, synthetic: Any, refined: Any, joints: Any, builtin: bool) 
             worst = np.argsort(-np.nan_to_num(shifts, nan=-1.0), kind="stable")[:8]
             rows = {"synthetic": clean[worst], "refined": images[worst]}
             save_rows(out / "moved_most.png", {key: from_float(to_float(each), "uint8") for key, each in rows.items()})
-        noise = result["noise"][name]
         print(
-            f"{name}: noise {noise['edges']['error']:.4f} on depth edges, {noise['flat']['error']:.4f} on flat parts; "
-            f"{noise['edges']['lost']:.1f} and {noise['flat']['lost']:.1f} % of the hand's pixels lost"
+            f"{name}: noise {noise.edges.error:.4f} on depth edges, {noise.flat.error:.4f} on flat parts; "
+            f"{noise.edges.lost:.1f} and {noise.flat.lost:.1f} % of the hand's pixels lost"
         )
     return result
-
-
-def _page(numbers: dict[str, Any], out: Path, builtin: bool) -> Report:
-    import numpy as np
-
-    from fastsimgan.reporting.html_report import Report, interval
-
-    result, counts, edges = numbers["comparison"], numbers["counts"], numbers["edges"]
-    judge, seeds, (height, width) = numbers["judge"], numbers["seeds"], numbers["size"]
-    report = Report("Hands: do refined depth images train a better pose network?")
-    report.paragraph(
-        f"{counts['synthetic']} synthetic hands of {height}×{width}, refined against {counts['real']} "
-        f"{'of a simulated stand-in for a real depth sensor' if builtin else 'real ones'}; pose networks tested on "
-        f"{counts['validation']} others. {seeds} network(s) a set, {judge['steps']} steps of {judge['batch_size']}."
-        + (" A quick look: small networks, few steps." if numbers["quick"] else "")
-    )
-    if builtin:
-        report.paragraph(
-            "Both sides are simulated here: this shows that the machinery works, not that real hands gain."
-        )
-    report.heading("Within 5 px (the form of Table 4)")
-    columns = {"within_5px": "within 5 px %", "mean_px": "mean error px", "median_px": "median px"}
-    report.table(
-        ["trained on", "images", *columns.values()],
-        [
-            [name, str(result["images"].get(name, "")), *(interval(row[key], name == "constant") for key in columns)]
-            for name, row in result["rows"].items()
-        ],
-    )
-    report.paragraph(
-        f"Pixels are those of a {PAPER_SIZE}×{PAPER_SIZE} picture, as in the paper; one of them is "
-        f"{result['pixel']:.3f} pixels here, and 5 are {5 * result['pixel']:.2f}. Share of all joints of all test "
-        "images. "
-        + ("± is half of the 95 % interval of the mean over the seeds (Student's t). " if seeds > 1 else "One seed. ")
-        + "Constant: the mean synthetic joints for every image. Real: trained on the real set's labels, which no "
-        "refiner saw."
-        + ("" if numbers["quick"] else " ×1 is one camera, or a third of the synthetic set; ×3 all of it.")
-        + " All pose networks take equally many steps. The intervals are over the pose networks' seeds alone, not over "
-        "refiners."
-    )
-    for what, (difference, low, high) in result["differences"].items():
-        report.paragraph(
-            f"{what[0].upper()}{what[1:]} by {difference:+.1f} points within 5 px, 95 % interval {low:+.1f} to "
-            f"{high:+.1f} (Welch)."
-        )
-    report.heading("Share of joints within d pixels (Fig. 12)")
-    distances = np.array(result["distances"])
-    report.curves(
-        {name: (distances, np.array(share)) for name, share in result["within"].items()},
-        f"distance d, pixels of {PAPER_SIZE}×{PAPER_SIZE}",
-        "joints within it, %",
-        "Each curve is the mean over the seeds.",
-    )
-    report.heading("Pictures")
-    report.picture((out / "refiner-0" / "contact_sheet.png").read_bytes(), "The refiner, as training left it")
-    report.heading("Where did the refiner put its noise?")
-    places = ("edges", "flat", "background")
-    report.table(
-        ["noise of the", *(f"error, {place}" for place in places), "edges / flat", "lost on edges %", "lost on flat %"],
-        [
-            [
-                name,
-                *(f"{noise[place]['error']:.4f}" for place in places),
-                "" if noise["edges_to_flat"] is None else f"{noise['edges_to_flat']:.1f}",
-                f"{noise['edges']['lost']:.1f}",
-                f"{noise['flat']['lost']:.1f}",
-            ]
-            for name, noise in edges["noise"].items()
-        ],
-    )
-    report.paragraph(
-        f"{edges['images']} images. Error: mean |R(x) − x| with black to white as 2. Edges: pixels on either side of a "
-        "depth discontinuity; flat: the rest of the hand. Lost: hand pixels that came nearer to the background."
-    )
-    report.heading("Did the labels stay true?")
-    for name, drift in edges["drift"].items():
-        report.paragraph(
-            f"The {name} moved the depth edges nearest to the joints by "
-            + ("(none found)." if drift["median_px"] is None else
-               f"{drift['median_px']:.2f} pixels of these pictures (median over images; 90 % within "
-               f"{drift['p90_px']:.2f}).")
-        )  # fmt: skip
-    report.picture((out / "moved_most.png").read_bytes(), "The eight images whose edges moved most")
-    return report

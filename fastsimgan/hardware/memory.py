@@ -1,4 +1,4 @@
-"""Room for a set of images that is decoded: memory, or, where it would take too much of it, a file mapped into it."""
+"""Where a set of decoded images goes: memory, or, where it would take too much of it, a file mapped into it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 SHARE = 2  # a set may take one part in SHARE of the memory that is available
 
 
-def room_for(shape: tuple[int, ...], dtype: str | np.dtype, path: Path) -> np.ndarray:
+def allocate(shape: tuple[int, ...], dtype: str | np.dtype, path: Path) -> np.ndarray:
     """An array to be filled. Beyond half of the available memory it is a `numpy.memmap` of a file without a name.
 
     The file is in the folder for temporary files ($TMPDIR) and goes with the array, whatever becomes of the process.

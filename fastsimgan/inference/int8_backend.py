@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastsimgan.data.pixel_values import from_float
+from fastsimgan.data.preprocess import prepare
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.device import keep_some_freed_memory
 from fastsimgan.inference.onnx_file import OnnxFile
-from fastsimgan.inference.torch_backend import in_cache, prepare
+from fastsimgan.inference.torch_backend import in_cache
 from fastsimgan.ops import residual_block as float_block
 from fastsimgan.ops.residual_block import residual_block
 from fastsimgan.ops.residual_block_int8 import implementations, residual_block_int8
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 FINER = 224 / 127
 """How many of our steps one of the file's is: a channel's peak in calibration is 127 there and 224 here, of 255.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.inference.graph_format import BRANCHES, NEEDS_ONNX, OPERATORS, check_settings, input_name
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 _FORMAT = "fastsimgan.onnx/1"
 _KEYS = ("fastsimgan.format", "fastsimgan.facts", "fastsimgan.graph_sha256")

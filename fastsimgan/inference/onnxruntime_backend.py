@@ -8,7 +8,7 @@ from torch import Tensor
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.inference.graph_format import OUTPUT
 from fastsimgan.inference.onnx_file import OnnxFile
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

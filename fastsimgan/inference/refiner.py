@@ -16,15 +16,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.formats.numpy_file import UNIT, Span, out_of_range
-from fastsimgan.data.pixel_values import as_images, from_float
+from fastsimgan.data.pixel_values import UNIT, Span, as_images, from_float, out_of_range
+from fastsimgan.data.preprocess import equalised, prepare
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.device import choose_device
 from fastsimgan.inference.graph_format import check_settings
 from fastsimgan.inference.tiles import in_tiles, margin, pixels
-from fastsimgan.inference.torch_backend import Backend, Precision, TorchBackend, equalised, prepare
+from fastsimgan.inference.torch_backend import Backend, Precision, TorchBackend
 from fastsimgan.models import refiner as network
-from fastsimgan.storage.checkpoint import write_atomically
+from fastsimgan.storage.atomic import write_atomically
 
 FILE, BEST = "refiner.safetensors", "best.safetensors"
 _FORMAT = "fastsimgan.refiner/1"
@@ -184,7 +184,7 @@ def save_refiner(path: Path, module: network.Refiner, *, histogram: str, trainin
     settings = describe(module, histogram)
     if training.range is not None:
         settings["range"] = list(training.range)
-    header = {"format": _FORMAT, "settings": json.dumps(settings), "training": training.to_json()}
+    header = {"format": _FORMAT, "settings": json.dumps(settings), "training": training.to_header()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     write_atomically(path, _in_order(save(tensors, header)))
 

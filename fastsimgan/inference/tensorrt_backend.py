@@ -27,8 +27,8 @@ from fastsimgan.inference.graph_format import OUTPUT
 from fastsimgan.inference.onnx_file import OnnxFile
 from fastsimgan.inference.torch_backend import Replay
 from fastsimgan.inference.trtexec import Profile
-from fastsimgan.storage.checkpoint import write_atomically
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.atomic import write_atomically
+from fastsimgan.storage.names import printable
 
 Library = Literal["tensorrt", "tensorrt-rtx"]
 _EXTRA = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}

@@ -12,8 +12,6 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from fastsimgan.data.equalisation import equalise
-from fastsimgan.data.pixel_values import from_float, to_float
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.hardware.cuda_graphs import Captured, capture, first_line
 from fastsimgan.hardware.device import channels_last, images_channels_last, keep_some_freed_memory
@@ -34,19 +32,6 @@ class Backend(Protocol):
     """Images that one call may have; None is any number."""
 
     def __call__(self, images: Tensor) -> Tensor: ...
-
-
-def prepare(images: Tensor, histogram: str) -> Tensor:
-    """Stored images ``[N, C, H, W]`` to what R sees: equalised if ``histogram`` is "equalise", then in [-1, 1]."""
-    return images_channels_last(to_float(equalised(images, histogram)))
-
-
-def equalised(images: Tensor, histogram: str) -> Tensor:
-    """Stored images ``[N, C, H, W]``, equalised if ``histogram`` is "equalise"; floats become uint16 then."""
-    if histogram != "equalise":
-        return images
-    # equalisation counts grey values, so floats take 16 bits on the way in
-    return equalise(from_float(to_float(images), torch.uint16) if images.is_floating_point() else images)
 
 
 _IN_CACHE = 4 << 20  # bytes of features that a core has near it

@@ -6,6 +6,7 @@ span (from the 1st to the 99th per cent of all that is not 0), or where one of t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,29 @@ from fastsimgan.metrics.label_drift import edge_shifts
 Array = NDArray[Any]
 
 _BATCH = 64
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far some pixels are from what they were."""
+
+    pixels: float
+    """Their share of all."""
+    error: float
+    """Mean |noisy - clean| with black to white as 2, as networks see it."""
+    lost: float
+    """Per cent of those on the hand that came nearer to the background than to where they were."""
+
+
+@dataclass(frozen=True)
+class NoiseByPlace:
+    """The same on edges, on the hand's flat parts, and in the background; no pixel is in two."""
+
+    edges: Noise
+    flat: Noise
+    background: Noise
+    edges_to_flat: float | None
+    """Ratio of the two errors; None where the flat parts have none."""
 
 
 def depth_edges(images: Array) -> Array:
@@ -39,33 +63,31 @@ def depth_edges(images: Array) -> Array:
     return edges
 
 
-def noise_by_place(clean: Array, noisy: Array) -> dict[str, Any]:
+def noise_by_place(clean: Array, noisy: Array) -> NoiseByPlace:
     """How far ``noisy`` is from ``clean``, by where: on edges, on the hand's flat parts, and in the background.
 
     Args:
         clean, noisy: stored images of one shape ``[N, H, W]`` and type, such as x and R(x).
 
-    Returns:
-        For ``edges``, ``flat`` and ``background`` (no pixel is in two): ``pixels``, their share; ``error``, the mean
-        |noisy - clean| with black to white as 2, as networks see it; ``lost``, the per cent of its hand pixels that
-        came nearer to the background than to where they were. ``edges_to_flat``, the ratio of the two errors.
+    Raises:
+        InputError: another shape, or no depth in them.
     """
     if clean.shape != noisy.shape or clean.ndim != 3:
         raise InputError(f"clean and noisy must have one shape [N, H, W], got {clean.shape} and {noisy.shape}")
     edges, hand = depth_edges(clean), clean > 0
     before, after = normalise(clean), normalise(noisy)
     error, lost = np.abs(after - before), after + 1 < (before + 1) / 2
-    result: dict[str, Any] = {}
-    for name, where in {"edges": edges, "flat": hand & ~edges, "background": ~hand & ~edges}.items():
+
+    def noise(where: Array) -> Noise:
         on_hand = where & hand
-        result[name] = {
-            "pixels": float(where.mean()),
-            "error": float(error[where].mean()) if where.any() else 0.0,
-            "lost": float(lost[on_hand].mean() * 100) if on_hand.any() else 0.0,
-        }
-    flat = result["flat"]["error"]
-    result["edges_to_flat"] = result["edges"]["error"] / flat if flat else None
-    return result
+        return Noise(
+            float(where.mean()),
+            float(error[where].mean()) if where.any() else 0.0,
+            float(lost[on_hand].mean() * 100) if on_hand.any() else 0.0,
+        )
+
+    on_edges, flat, background = noise(edges), noise(hand & ~edges), noise(~hand & ~edges)
+    return NoiseByPlace(on_edges, flat, background, on_edges.error / flat.error if flat.error else None)
 
 
 def joint_edge_shifts(clean: Array, noisy: Array, joints: Array) -> Array:

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from fastsimgan.errors import InputError
-from fastsimgan.ops._shared import (
+from fastsimgan.ops._patch_loss import (
     accumulation_dtype,
     check_logits,
     check_probability,
     choose,
-    implementations,
+    loss_dispatch,
     patch_cross_entropy,
 )
 
-__all__ = ["DiscriminatorLoss", "discriminator_loss", "implementations", "reference"]
+__all__ = ["DiscriminatorLoss", "discriminator_loss", "DISPATCH", "implementations", "reference"]
+
+DISPATCH = loss_dispatch("discriminator_loss")
+implementations = DISPATCH.implementations
 
 
 class DiscriminatorLoss(NamedTuple):
@@ -41,15 +44,23 @@ def discriminator_loss(
 ) -> DiscriminatorLoss:
     """Eq. 2: make D call refined images refined and real images real.
 
-    refined_logits: [B, 2, h, w], D's output for refined images; class 0 = real, class 1 = refined.
-    real_logits: [B', 2, h', w'], D's output for real images, same dtype; B' and the map may differ.
-    real_target: probability that the target of a real image puts on "real", in [0, 1]; below 1 it smooths the label.
-    refined_target: the same for refined images and "refined".
-    impl: "auto", "reference" or "triton".
-
     A patch whose two logits are equal is undecided and counts as half right, so that a D that knows nothing is at 0.5.
     Gradients flow from ``loss`` to both tensors, once: a second derivative raises.
-    Raises InputError for a bad shape or value, UnavailableError if ``impl`` cannot be had.
+
+    Args:
+        refined_logits: ``[B, 2, h, w]``, D's output for refined images; class 0 = real, class 1 = refined.
+        real_logits: ``[B', 2, h', w']``, D's output for real images, same dtype; B' and the map may differ.
+        real_target: probability that the target of a real image puts on "real", in [0, 1]; below 1 it smooths the
+            label.
+        refined_target: the same for refined images and "refined".
+        impl: "auto", "reference" or "triton".
+
+    Returns:
+        The loss and D's accuracies.
+
+    Raises:
+        InputError: a bad shape, type or value.
+        UnavailableError: ``impl`` cannot be had.
     """
     check_logits("refined_logits", refined_logits)
     check_logits("real_logits", real_logits)
@@ -59,7 +70,7 @@ def discriminator_loss(
         raise InputError(f"real_logits must be on refined_logits' {refined_logits.device}, got {real_logits.device}")
     check_probability("real_target", real_target)
     check_probability("refined_target", refined_target)
-    impl = choose("discriminator_loss", impl, (refined_logits, real_logits))
+    impl = choose(DISPATCH, impl, (refined_logits, real_logits))
     loss, refined_accuracy, real_accuracy, _ = _op(refined_logits, real_logits, real_target, refined_target, impl)
     return DiscriminatorLoss(loss, refined_accuracy, real_accuracy)
 

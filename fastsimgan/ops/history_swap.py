@@ -25,17 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsimgan.errors import InputError, UnavailableError
-
-try:
-    # Importing it registers its CPU and CUDA kernels for the op that is defined at the end of this file.
-    from fastsimgan._C import build_info
-
-    BUILD_INFO: dict[str, Any] | None = build_info()
-    NOT_LOADED: str | None = None
-except ImportError as error:
-    BUILD_INFO = None
-    NOT_LOADED = f"fastsimgan._C cannot be imported: {error}"
+from fastsimgan.errors import InputError
+from fastsimgan.ops import _extension
+from fastsimgan.ops._dispatch import Dispatch
 
 STORAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 IMAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -86,22 +78,40 @@ def history_swap(storage: Tensor, state: Tensor, fresh: Tensor, n: int, impl: st
         UnavailableError: an explicit ``impl`` cannot run here.
     """
     _check(storage, state, fresh, n)
-    _check_impl(impl, storage.device)
+    chosen = _choose(impl, storage.device)
     fresh = fresh.detach().contiguous()
-    if impl == "reference":
+    if chosen == "reference":
         return _reference_op(storage, state, fresh, n)
     return _op(storage, state, fresh, n)
 
 
-def implementations() -> dict[str, str | None]:
-    """Each implementation, in the order ``"auto"`` prefers them: None where it can run, otherwise why it cannot."""
-    no_cuda = NOT_LOADED
-    if BUILD_INFO is not None and not BUILD_INFO["cuda"]:
-        why = BUILD_INFO.get("no_cuda", "it is of an older version of fastsimgan")
-        no_cuda = f"fastsimgan._C was built without CUDA, against torch {BUILD_INFO['torch']}: {why}"
+def _missing() -> dict[str, str | None]:
+    info = _extension.BUILD_INFO
+    no_cuda = _extension.NOT_LOADED
+    if info is not None and not info["cuda"]:
+        why = info.get("no_cuda", "it is of an older version of fastsimgan")
+        no_cuda = f"fastsimgan._C was built without CUDA, against torch {info['torch']}: {why}"
     elif no_cuda is None and not torch.cuda.is_available():
         no_cuda = "no CUDA device"
-    return {"cuda": no_cuda, "cpp": NOT_LOADED, "reference": None}
+    return {"cuda": no_cuda, "cpp": _extension.NOT_LOADED}
+
+
+DISPATCH = Dispatch("history_swap", _missing, {"cpu": ("cpp",), "cuda": ("cuda",)})
+implementations = DISPATCH.implementations
+
+
+def _choose(impl: str, device: torch.device) -> str:
+    """ "auto" is torch's dispatcher to answer: it knows _C's kernel for the device, or takes the reference."""
+    if impl != "auto":
+        return DISPATCH.choose(impl, (), lambda name: _unmet(name, device))
+    if device.type == "cuda" and (reason := _missing()["cuda"]):
+        _say_once(reason)
+    return impl
+
+
+def _unmet(impl: str, device: torch.device) -> str | None:
+    needs = {"cpp": "cpu", "cuda": "cuda"}[impl]
+    return _missing()[impl] or (f"it needs tensors on {needs}, got {device}" if needs != device.type else None)
 
 
 def reference(storage: Tensor, state: Tensor, fresh: Tensor, n: int) -> Tensor:
@@ -207,20 +217,6 @@ def _check(storage: Tensor, state: Tensor, fresh: Tensor, n: int) -> None:
         )
     if storage.device != state.device or storage.device != fresh.device:
         raise InputError(f"fresh and state must be on the storage's device {storage.device}, got {fresh.device}")
-
-
-def _check_impl(impl: str, device: torch.device) -> None:
-    if impl == "auto":
-        if device.type == "cuda" and implementations()["cuda"]:
-            _say_once(implementations()["cuda"])
-        return
-    known = implementations()
-    if impl not in known:
-        raise InputError(f"impl must be one of auto, {', '.join(known)}, got {impl!r}")
-    needs = {"cpp": "cpu", "cuda": "cuda"}.get(impl, device.type)
-    reason = known[impl] or (f"it needs tensors on {needs}, got {device}" if needs != device.type else None)
-    if reason:
-        raise UnavailableError(f"history_swap impl={impl!r}: {reason}")
 
 
 @cache

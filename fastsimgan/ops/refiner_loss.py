@@ -16,16 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsimgan.errors import InputError
-from fastsimgan.ops._shared import (
+from fastsimgan.ops._patch_loss import (
     accumulation_dtype,
     check_logits,
     check_probability,
     choose,
-    implementations,
+    loss_dispatch,
     patch_cross_entropy,
 )
 
-__all__ = ["PSI", "RefinerLoss", "implementations", "reference", "refiner_loss"]
+__all__ = ["PSI", "RefinerLoss", "DISPATCH", "implementations", "reference", "refiner_loss"]
+
+DISPATCH = loss_dispatch("refiner_loss")
+implementations = DISPATCH.implementations
 
 PSI = ("identity", "channel_mean", "gradients")
 
@@ -50,18 +53,25 @@ def refiner_loss(
 ) -> RefinerLoss:
     """Eq. 4: make D call the refined images real, and keep them close to the synthetic ones.
 
-    logits: [B, 2, h, w], D's output for ``refined``; class 0 = real, class 1 = refined. A 1x1 map is the global
-        adversarial loss of the paper's ablation.
-    refined, synthetic: [B, C, H, W] in [-1, 1]. Dtypes may differ; sums are in float32.
-    lam: weight of the self-regularisation, >= 0, in the paper's form (a sum over pixels, see the module).
-    psi: "identity" (the paper's experiments), "channel_mean" (colour may change, brightness not), or "gradients"
-        (forward differences in x and y: edges are kept, a constant offset is free). All three are linear.
-    real_target: probability that the target puts on "real", in [0, 1]; below 1 it smooths the label.
-    impl: "auto", "reference" or "triton". The Triton kernel knows psi="identity" only; for the others "auto" takes the
-        reference on every device.
-
     Gradients flow from ``loss`` to all three tensors, once: a second derivative raises.
-    Raises InputError for a bad shape or value, UnavailableError if ``impl`` cannot be had.
+
+    Args:
+        logits: ``[B, 2, h, w]``, D's output for ``refined``; class 0 = real, class 1 = refined. A 1x1 map is the global
+            adversarial loss of the paper's ablation.
+        refined, synthetic: ``[B, C, H, W]`` in [-1, 1]. Dtypes may differ; sums are in float32.
+        lam: weight of the self-regularisation, >= 0, in the paper's form (a sum over pixels, see the module).
+        psi: "identity" (the paper's experiments), "channel_mean" (colour may change, brightness not), or "gradients"
+            (forward differences in x and y: edges are kept, a constant offset is free). All three are linear.
+        real_target: probability that the target puts on "real", in [0, 1]; below 1 it smooths the label.
+        impl: "auto", "reference" or "triton". The Triton kernel knows psi="identity" only; for the others "auto" takes
+            the reference on every device.
+
+    Returns:
+        The loss, and its two terms for each image.
+
+    Raises:
+        InputError: a bad shape, type or value.
+        UnavailableError: ``impl`` cannot be had.
     """
     check_logits("logits", logits)
     if refined.dim() != 4 or refined.numel() == 0:
@@ -83,7 +93,7 @@ def refiner_loss(
         raise InputError(f"psi must be one of {', '.join(PSI)}, got {psi!r}")
     check_probability("real_target", real_target)
     unmet = None if psi == "identity" else f"the kernel knows psi='identity' only, got {psi!r}"
-    impl = choose("refiner_loss", impl, (logits, refined, synthetic), unmet)
+    impl = choose(DISPATCH, impl, (logits, refined, synthetic), unmet)
     loss, adversarial, self_regularisation, _, _ = _op(logits, refined, synthetic, lam, psi, real_target, impl)
     return RefinerLoss(loss, adversarial, self_regularisation)
 

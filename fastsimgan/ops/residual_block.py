@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.ops import _shared
-from fastsimgan.ops.history_swap import BUILD_INFO, NOT_LOADED
+from fastsimgan.ops import _dispatch
+from fastsimgan.ops._extension import lacks
 
 MOST_MAPS = 1024
 """Feature maps that "cpp" and "triton" take at most."""
@@ -57,36 +56,26 @@ def residual_block(
         InputError: an unknown ``impl``.
         UnavailableError: "triton", "cpp" or "amx" was asked for and cannot serve the call.
     """
-    if impl not in ("auto", "reference", *_MISSING):
-        raise InputError(f"impl must be one of auto, {', '.join(sorted(_MISSING))}, reference, got {impl!r}")
-    chosen = _automatic() if impl == "auto" else impl
-    if chosen != "reference":
-        reason = _unmet(chosen, features, (weight1, bias1, weight2, bias2))
-        if impl != "auto" and reason is not None:
-            raise UnavailableError(f"residual_block impl={impl!r}: {reason}")
-        if reason is None:
-            features = features.contiguous(memory_format=torch.channels_last)
-            out: Tensor
-            if chosen == "triton":
-                out = _triton_op(features, weight1, bias1, weight2, bias2, _products(features))[0]
-            else:
-                out = (_op if chosen == "cpp" else _bfloat16_op)(features, weight1, bias1, weight2, bias2)[0]
-            return out
-    return reference(features, weight1, bias1, weight2, bias2)[0]
+    layers = weight1, bias1, weight2, bias2
+    chosen = DISPATCH.choose(impl, _automatic() if impl == "auto" else (), lambda name: _unmet(name, features, layers))
+    if chosen == "reference":
+        return reference(features, *layers)[0]
+    features = features.contiguous(memory_format=torch.channels_last)
+    out: Tensor
+    if chosen == "triton":
+        out = _triton_op(features, *layers, _products(features))[0]
+    else:
+        out = (_op if chosen == "cpp" else _bfloat16_op)(features, *layers)[0]
+    return out
 
 
-def _automatic() -> str:
+def _automatic() -> tuple[str, ...]:
     """What "auto" takes if it can serve the call."""
     if torch.compiler.is_exporting():
-        return "reference"
+        return ()
     if not torch.is_autocast_enabled("cpu"):
-        return "cpp"
-    return "amx" if torch.get_autocast_dtype("cpu") == torch.bfloat16 else "reference"
-
-
-def implementations() -> dict[str, str | None]:
-    """Each implementation, in the order ``"auto"`` prefers them: None where it can run, otherwise why it cannot."""
-    return {**_MISSING, "reference": None}
+        return ("cpp",)
+    return ("amx",) if torch.get_autocast_dtype("cpu") == torch.bfloat16 else ()
 
 
 def reference(
@@ -98,19 +87,15 @@ def reference(
 
 
 def _cpp_missing() -> str | None:
-    if NOT_LOADED is not None or BUILD_INFO is None:
-        return NOT_LOADED
-    if not BUILD_INFO["avx2"]:
-        return "fastsimgan._C was built without AVX2 (another processor or compiler)"
+    if (reason := lacks("avx2", "AVX2 (another processor or compiler)")) is not None:
+        return reason
     capability = torch.backends.cpu.get_cpu_capability()
     return None if capability.startswith("AVX") else f"it needs AVX2, and torch finds {capability}"
 
 
 def _amx_missing() -> str | None:
-    if NOT_LOADED is not None or BUILD_INFO is None:
-        return NOT_LOADED
-    if not BUILD_INFO["amx"]:
-        return "fastsimgan._C was built without AMX (another processor, system or compiler)"
+    if (reason := lacks("amx", "AMX (another processor, system or compiler)")) is not None:
+        return reason
     if not torch.ops.fastsimgan.amx_usable():
         return "it needs a processor with AMX for bfloat16, and Linux's leave to use it"
     return None
@@ -120,10 +105,14 @@ def _amx_missing() -> str | None:
 _library = torch.library.Library("fastsimgan", "FRAGMENT")
 _library.define("amx_usable() -> bool")
 _MISSING = {
-    "triton": _shared.implementations()["triton"],
+    "triton": _dispatch.triton_unusable(),
     "amx": _amx_missing(),
     "cpp": _cpp_missing(),
 }
+DISPATCH = _dispatch.Dispatch(
+    "residual_block", lambda: _MISSING, {"cpu": ("cpp", "amx"), "cuda": ("triton", _dispatch.RACED)}
+)
+implementations = DISPATCH.implementations
 
 
 def _unmet(impl: str, features: Tensor, layers: tuple[Tensor, Tensor, Tensor, Tensor]) -> str | None:
@@ -149,7 +138,7 @@ def _products(features: Tensor) -> torch.dtype:
 
 
 def _triton_unmet(features: Tensor, layers: tuple[Tensor, Tensor, Tensor, Tensor]) -> str | None:
-    if not (features.is_cuda or (_shared.INTERPRETED and features.device.type == "cpu")):
+    if not (features.is_cuda or (_dispatch.INTERPRETED and features.device.type == "cpu")):
         return f"it needs CUDA (or TRITON_INTERPRET=1 and a CPU), got {features.device}"
     if any(layer.device != features.device for layer in layers):
         return f"weights and biases must be on features' {features.device}"
@@ -261,7 +250,14 @@ def _register(
 ) -> tuple[Any, Any]:
     """Define an op and its backward; _C registers the CPU's kernels, everything else gets ``forward``, ``backward``.
 
-    more: an argument of the op alone, behind the tensors.
+    Args:
+        name: of the op.
+        forward, backward: the reference.
+        forward_fake, backward_fake: give what that gives, without values.
+        more: an argument of the op alone, behind the tensors.
+
+    Returns:
+        The op, and its backward.
     """
     layers = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2"
     kept = "Tensor grad, Tensor features, Tensor hidden, Tensor out, Tensor weight1, Tensor weight2"

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.ops.history_swap import BUILD_INFO, NOT_LOADED
+from fastsimgan.errors import InputError
+from fastsimgan.ops._dispatch import Dispatch
+from fastsimgan.ops._extension import lacks
 
 TOP = 255
 """The largest value of a rounded feature."""
@@ -49,26 +50,15 @@ def residual_block_int8(
         InputError: an unknown ``impl``, or an argument of another type or shape.
         UnavailableError: "vnni" or "amx" was asked for and cannot serve the call.
     """
-    if impl not in ("auto", *_MISSING, "reference"):
-        raise InputError(f"impl must be one of auto, amx, vnni, reference, got {impl!r}")
     _check(features, in_scale, weight1, bias1, scale1, weight2, bias2, scale2)
-    chosen = impl
-    if impl == "auto":
-        chosen = next((name for name in _MISSING if _unmet(name, features) is None), "reference")
+    chosen = DISPATCH.choose(impl, tuple(_MISSING), lambda name: _unmet(name, features))
     layers = weight1, bias1, scale1, weight2, bias2, scale2
     if chosen == "reference":
         return reference(features, in_scale, *layers)
-    if (reason := _unmet(chosen, features)) is not None:
-        raise UnavailableError(f"residual_block_int8 impl={chosen!r}: {reason}")
     features = features.contiguous(memory_format=torch.channels_last)
     numbers = (values if values.dim() == 4 else values.contiguous() for values in (in_scale, *layers))
     out: Tensor = _op(features, *numbers, chosen == "amx")
     return out
-
-
-def implementations() -> dict[str, str | None]:
-    """Each implementation, in the order ``"auto"`` prefers them: None where it can run, otherwise why it cannot."""
-    return {**_MISSING, "reference": None}
 
 
 def reference(
@@ -117,10 +107,8 @@ _NUMBERS = {
 
 
 def _missing(impl: str) -> str | None:
-    if NOT_LOADED is not None or BUILD_INFO is None:
-        return NOT_LOADED
-    if not BUILD_INFO["amx"]:
-        return "fastsimgan._C was built without VNNI and AMX (another processor, system or compiler)"
+    if (reason := lacks("amx", "VNNI and AMX (another processor, system or compiler)")) is not None:
+        return reason
     if not torch.ops.fastsimgan.int8_usable(impl == "amx"):
         return f"it needs a processor with {'AMX' if impl == 'amx' else 'VNNI of AVX-512'}, and Linux's leave to use it"
     return None
@@ -129,6 +117,8 @@ def _missing(impl: str) -> str | None:
 _library = torch.library.Library("fastsimgan", "FRAGMENT")
 _library.define("int8_usable(bool amx) -> bool")
 _MISSING = {impl: _missing(impl) for impl in ("amx", "vnni")}  # the answers cannot change in a process
+DISPATCH = Dispatch("residual_block_int8", lambda: _MISSING, {"cpu": tuple(_MISSING)})
+implementations = DISPATCH.implementations
 
 
 def _unmet(impl: str, features: Tensor) -> str | None:

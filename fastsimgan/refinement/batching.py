@@ -22,7 +22,7 @@ from fastsimgan.refinement.sources.array_file import ImageRange
 from fastsimgan.refinement.sources.base import Decoded, Sample
 from fastsimgan.refinement.stages import StageThreads
 from fastsimgan.refinement.tuning import fitting
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 BYTES_AHEAD = 1 << 27  # of decoded images that wait to be put into batches
 SAMPLES_PER_TASK = 16  # at most, and BYTES_PER_TASK: handing one small image to another thread costs as much as a codec

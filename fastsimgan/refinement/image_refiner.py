@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from fastsimgan.data.formats.numpy_file import UNIT, Span
+from fastsimgan.data.pixel_values import UNIT, Span
 
 BATCHES_QUEUED = 2  # in a device: one in work and the next
 

@@ -12,7 +12,8 @@ from fastsimgan.refinement import tuning
 from fastsimgan.refinement.run_paths import partial_of
 from fastsimgan.refinement.sources.base import Source
 from fastsimgan.refinement.sources.open_source import open_source
-from fastsimgan.storage.files import hash_file, printable
+from fastsimgan.storage.checksum import hash_file
+from fastsimgan.storage.names import printable
 
 SUFFIXES = {"npz": (".npz",), "npy": (".npy",), "hdf5": (".h5", ".hdf5")}  # of outputs that are one file
 _MAKES = {".npz": "npz", ".h5": "hdf5", ".hdf5": "hdf5", ".tar": "shards"}  # what --to would make, by a name's suffix

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class Lease:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.records import OPTIONAL, flat, from_json, named, to_json
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 FORMAT = "fastsimgan.run/1"
 

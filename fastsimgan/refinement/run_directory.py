@@ -39,7 +39,7 @@ from fastsimgan.refinement.manifest import (
 )
 from fastsimgan.refinement.records import to_json
 from fastsimgan.refinement.run_paths import partial_of, state_of
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class RunDirectory:

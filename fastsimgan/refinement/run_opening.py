@@ -18,7 +18,7 @@ from fastsimgan.refinement.manifest import RunRecord
 from fastsimgan.refinement.records import FORMAT, read_json, to_json
 from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.run_paths import partial_of, state_of, writing
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class RunSource(Protocol):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastsimgan.data.formats.listing import STATE
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 def partial_of(output: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from fastsimgan.data.formats.image_file import JPEG_QUALITY, codecs
+from fastsimgan.data.formats.image_codecs import JPEG_QUALITY, codecs
 from fastsimgan.errors import InputError
 from fastsimgan.refinement import tuning
 from fastsimgan.refinement.job import SUFFIXES, Job, check, output_kind, refiner_sha256

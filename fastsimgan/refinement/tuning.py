@@ -110,7 +110,7 @@ def choose(device: str, refiner: Path, images: tuple[int, int, int] | None, prec
 def _fastest_block(shape: tuple[int, int, int, int], precision: str, device: torch.device) -> str:
     from fastsimgan.hardware.precision import DTYPES
     from fastsimgan.ops import residual_block
-    from fastsimgan.ops._shared import INTERPRETED
+    from fastsimgan.ops._dispatch import INTERPRETED
     from fastsimgan.ops.residual_block_race import race
 
     if precision == "float32" or INTERPRETED or residual_block.implementations()["triton"] is not None:

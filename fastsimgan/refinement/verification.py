@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from fastsimgan.data.formats.array_file import FILES
 from fastsimgan.data.formats.listing import STATE
-from fastsimgan.data.formats.numpy_file import FILES
 from fastsimgan.data.formats.open_images import open_arrays
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.manifest import (
@@ -27,7 +27,8 @@ from fastsimgan.refinement.manifest import (
 )
 from fastsimgan.refinement.records import FORMAT, read_json, read_record, to_json
 from fastsimgan.refinement.run_paths import partial_of, state_of
-from fastsimgan.storage.files import hash_file, printable
+from fastsimgan.storage.checksum import hash_file
+from fastsimgan.storage.names import printable
 
 
 def verify(output: Path) -> Counts:

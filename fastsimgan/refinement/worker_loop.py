@@ -17,7 +17,7 @@ from fastsimgan.refinement.report import Progress
 from fastsimgan.refinement.session import Session
 from fastsimgan.refinement.tuning import fitting
 from fastsimgan.refinement.worker import Worker
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 LOOK_AGAIN = 0.5  # seconds between two looks at work units that other workers hold
 

@@ -7,8 +7,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from fastsimgan.data.formats.numpy_file import Span
-from fastsimgan.data.pixel_values import WHITE
+from fastsimgan.data.pixel_values import WHITE, Span
 from fastsimgan.refinement.batching import task_size
 from fastsimgan.refinement.open_unit import Batch, OpenUnit
 from fastsimgan.refinement.sources.base import Decoded

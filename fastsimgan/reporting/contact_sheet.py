@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastsimgan.data.pixel_values import from_float
-from fastsimgan.storage.checkpoint import write_atomically
+from fastsimgan.storage.atomic import write_atomically
 
 _LABEL_WIDTH = 76  # pixels left of the rows, for their names
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fastsimgan.errors import InputError
+from fastsimgan.storage.atomic import remove_atomically, writing
+
+_log = logging.getLogger(__name__)
 
 _TENSORS, _FACTS, _SUMS = "state.safetensors", "state.json", "SHA256SUMS"
-_UNFINISHED = (".writing-", ".removing-")
 
 STOPPED = "-stopped"
 """Ends the name of a checkpoint that is only there because training was stopped. It goes when the next one comes, so
@@ -28,8 +29,7 @@ that a run that was stopped ends with the same checkpoints as one that was not."
 def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, Any], *, keep: int) -> Path:
     """Write ``folder/name`` and `remove_old` checkpoints; newer is what comes later by name.
 
-    The directory is filled beside its final name, flushed to the disk and renamed, and an old one is renamed before
-    it is removed: whenever the process dies, what stands under a final name is whole.
+    Whenever the process dies, what stands under a final name is whole (see `storage.atomic`).
 
     Args:
         folder: where the checkpoints of a run live; made if absent.
@@ -44,16 +44,14 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], facts: 
         _FACTS: (json.dumps(facts, indent=2) + "\n").encode(),
     }
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {file}\n" for file, data in files.items())
-    temporary, final = folder / f".writing-{name}", folder / name
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for file, data in (files | {_SUMS: sums.encode()}).items():
-        _write(temporary / file, data)
-    flush_directory(temporary)
-    if final.exists():  # a damaged one, that a resumed run passed over
-        _remove(final)
-    temporary.rename(final)
-    flush_directory(folder)
+    final = folder / name
+    with writing(final) as temporary:
+        temporary.mkdir()
+        for file, data in (files | {_SUMS: sums.encode()}).items():
+            (temporary / file).write_bytes(data)
+        if final.exists():  # a damaged one, that a resumed run passed over
+            remove_atomically(final)
+    _log.debug("%s is written, %d bytes", final, sum(map(len, files.values())))
     remove_old(folder, keep)
     return final
 
@@ -64,7 +62,7 @@ def remove_old(folder: Path, keep: int) -> None:
     regular = [path for path in found if not path.name.endswith(STOPPED)]
     for path in found[:-1]:
         if path not in regular[-keep:]:
-            _remove(path)
+            remove_atomically(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -99,13 +97,6 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, 
     raise InputError(f"{folder}: no whole checkpoint to resume from" + "".join(f"; {reason}" for reason in refused))
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left half-written or half-removed in ``folder``."""
-    for path in folder.glob(".*"):
-        if path.name.startswith(_UNFINISHED):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def flatten(prefix: str, state: dict[Any, Any]) -> dict[str, Tensor]:
     """``{"a": {"b": tensor}}`` to ``{"prefix.a.b": tensor}``; values that are not tensors are left out."""
     flat: dict[str, Tensor] = {}
@@ -120,34 +111,3 @@ def flatten(prefix: str, state: dict[Any, Any]) -> dict[str, Tensor]:
 def select(prefix: str, flat: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries below ``prefix.``, with the prefix taken off."""
     return {name[len(prefix) + 1 :]: value for name, value in flat.items() if name.startswith(prefix + ".")}
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` beside ``path``, flush it and rename it there."""
-    temporary = path.with_name(f".writing-{path.name}")
-    _write(temporary, data)
-    os.replace(temporary, path)
-    flush_directory(path.parent)
-
-
-def flush_directory(path: Path) -> None:
-    """Have the names in a directory reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _remove(path: Path) -> None:
-    leaving = path.with_name(f".removing-{path.name}")
-    shutil.rmtree(leaving, ignore_errors=True)
-    path.rename(leaving)
-    shutil.rmtree(leaving)

@@ -1,11 +1,10 @@
-"""Both sets of training images, and mini-batches out of them: resident on the device, or read ahead from the host."""
+"""Mini-batches of both sets of training images, as the networks want them."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,178 +16,40 @@ from torch import Tensor
 
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.equalisation import non_uniformity
-from fastsimgan.data.ragged import CentreCrops, Images, RaggedImages, Size, channels_of, crop_of
+from fastsimgan.data.preprocess import equalised, prepare
+from fastsimgan.data.ragged import CentreCrops, Images, RaggedImages, Size, channels_of
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.memory import available_memory
-from fastsimgan.inference.torch_backend import equalised, prepare
 from fastsimgan.training.crops import Crop, choose_crop
+from fastsimgan.training.data_parallel import DataParallelGroup
+from fastsimgan.training.image_store import HostImages, ImageStore, ResidentCrops, ResidentImages, planes
 
 _EQUALISED = 0.06  # below this `non_uniformity`, images are taken for equalised
 _LOOKED_AT = 500  # images of each set that this is judged by
 _AHEAD = 1 << 28  # bytes that are gathered at a time, at most
 
 
-class ResidentImages:
-    """Images kept on the device as they are stored; a batch is drawn and gathered there.
-
-    Args:
-        images: ``[N, H, W]`` or ``[N, H, W, C]``.
-        sampler: on ``device``.
-        device: where.
-    """
-
-    def __init__(self, images: NDArray[Any], sampler: Sampler, device: torch.device) -> None:
-        if isinstance(images, np.memmap) or not images.flags.writeable:
-            images = np.array(images)  # torch wants memory that it may write to
-        self._stored = _planes(torch.from_numpy(images)).contiguous().to(device)
-        self.sampler = sampler
-
-    def draw(self, count: int) -> Tensor:
-        """The next ``[count, C, H, W]``, as stored."""
-        # not `[...]`: on CUDA that knows no uint16
-        return self._stored.index_select(0, self.sampler.draw(count))
-
-
-class ResidentCrops:
-    """Images of any sizes, packed on the device as they are stored; random crops of one size are gathered there.
-
-    Args:
-        images: the set.
-        sampler: on ``device``.
-        device: where.
-        size: (height, width) of the crops, at most each image's.
-    """
-
-    def __init__(self, images: RaggedImages, sampler: Sampler, device: torch.device, size: Size) -> None:
-        pixels = images.flat.reshape(-1, images.channels)
-        if isinstance(pixels, np.memmap) or not pixels.flags.writeable:
-            pixels = np.array(pixels)
-        self._pixels = torch.from_numpy(pixels).to(device)
-        # of each image: its first pixel, its width, and how many rows and columns a crop may begin at
-        table = np.column_stack([images.starts // images.channels, images.sizes[:, 1], images.sizes - size + 1])
-        self._table = torch.from_numpy(table).to(device)
-        self._rows = torch.arange(size[0], device=device)[:, None]
-        self._columns = torch.arange(size[1], device=device)
-        self._size = size
-        self.sampler = sampler
-
-    def draw(self, count: int) -> Tensor:
-        """The next ``[count, C, h, w]``, as stored."""
-        indices, positions = self.sampler.draw_at(count)
-        first, width, rows, columns = self._table.index_select(0, indices).unbind(1)
-        top, left = self.sampler.corners(positions, rows, columns)
-        corner, width = (values.view(-1, 1, 1) for values in (first + top * width + left, width))
-        places = corner + self._rows * width + self._columns  # [count, h, w]
-        crops = self._pixels.index_select(0, places.view(-1))
-        return crops.view(count, *self._size, -1).permute(0, 3, 1, 2)
-
-
-class HostImages:
-    """Images that stay in host memory or in a memory-mapped file; a thread gathers the next ones meanwhile.
-
-    What is gathered goes through pinned memory to a CUDA device while that computes.
-
-    Args:
-        images: ``[N, H, W]`` or ``[N, H, W, C]``, perhaps a ``numpy.memmap``, or of any sizes.
-        sampler: on the CPU; it is read ahead of what has been drawn.
-        device: where the batches go.
-        ahead: images gathered at a time.
-        size: (height, width) of the random crops that are gathered, if images are of any sizes.
-    """
-
-    def __init__(
-        self, images: Images, sampler: Sampler, device: torch.device, ahead: int, size: Size | None = None
-    ) -> None:
-        self._images, self._device, self._ahead, self._size = images, device, ahead, size
-        self._reader = sampler
-        #: says how far *drawing* has come; setting it starts reading anew from there
-        self.sampler = _Consumed(sampler, self._forget)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="images")
-        self._coming: Future[Tensor] | None = None
-        self._ready = torch.empty(0)
-
-    def draw(self, count: int) -> Tensor:
-        """The next ``[count, C, H, W]``, as stored."""
-        parts, missing = [], count
-        while missing:
-            if not len(self._ready):
-                chunk = self._coming or self._thread.submit(self._gather)
-                self._ready = _planes(chunk.result().to(self._device, non_blocking=True))
-                self._coming = self._thread.submit(self._gather)
-            parts.append(self._ready[:missing])
-            self._ready = self._ready[missing:]
-            missing -= len(parts[-1])
-        self.sampler.drawn(count)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _gather(self) -> Tensor:
-        indices, positions = self._reader.draw_at(self._ahead)
-        images, pin = self._images, self._device.type == "cuda"
-        dtype = getattr(torch, images.dtype.name)
-        if not isinstance(images, RaggedImages):
-            chunk = torch.empty((len(indices), *images.shape[1:]), dtype=dtype, pin_memory=pin)
-            np.take(images, indices.numpy(), axis=0, out=chunk.numpy())
-            return chunk
-        assert self._size is not None
-        chosen = indices.tolist()
-        rows, columns = torch.from_numpy(images.sizes[chosen] - self._size + 1).unbind(1)
-        tops, lefts = (found.tolist() for found in self._reader.corners(positions, rows, columns))
-        chunk = torch.empty((len(indices), *self._size, images.channels), dtype=dtype, pin_memory=pin)
-        planes = chunk.numpy()
-        for to, (of, top, left) in enumerate(zip(chosen, tops, lefts, strict=True)):
-            planes[to] = crop_of(images[of], (top, left), self._size).reshape(planes.shape[1:])
-        return chunk
-
-    def _forget(self) -> None:
-        if self._coming is not None:
-            self._coming.result()
-        self._coming, self._ready = None, torch.empty(0)
-
-
-class _Consumed:
-    """The position of a sampler that something else reads ahead of."""
-
-    def __init__(self, reader: Sampler, forget: Callable[[], None]) -> None:
-        self._reader, self._forget = reader, forget
-        self._position = 0
-
-    @property
-    def position(self) -> int:
-        return self._position
-
-    @property
-    def attempt(self) -> int:
-        return self._reader.attempt
-
-    def drawn(self, count: int) -> None:
-        self._position += count * self._reader.ranks
-
-    def restart(self, position: int, attempt: int) -> None:
-        self._forget()
-        self._reader.restart(position, attempt)
-        self._position = position
-
-    def indices(self, start: int, stop: int) -> list[int]:
-        return self._reader.indices(start, stop)
-
-
-Pool = ResidentImages | ResidentCrops | HostImages
-
-
 @dataclass
-class Pools:
+class TrainingBatches:
     """Synthetic and real images as the networks want them: ``[n, C, H, W]`` in [-1, 1] on the device.
 
-    Made by `open_pools`. Attributes: ``image_shape`` (C, H, W); ``crop``, that (H, W), of the images or of the random
-    crops of them; ``crop_chosen``, whether it was chosen by the memory there is; ``arrays``, both sets in one size: as
-    given, or the middle of each image; ``histogram``, "keep" or "equalise", what R is to do with images;
-    ``drawn_histogram``, what is still to be done with those of ``arrays`` and those drawn (crops come from images that
-    were equalised whole); ``resident``, whether drawing needs nothing from the host; ``hashes``, sha256 of each set.
+    Made by `open_batches`.
+
+    Attributes:
+        synthetic, real: where both sets live.
+        arrays: both sets in one size: as given, or the middle of each image.
+        histogram: "keep" or "equalise", what R is to do with images.
+        drawn_histogram: what is still to be done with those of ``arrays`` and those drawn (crops come from images that
+            were equalised whole).
+        device: of the batches.
+        hashes: sha256 of each set.
+        crop: (H, W) of the images, or of the random crops of them.
+        crop_chosen: whether it was chosen by the memory there is.
     """
 
-    synthetic: Pool
-    real: Pool
+    synthetic: ImageStore
+    real: ImageStore
     arrays: dict[str, NDArray[Any] | CentreCrops]
     histogram: str
     drawn_histogram: str
@@ -199,17 +60,21 @@ class Pools:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        channels, height, width = _planes(torch.from_numpy(np.array(self.arrays["real"][:1]))).shape[1:]
+        """(C, H, W) of an image in a batch."""
+        channels, height, width = planes(torch.from_numpy(np.array(self.arrays["real"][:1]))).shape[1:]
         return channels, height, width
 
     @property
     def resident(self) -> bool:
+        """Whether drawing needs nothing from the host."""
         return not isinstance(self.synthetic, HostImages) and not isinstance(self.real, HostImages)
 
     def draw_synthetic(self, count: int) -> Tensor:
+        """The next ``[count, C, H, W]`` of the synthetic images."""
         return prepare(self.synthetic.draw(count), self.drawn_histogram)
 
     def draw_real(self, count: int) -> Tensor:
+        """The next ``[count, C, H, W]`` of the real images."""
         return prepare(self.real.draw(count), "keep")
 
     def some(self, name: str, count: int) -> Tensor:
@@ -225,7 +90,7 @@ class Pools:
 
     def stored(self, images: NDArray[Any]) -> Tensor:
         """An array ``[n, H, W]`` or ``[n, H, W, C]`` as ``[n, C, H, W]`` on the device."""
-        return _planes(torch.from_numpy(images)).to(self.device)
+        return planes(torch.from_numpy(images)).to(self.device)
 
     def positions(self) -> dict[str, int]:
         """How far each set has been drawn."""
@@ -255,26 +120,23 @@ class Pools:
         return self._resident("synthetic").addresses() + self._resident("real").addresses()
 
     def _resident(self, name: str) -> Sampler:
-        pool = getattr(self, name)
-        assert isinstance(pool, ResidentImages | ResidentCrops)
-        return pool.sampler
+        store = getattr(self, name)
+        assert isinstance(store, ResidentImages | ResidentCrops)
+        return store.sampler
 
     def drawn_between(self, before: dict[str, int], after: dict[str, int]) -> dict[str, list[int]]:
         """Indices of the images drawn from one of `positions` to another, by all ranks."""
         return {name: getattr(self, name).sampler.indices(start, after[name]) for name, start in before.items()}
 
 
-def open_pools(
+def open_batches(
     synthetic: Images,
     real: Images,
     config: TrainConfig,
     device: torch.device,
-    say: Callable[[str], None],
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    least_of_all: Callable[[int], int] = int,
-) -> Pools:
+    log: Callable[[str], None],
+    group: DataParallelGroup | None = None,
+) -> TrainingBatches:
     """Check both sets, choose where they live, and say why.
 
     Args:
@@ -282,14 +144,40 @@ def open_pools(
             channels.
         config: its ``seed``, ``batch_size``, ``histogram``, ``data``, ``crop`` and what decides about memory.
         device: of the batches.
-        say: called with each line meant for a person.
-        rank, ranks: see `Sampler`.
-        least_of_all: gives the smallest of the ranks' values to each of them.
+        log: called with each line meant for a person.
+        group: the processes that share each batch; None is this one alone.
 
     Raises:
         InputError: images break a rule.
     """
+    group = group or DataParallelGroup()
     sets = {"synthetic": synthetic, "real": real}
+    _check(sets)
+    crop = choose_crop(sets, config, device, group)
+    if crop.reason:
+        log(f"crop: {crop.reason}")
+    hashes = {name: _sha256(images) for name, images in sets.items()}
+    arrays = {name: _in_one_size(images, crop) for name, images in sets.items()}
+    resident, reason = _placement(sets, config.data, device)
+    if reason:
+        log(f"data: {reason}")
+    histogram = drawn_histogram = _histogram(synthetic, real, config, log)
+    if histogram == "equalise" and not crop.whole:
+        # a crop has another histogram than the picture that R will be given
+        sets["synthetic"] = _equalised(RaggedImages.of(synthetic))
+        arrays["synthetic"] = _in_one_size(sets["synthetic"], crop)
+        drawn_histogram = "keep"
+    seeds = np.random.SeedSequence(config.seed).generate_state(2)
+    stores: list[ImageStore] = []
+    for images, seed in zip(sets.values(), seeds, strict=True):
+        sampler = Sampler(len(images), int(seed), device if resident else "cpu", rank=group.rank, ranks=group.size)
+        stores.append(_store(images, sampler, crop, config, device, resident))
+    return TrainingBatches(
+        stores[0], stores[1], arrays, histogram, drawn_histogram, device, hashes, crop.size, bool(crop.reason)
+    )
+
+
+def _check(sets: dict[str, Images]) -> None:
     for name, images in sets.items():
         shaped = isinstance(images, RaggedImages) or images.ndim in (3, 4)
         if not shaped or images.dtype not in (np.uint8, np.uint16, np.float32) or not len(images):
@@ -297,43 +185,24 @@ def open_pools(
             raise InputError(
                 f"{name} images must be [N, H, W] or [N, H, W, C], uint8, uint16 or float32 in [0, 1], got {shape}"
             )
-    if channels_of(synthetic) != channels_of(real):
-        raise InputError(
-            "synthetic and real images must have one number of channels, "
-            f"got {channels_of(synthetic)} and {channels_of(real)}"
-        )
-    crop = choose_crop(sets, config, device, ranks=ranks, least_of_all=least_of_all)
-    if crop.reason:
-        say(f"crop: {crop.reason}")
-    hashes = {name: _sha256(images) for name, images in sets.items()}
-    arrays = {name: _in_one_size(images, crop) for name, images in sets.items()}
-    resident, reason = _placement(sets, config.data, device)
-    if reason:
-        say(f"data: {reason}")
-    histogram = drawn_histogram = _histogram(synthetic, real, config, say)
-    if histogram == "equalise" and not crop.whole:
-        # a crop has another histogram than the picture that R will be given
-        sets["synthetic"] = _equalised(RaggedImages.of(synthetic))
-        arrays["synthetic"] = _in_one_size(sets["synthetic"], crop)
-        drawn_histogram = "keep"
-    seeds = np.random.SeedSequence(config.seed).generate_state(2)
-    pools: list[Pool] = []
-    for name, seed in zip(("synthetic", "real"), seeds, strict=True):
-        images = sets[name]
-        home = device if resident else "cpu"
-        sampler = Sampler(len(images), int(seed), home, rank=rank, ranks=ranks)
-        size = crop.size if not crop.whole else None
-        if resident:
-            pools.append(
-                ResidentCrops(RaggedImages.of(images), sampler, device, size)
-                if size
-                else ResidentImages(_whole(images), sampler, device)
-            )
-            continue
-        batches = min(4096 // config.batch_size, _AHEAD // (_image_bytes(images, crop.size) * config.batch_size))
-        ahead = max(1, batches) * config.batch_size
-        pools.append(HostImages(RaggedImages.of(images) if size else _whole(images), sampler, device, ahead, size))
-    return Pools(pools[0], pools[1], arrays, histogram, drawn_histogram, device, hashes, crop.size, bool(crop.reason))
+    synthetic, real = (channels_of(images) for images in sets.values())
+    if synthetic != real:
+        raise InputError(f"synthetic and real images must have one number of channels, got {synthetic} and {real}")
+
+
+def _store(
+    images: Images, sampler: Sampler, crop: Crop, config: TrainConfig, device: torch.device, resident: bool
+) -> ImageStore:
+    """Where a set lives."""
+    if resident:
+        if crop.whole:
+            return ResidentImages(_whole(images), sampler, device)
+        return ResidentCrops(RaggedImages.of(images), sampler, device, crop.size)
+    batches = min(4096 // config.batch_size, _AHEAD // (_image_bytes(images, crop.size) * config.batch_size))
+    ahead = max(1, batches) * config.batch_size
+    if crop.whole:
+        return HostImages(_whole(images), sampler, device, ahead)
+    return HostImages(RaggedImages.of(images), sampler, device, ahead, crop.size)
 
 
 def _whole(images: Images) -> NDArray[Any]:
@@ -354,7 +223,7 @@ def _image_bytes(images: Images, size: Size) -> int:
 def _equalised(images: RaggedImages) -> RaggedImages:
     """Each grey image equalised as a whole, in integers."""
     dtype = np.dtype("uint16") if images.dtype == np.float32 else images.dtype
-    done = RaggedImages.room([(h, w) for h, w in images.sizes.tolist()], 1, dtype, Path("equalised images"))
+    done = RaggedImages.empty([(h, w) for h, w in images.sizes.tolist()], 1, dtype, Path("equalised images"))
     for i in range(len(images)):
         done[i][...] = equalised(torch.from_numpy(np.array(images[i]))[None, None], "equalise")[0, 0].numpy()
     return done
@@ -384,7 +253,7 @@ def _placement(arrays: dict[str, Images], choice: str, device: torch.device) -> 
     return False, f"{_bytes(size)} stay {where} and are read ahead: more than half of {_bytes(free)} free on {device}"
 
 
-def _histogram(synthetic: Images, real: Images, config: TrainConfig, say: Callable[[str], None]) -> str:
+def _histogram(synthetic: Images, real: Images, config: TrainConfig, log: Callable[[str], None]) -> str:
     """ "keep" or "equalise", as the settings or the images say."""
     grey = channels_of(synthetic) == 1
     if config.histogram == "equalise" and not grey:
@@ -396,7 +265,7 @@ def _histogram(synthetic: Images, real: Images, config: TrainConfig, say: Callab
     theirs, ours = (_mean_non_uniformity(images) for images in (real, synthetic))
     if not theirs < _EQUALISED <= ours:
         return "keep"
-    say(
+    log(
         f"histogram: the real images are equalised (distance from uniform {theirs:.3f}) and the synthetic "
         f"are not ({ours:.3f}): each synthetic image is equalised before R (--histogram keep: not)"
     )
@@ -407,14 +276,9 @@ def _mean_non_uniformity(images: Images) -> float:
     """Of images spread over a set, each as a whole."""
     step = max(1, len(images) // _LOOKED_AT)
     if not isinstance(images, RaggedImages):
-        return non_uniformity(_planes(torch.from_numpy(np.array(images[::step]))))
+        return non_uniformity(planes(torch.from_numpy(np.array(images[::step]))))
     found = [non_uniformity(torch.from_numpy(np.array(images[i]))[None, None]) for i in range(0, len(images), step)]
     return sum(found) / len(found)
-
-
-def _planes(images: Tensor) -> Tensor:
-    """``[N, H, W]`` or ``[N, H, W, C]`` as ``[N, C, H, W]``, without a copy."""
-    return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
 
 
 def _bytes(size: int) -> str:

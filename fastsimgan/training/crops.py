@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from fastsimgan.errors import InputError
 from fastsimgan.hardware.memory import available_memory
 from fastsimgan.inference import tiles
 from fastsimgan.models import discriminator
+from fastsimgan.training.data_parallel import DataParallelGroup
 
 SMALL = 256 * 256
 """Pixels up to which images that are all of one size are trained on whole: the paper's have 35x55 and 224x224."""
@@ -50,7 +51,7 @@ def step_bytes(config: TrainConfig, channels: int) -> int:
     """
     part = config.batch_size // config.accumulate
     blocks = 1 if config.recompute else config.blocks
-    features = 4 * (config.width * (3 * blocks + 3) + 64 + 4 * channels)
+    features = 4 * (config.hidden_channels * (3 * blocks + 3) + 64 + 4 * channels)
     return part * features + config.history * channels
 
 
@@ -58,9 +59,7 @@ def choose_crop(
     sets: Mapping[str, Images],
     config: TrainConfig,
     device: torch.device,
-    *,
-    ranks: int = 1,
-    least_of_all: Callable[[int], int] = int,
+    group: DataParallelGroup | None = None,
 ) -> Crop:
     """The size of the crops for both sides: ``config.crop``, or by what the images and the memory allow.
 
@@ -68,8 +67,7 @@ def choose_crop(
         sets: "synthetic" and "real".
         config: its ``crop``, and what decides about memory.
         device: that is trained on.
-        ranks: processes that share a batch.
-        least_of_all: gives the smallest of their values to each of them.
+        group: the processes that share each batch; None is this one alone.
 
     Raises:
         InputError: the crop does not fit an image, or is too small for the networks to see a patch whole.
@@ -88,7 +86,7 @@ def choose_crop(
                 )
         whole = one and config.crop == (height, width)
         return Crop(config.crop, whole, "" if whole else f"{_text(config.crop)} at random places (--crop)")
-    if one and (height * width <= SMALL or config.resume):  # a run that chose crops says so, see `RunFolder`
+    if one and (height * width <= SMALL or config.resume):  # a run that chose crops says so, see `RunDirectory`
         return Crop((height, width), True, "")
     if min(height, width) < least:
         name = next(name for name, found in sizes.items() if int(found.min()) < least)
@@ -99,8 +97,9 @@ def choose_crop(
             f"on, got {small} (image {number}): leave such images out, or --crop H W up to that size"
         )
     channels = channels_of(next(iter(sets.values())))
-    budget = least_of_all(_budget(device))
-    pixels = budget * ranks // step_bytes(config, channels)
+    group = group or DataParallelGroup()
+    budget = group.smallest(_budget(device))
+    pixels = budget * group.size // step_bytes(config, channels)
     # about square, and the other side longer where one is all that there is
     high = _rounded(min(height, max(least, int(pixels**0.5), pixels // width)), height, least)
     wide = _rounded(min(width, max(least, pixels // high)), width, least)
@@ -110,7 +109,7 @@ def choose_crop(
     among = ", ".join(f"{name} {sizes_text(found)}" for name, found in sizes.items())
     why = f"the largest that fits every image and {limit}"
     if high * wide > pixels:
-        takes = high * wide * step_bytes(config, channels) / ranks / (1 << 30)
+        takes = high * wide * step_bytes(config, channels) / group.size / (1 << 30)
         why = f"no smaller ones show R and D all that a value depends on; a step takes about {takes:.2g} GiB"
     reason = f"{_text((high, wide))} at random places of images ({among}): {why} (--crop H W)"
     return Crop((high, wide), False, reason)

@@ -36,21 +36,18 @@ gone."""
 _NCCL_TIMEOUT = 2 * CUDA_TIMEOUT  # later than ours, so that an end is told by our message and not by NCCL's watchdog
 
 
-class Ranks:
-    """Process ``rank`` of ``count``. With one process every method is the identity, and nothing is set up.
+class DataParallelGroup:
+    """Process ``rank`` of ``size``. With one process every method is the identity, and nothing is set up.
 
     Args:
-        rank, count: this process's place.
+        rank, size: this process's place.
         control: the gloo group in which they agree; None: the default group, which then is gloo.
         patience: seconds that another rank is waited for.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, control: Any = None, patience: float = TIMEOUT) -> None:
-        self.rank, self.count = rank, count
+    def __init__(self, rank: int = 0, size: int = 1, control: Any = None, patience: float = TIMEOUT) -> None:
+        self.rank, self.size = rank, size
         self._control, self._patience = control, patience
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        return self  # a process group cannot be copied
 
     @property
     def first(self) -> bool:
@@ -59,32 +56,40 @@ class Ranks:
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks; all in one transfer."""
-        if self.count == 1:
+        if self.size == 1:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with self._together():
             dist.all_reduce(flat)
-        flat /= self.count
+        flat /= self.size
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensor of every rank, in order, on rank 0; elsewhere an empty list."""
-        if self.count == 1:
+        if self.size == 1:
             return [tensor]
-        parts = [torch.empty_like(tensor) for _ in range(self.count)] if self.first else None
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.first else None
         with self._together():
             dist.gather(tensor, parts)
         return parts or []
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' values, on each of them. Waits for the other ranks, not for a device."""
-        if self.count == 1:
+        if self.size == 1:
             return value
         shared = torch.tensor(value)
         with self._together():
             dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._control)
         return int(shared)
+
+    def smallest(self, value: int) -> int:
+        """As `largest`."""
+        return -self.largest(-value)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.largest(0)
 
     def wait(self, event: torch.cuda.Event) -> None:
         """Wait for the device to reach ``event``, behind which the other ranks' gradients are waited for.
@@ -92,7 +97,7 @@ class Ranks:
         Raises:
             TrainingError: it does not come in `CUDA_TIMEOUT` seconds.
         """
-        if self.count == 1:
+        if self.size == 1:
             event.synchronize()
             return
         deadline = time.monotonic() + self._patience
@@ -117,19 +122,18 @@ class Ranks:
     def _lost(self, reason: str) -> TrainingError:
         atexit.unregister(_leave)  # it would wait for the one that is gone
         return TrainingError(
-            f"rank {self.rank} of {self.count} lost another rank ({reason}): start the job again with --resume"
+            f"rank {self.rank} of {self.size} lost another rank ({reason}): start the job again with --resume"
         )
 
 
-def join_ranks(device: str) -> tuple[Ranks, str]:
+def join_group(device: str) -> tuple[DataParallelGroup, str]:
     """Join the processes that ``torchrun`` started, if it did; gives this one's place and its device's name.
 
     Args:
         device: as `choose_device` takes it; "auto" and "cuda" become the GPU with the process's local rank.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        return Ranks(), device
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return DataParallelGroup(), device
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_cuda and device in ("auto", "cuda"):
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -142,8 +146,8 @@ def join_ranks(device: str) -> tuple[Ranks, str]:
         # With the process, not with one run: torchrun's store still knows the first group when a second is made.
         atexit.register(_leave)
     if not on_cuda:
-        return Ranks(dist.get_rank(), dist.get_world_size()), device
-    return Ranks(dist.get_rank(), dist.get_world_size(), _control_group(), CUDA_TIMEOUT), device
+        return DataParallelGroup(dist.get_rank(), dist.get_world_size()), device
+    return DataParallelGroup(dist.get_rank(), dist.get_world_size(), _control_group(), CUDA_TIMEOUT), device
 
 
 @functools.cache

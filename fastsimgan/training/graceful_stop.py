@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -79,8 +79,10 @@ class StopRequest:
                 while not self._over.wait(wait):
                     with self._lock:
                         if self._end:
-                            print(f"\nerror: stopped by signal {number[0]}, {self._end()}", file=sys.stderr, flush=True)
-                            print(end="", flush=True)  # what was said before: nobody else will
+                            ended = self._end()
+                            with suppress(BrokenPipeError):  # nobody reads it
+                                print(f"\nerror: stopped by signal {number[0]}, {ended}", file=sys.stderr, flush=True)
+                                print(end="", flush=True)  # what was said before: nobody else will
                             os._exit(128 + number[0])
                     wait = 0.1  # between two steps
         os.close(pipe)

@@ -27,8 +27,7 @@ class HistoryBuffer:
     (Beside them: 8 bytes a slot that say when it was written, and 56 bytes of counters.)
 
     Args:
-        capacity: how many images it holds; or give ``capacity_bytes``, the memory they may take, and it holds as
-            many as fit. Exactly one of the two.
+        capacity: how many images it holds, at least 1.
         image_shape: ``(C, H, W)``.
         dtype: how images are kept: uint8 (a quarter of the memory, steps of 1/127.5), float16, bfloat16, float32.
         device: where; the images that go in must be there too.
@@ -41,23 +40,17 @@ class HistoryBuffer:
 
     def __init__(
         self,
-        capacity: int | None = None,
+        capacity: int,
         image_shape: Sequence[int] = (1, 35, 55),
         dtype: torch.dtype = torch.uint8,
         device: torch.device | str = "cpu",
         seed: int = 0,
         *,
-        capacity_bytes: int | None = None,
         impl: str = "auto",
     ) -> None:
         if dtype not in STORAGE_DTYPES:
             raise InputError(f"history dtype must be uint8, float16, bfloat16 or float32, got {dtype}")
-        if (capacity is None) == (capacity_bytes is None):
-            raise InputError(f"give either capacity or capacity_bytes, got {capacity} and {capacity_bytes}")
         image_bytes = math.prod(image_shape) * dtype.itemsize
-        if capacity is None:
-            assert capacity_bytes is not None
-            capacity = capacity_bytes // image_bytes
         if capacity < 1:
             raise InputError(f"history must hold at least 1 image of {image_bytes} bytes, got capacity {capacity}")
         # zeros, not uninitialised memory: two equal runs have equal checkpoints before it is full

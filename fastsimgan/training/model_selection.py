@@ -8,20 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fastsimgan.data.formats.numpy_file import UNIT
-from fastsimgan.data.pixel_values import from_float
+from fastsimgan.data.pixel_values import UNIT, from_float
+from fastsimgan.data.preprocess import prepare
 from fastsimgan.data.ragged import CentreCrops
 from fastsimgan.errors import TrainingError
 from fastsimgan.inference.refiner import Refiner
-from fastsimgan.inference.torch_backend import prepare
+from fastsimgan.metrics.features import random_features
 from fastsimgan.metrics.label_drift import describe, label_drift
-from fastsimgan.metrics.realism import kernel_distance, random_features
-from fastsimgan.models.refiner import Refiner as Network
-from fastsimgan.storage.checkpoint import flatten, select
-from fastsimgan.training.batches import Pools
-from fastsimgan.training.simgan import SimGAN
+from fastsimgan.metrics.realism import kernel_distance
+from fastsimgan.training.state import TrainingState
 
 _REAL = 2000  # real images that refined ones are compared with
 _BATCH = 64
@@ -29,38 +25,30 @@ _BATCH = 64
 Array = np.ndarray[Any, Any]
 
 
-class Selection:
-    """Looks at the refiner now and then, and keeps the best: of those whose drift is within the limit, lowest KID.
+class ModelSelector:
+    """Evaluates the refiner now and then, and keeps the best: of those whose drift is within the limit, lowest KID.
 
     The same synthetic images each time (`some_synthetic`) against at most 2,000 real ones, in the features of a fixed
     random convolution (`metrics.realism`); the drift is the median of `metrics.label_drift`: of the iris where most
-    images show one, else of edges. A look draws no random number and changes nothing in training.
+    images show one, else of edges. An evaluation draws no random number and changes nothing in training but ``best``,
+    ``best_refiner`` and ``drifted`` of its state.
 
     Args:
-        trainer, pools: what is looked at.
-        max_drift: limit in pixels, 0 for none.
-
-    Attributes:
-        best: ``step``, ``kid`` and ``drift_px`` of the best look; None before the first within the limit.
-        network: its R.
-        drifted: whether a look was beyond the limit.
+        state: whose moving average is evaluated.
     """
 
-    def __init__(self, trainer: SimGAN, pools: Pools, max_drift: float) -> None:
-        self._trainer, self._pools, self._max_drift = trainer, pools, max_drift
-        self._real: np.ndarray[Any, Any] | None = None
-        self.best: dict[str, float] | None = None
-        self.network: Network = trainer.average
-        self.drifted = False
+    def __init__(self, state: TrainingState) -> None:
+        self._state, self._max_drift = state, state.config.max_drift
+        self._real: Array | None = None
 
-    def look(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Measure R's moving average as it is; ``kid`` and, where x has edges, ``drift_px``.
 
         Raises:
-            TrainingError: there is a limit, and the drift cannot be measured or is beyond it at the first look.
+            TrainingError: there is a limit, and the drift cannot be measured or is beyond it the first time.
         """
-        real = self._pools.arrays["real"]
-        synthetic = some_synthetic(self._pools.arrays["synthetic"])
+        arrays = self._state.batches.arrays
+        real, synthetic = arrays["real"], some_synthetic(arrays["synthetic"])
         if min(len(real), len(synthetic)) < 2:
             return {}  # a distance between distributions needs two of each
         if self._real is None:
@@ -75,42 +63,31 @@ class Selection:
             numbers["drift_px"] = drift
         elif self._max_drift:
             raise TrainingError("--max-drift needs edges to measure by, and the synthetic images have none")
-        self._judge(self._trainer.step, numbers)
+        self._judge(numbers)
         return numbers
 
     @torch.no_grad()
     def _refined(self, images: Array) -> Array:
-        # by the network itself, not a `Refiner`: on CUDA that would record a graph for each look
-        parts = []
+        # by the network itself, not a `Refiner`: on CUDA that would record a graph for each evaluation
+        state, parts = self._state, []
         for first in range(0, len(images), _BATCH):
-            stored = self._pools.stored(images[first : first + _BATCH])
-            refined = self._trainer.average(prepare(stored, self._pools.drawn_histogram))
+            stored = state.batches.stored(images[first : first + _BATCH])
+            refined = state.ema(prepare(stored, state.batches.drawn_histogram))
             parts.append(from_float(refined.cpu().numpy(), images.dtype).reshape(-1, *images.shape[1:]))
         return np.concatenate(parts)
 
-    def _judge(self, step: int, numbers: dict[str, float]) -> None:
+    def _judge(self, numbers: dict[str, float]) -> None:
+        state = self._state
         if self._max_drift and numbers["drift_px"] > self._max_drift:
-            if self.best is None:
+            if state.best is None:
                 raise TrainingError(
                     f"label drift must be at most --max-drift {self._max_drift:g} px, got {numbers['drift_px']:.2f} "
-                    f"at the first look, iteration {step}: raise --lambda, or look earlier (--picture-every)"
+                    f"at the first look, iteration {state.step}: raise --lambda, or look earlier (--eval-every)"
                 )
-            self.drifted = True
-        elif self.best is None or numbers["kid"] < self.best["kid"]:
-            self.best = {"step": step, **numbers}
-            self.network = copy.deepcopy(self._trainer.average)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and facts for a checkpoint."""
-        tensors = {} if self.best is None else flatten("best", self.network.state_dict())
-        return tensors, {"best": self.best, "drifted": self.drifted}
-
-    def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Take over what `state` gave."""
-        self.best, self.drifted = facts["best"], facts["drifted"]
-        if self.best is not None:
-            self.network = copy.deepcopy(self._trainer.average)
-            self.network.load_state_dict(select("best", tensors))
+            state.drifted = True
+        elif state.best is None or numbers["kid"] < state.best["kid"]:
+            state.best = {"step": state.step, **numbers}
+            state.best_refiner = copy.deepcopy(state.ema)
 
 
 def some_synthetic(images: Array | CentreCrops) -> Array:
@@ -128,7 +105,7 @@ def drift_line(synthetic: Array | CentreCrops, refiner: Refiner) -> str:
     return f"{describe(label_drift(sample, refiner(sample)))}; of {len(sample)} images"
 
 
-def seen(numbers: dict[str, float]) -> str:
-    """A look's numbers, for a line that a person reads."""
+def evaluation_line(numbers: dict[str, float]) -> str:
+    """An evaluation's numbers, for a line that a person reads."""
     drift = f", drift {numbers['drift_px']:.2f} px" if "drift_px" in numbers else ""
     return f"KID {numbers['kid']:.4f}{drift}"

@@ -1,4 +1,4 @@
-"""Guard rails: signs that training is going nowhere, said once each time they appear."""
+"""Signs that training is going nowhere, said once each time they appear."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _ACCURACY = (0.52, 0.98)  # D's patch accuracy, mean of real and refined
 _CHANGE = (1.0, 60.0)  # mean |R(x) - x| in grey levels
 
 
-class GuardRails:
+class TrainingMonitor:
     """Watches the averages of the last `WINDOW` iterations and speaks when one leaves its band, and not again until
     it has been back inside.
 
     Args:
-        say: called with each warning, one line that says what to try.
+        log: called with each warning, one line that says what to try.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
         self._accuracy: deque[float] = deque(maxlen=WINDOW)
         self._change: deque[float] = deque(maxlen=WINDOW)
         self._outside: set[str] = set()
@@ -65,5 +65,5 @@ class GuardRails:
 
     def _judge(self, step: int, name: str, outside: bool, why: str) -> None:
         if outside and name not in self._outside:
-            self._say(f"warning: iteration {step}: {name}: {why}")
+            self._log(f"warning: iteration {step}: {name}: {why}")
         (self._outside.add if outside else self._outside.discard)(name)

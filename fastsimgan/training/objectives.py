@@ -8,15 +8,20 @@ averages the L1 only, as ``λ = λ_mean / (channels * height * width)``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsimgan.ops.discriminator_loss import DiscriminatorLoss, discriminator_loss
 from fastsimgan.ops.refiner_loss import RefinerLoss, refiner_loss
 
+Network = Callable[[Tensor], Tensor]
+"""R, from images to images, or D, from images to logits ``[B, 2, h, w]``."""
+
 
 def refiner_objective(
-    refiner: nn.Module, discriminator: nn.Module, synthetic: Tensor, *, lam: float, psi: str, impl: str = "auto"
+    refiner: Network, discriminator: Network, synthetic: Tensor, *, lam: float, psi: str, impl: str = "auto"
 ) -> tuple[RefinerLoss, Tensor]:
     """L_R (Eq. 1, 4) of a batch of synthetic images; differentiable with respect to R.
 
@@ -38,7 +43,7 @@ def refiner_objective(
 
 
 def discriminator_objective(
-    discriminator: nn.Module, refined: Tensor, real: Tensor, *, impl: str = "auto"
+    discriminator: Network, refined: Tensor, real: Tensor, *, impl: str = "auto"
 ) -> DiscriminatorLoss:
     """L_D (Eq. 2) of refined and real images, both ``[B, C, H, W]`` in [-1, 1]; differentiable with respect to D.
 

@@ -1,25 +1,19 @@
-"""Where an iteration's time goes, and how much arithmetic it is."""
+"""Where an iteration's time goes."""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils.flop_counter import FlopCounterMode
 
-from fastsimgan.training.batches import Pools
-from fastsimgan.training.simgan import SimGAN
-
-#: Dense bfloat16 matrix rates of the makers' data sheets, FLOP/s, by a part of the device's name.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12}
+from fastsimgan.training.simgan import Draw, SimGAN
+from fastsimgan.training.state import TrainingState
 
 _WARM_UP = 10
 _REST = "losses and the rest"
@@ -28,8 +22,8 @@ _PARTS = (
 )  # fmt: skip
 
 
-def profile_iterations(trainer: SimGAN, pools: Pools, count: int, folder: Path) -> str:
-    """Profile ``count`` iterations after ten others, on a copy of the trainer: the run itself is as if it had not been.
+def profile_iterations(state: TrainingState, count: int, folder: Path) -> str:
+    """Profile ``count`` iterations after ten others, on a copy of the state: the run itself is as if it had not been.
 
     The copy's networks are not compiled and its iterations no CUDA graph: those have no parts to tell apart. The first
     rank writes ``profile.txt`` and ``trace.json.gz`` into ``folder``.
@@ -39,26 +33,25 @@ def profile_iterations(trainer: SimGAN, pools: Pools, count: int, folder: Path) 
         events around the parts. A part within another is taken out of that, so that all add up to the iteration.
         "losses and the rest" is what no other part covers: the losses' forward, the average, and Python.
     """
-    positions, attempt = pools.positions(), pools.synthetic.sampler.attempt
-    trainer = copy.deepcopy(trainer)
-    clock = _Clock(trainer.device)
-    draws = [clock.around(draw, "data") for draw in (pools.draw_synthetic, pools.draw_real)]
-    _label_parts(trainer, clock)
-    iteration = clock.around(trainer.iteration, _REST)
+    positions = state.positions()
+    clock = _Clock(state.device)
+    algorithm = SimGAN(state.copy(), clock.part)
+    draws = clock.drawing(state.batches.draw_synthetic), clock.drawing(state.batches.draw_real)
     for _ in range(_WARM_UP):
-        trainer.iteration(draws[0], draws[1])
+        algorithm.iteration(*draws)
     activities = [ProfilerActivity.CPU]
-    if trainer.device.type == "cuda":
+    if state.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     clock.clear()
     with profile(activities=activities) as found:
         for _ in range(count):
-            iteration(draws[0], draws[1])
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize(trainer.device)
+            with clock.part(_REST):
+                algorithm.iteration(*draws)
+        if state.device.type == "cuda":
+            torch.cuda.synchronize(state.device)
     table = _table(clock.milliseconds(), count)
-    pools.restart(positions, attempt)
-    if trainer.ranks.first:
+    state.batches.restart(positions, state.attempt)
+    if state.group.first:
         found.export_chrome_trace(str(folder / "trace.json.gz"))
         (folder / "profile.txt").write_text(table + "\n")
     return table
@@ -90,12 +83,12 @@ class _Clock:
             self._open.pop()
             self._now()
 
-    def around(self, function: Callable[..., Any], label: str) -> Callable[..., Any]:
-        """``function``, whose calls belong to ``label``."""
+    def drawing(self, draw: Draw) -> Draw:
+        """``draw``, whose calls belong to "data"."""
 
-        def call(*arguments: Any, **options: Any) -> Any:
-            with self.part(label):
-                return function(*arguments, **options)
+        def call(count: int) -> Tensor:
+            with self.part("data"):
+                return draw(count)
 
         return call
 
@@ -118,25 +111,6 @@ class _Clock:
         self._moments.append((time.perf_counter(), event, self._open[-1] if self._open else ""))
 
 
-def _label_parts(trainer: SimGAN, clock: _Clock) -> None:
-    """Time the parts of ``trainer``'s iterations, for good."""
-    for network, label in ((trainer.refiner, "R forward"), (trainer.discriminator, "D forward")):
-        network.forward = clock.around(network.forward, label)  # type: ignore[method-assign]
-    backward = trainer._backward
-
-    def timed_backward(name: str, loss: Tensor) -> None:
-        with clock.part(f"backward, {name[0].upper()}'s step"):
-            backward(name, loss)
-
-    trainer._backward = timed_backward  # type: ignore[method-assign]
-    if trainer.history is not None:
-        trainer.history.swap = clock.around(trainer.history.swap, "history")  # type: ignore[method-assign]
-    for optimiser in (trainer.refiner_optimiser, trainer.discriminator_optimiser):
-        # which a copy forgets: that steps outside of a graph need no warning
-        optimiser._warned_capturable_if_run_uncaptured = True
-        optimiser.step = clock.around(optimiser.step, "optimiser")  # type: ignore[method-assign]
-
-
 def _table(spent: dict[str, dict[str, float]], count: int) -> str:
     columns = {title: {name: value / count for name, value in parts.items()} for title, parts in spent.items()}
     for parts in columns.values():
@@ -148,35 +122,3 @@ def _table(spent: dict[str, dict[str, float]], count: int) -> str:
         )
         lines.append(f"{name:24}" + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
-
-
-def iteration_flops(trainer: SimGAN) -> int:
-    """Floating-point operations of one iteration of all ranks: the convolutions', which are nearly all of it.
-
-    R's step: forward, and backward to the weights and to the layers below; D's forward and its backward to R only.
-    D's step: R forward on half a batch (all of it without a history), D forward and backward on two batches.
-    """
-    config = trainer.config
-    shape = (1, trainer.refiner.last.out_channels, *trainer.image_size)
-    of_refiner, of_discriminator = (_forward_flops(n, shape) for n in (trainer.average, trainer.discriminator))
-    b = config.batch_size
-    fresh = b // 2 if config.history else b
-    return trainer.k_g * b * (3 * of_refiner + 2 * of_discriminator) + config.k_d * (
-        fresh * of_refiner + 2 * b * 3 * of_discriminator
-    )
-
-
-def _forward_flops(network: nn.Module, shape: tuple[int, ...]) -> int:
-    network = copy.deepcopy(network).to("meta")
-    network._compiled_call_impl = None
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.empty(shape, device="meta"))
-    return counter.get_total_flops()
-
-
-def peak(device: torch.device) -> float | None:
-    """The data sheet's bfloat16 matrix rate of a known GPU."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAKS.items() if part in name), None)

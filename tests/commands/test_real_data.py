@@ -26,7 +26,18 @@ def test_two_files_to_a_table(kind, histogram, count, tmp_path, capsys):
     assert len(open_images(data / "rendered.npz")) == count
     run, refined = tmp_path / "run", tmp_path / "refined.npz"
     pair = ["--synthetic", str(data / "rendered.npz"), "--real", str(data / "real_unlabelled.npz")]
-    small = ["--width", "20", "--blocks", "1", "--steps", "3", "--pretrain-discriminator", "2", "--device", "cpu"]
+    small = [
+        "--hidden-channels",
+        "20",
+        "--blocks",
+        "1",
+        "--steps",
+        "3",
+        "--pretrain-discriminator",
+        "2",
+        "--device",
+        "cpu",
+    ]
     assert train([*pair, "--out", str(run), *small]) == 0
     assert ("each synthetic image is equalised" in capsys.readouterr().out) == (histogram == "equalise")
     few = tmp_path / "few.npz"

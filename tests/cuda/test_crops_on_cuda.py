@@ -11,11 +11,13 @@ import torch
 
 from fastsimgan.data.ragged import RaggedImages, pack
 from fastsimgan.data.sampler import Sampler
-from fastsimgan.ops import history_swap
-from fastsimgan.training.acceleration import GraphedIterations
-from fastsimgan.training.batches import HostImages, Pools, ResidentCrops, open_pools
+from fastsimgan.ops import _extension
+from fastsimgan.training.batches import TrainingBatches, open_batches
+from fastsimgan.training.graphed_iterations import GraphedIterations
+from fastsimgan.training.image_store import HostImages, ResidentCrops
 from fastsimgan.training.loop import fit
 from fastsimgan.training.simgan import SimGAN
+from fastsimgan.training.state import TrainingState
 from tests.cuda.training_runs import CLOSE, CPU, CUDA, PRETEND, SMALL, equal_runs, losses
 
 
@@ -24,8 +26,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """See `test_training`."""
     monkeypatch.setattr("fastsimgan.training.loop._SLOW", float("inf"))
     if PRETEND:
-        monkeypatch.setattr(history_swap, "BUILD_INFO", {"cuda": True, "torch": torch.__version__})
-        monkeypatch.setattr(history_swap, "NOT_LOADED", None)
+        monkeypatch.setattr(_extension, "BUILD_INFO", {"cuda": True, "torch": torch.__version__})
+        monkeypatch.setattr(_extension, "NOT_LOADED", None)
 
 
 def several(count: int, seed: int, dtype: str = "uint8", channels: int = 1) -> RaggedImages:
@@ -39,10 +41,10 @@ def several(count: int, seed: int, dtype: str = "uint8", channels: int = 1) -> R
     return found
 
 
-def make(device: torch.device, dtype: str = "uint8", k_g: int = 2) -> tuple[SimGAN, Pools]:
+def make(device: torch.device, dtype: str = "uint8", k_g: int = 2) -> tuple[SimGAN, TrainingBatches]:
     config = dataclasses.replace(SMALL, k_g=k_g, crop=(23, 24))
-    pools = open_pools(several(12, 0, dtype), several(9, 1, dtype), config, device, lambda _: None)
-    return SimGAN(config, pools.image_shape, device), pools
+    batches = open_batches(several(12, 0, dtype), several(9, 1, dtype), config, device, lambda _: None)
+    return SimGAN(TrainingState(config, batches.image_shape, device, batches=batches)), batches
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -56,14 +58,14 @@ def test_crops_of_every_type_are_the_cpus(dtype: str, channels: int) -> None:
 
 
 def test_a_replay_cuts_anew_as_the_cpu_does() -> None:
-    trainer, pools = make(CUDA)
-    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    trainer, batches = make(CUDA)
+    graphs = GraphedIterations(trainer, pytest.fail)
     found = [losses(graphs()) for _ in range(10)]
-    trainer_there, pools_there = make(CPU)
-    expected = [losses(trainer_there.iteration(pools_there.draw_synthetic, pools_there.draw_real)) for _ in range(10)]
+    trainer_there, there = make(CPU)
+    expected = [losses(trainer_there.iteration(there.draw_synthetic, there.draw_real)) for _ in range(10)]
     np.testing.assert_allclose(found, expected, **CLOSE)
-    assert len(graphs._graphs) == 1 and trainer.step == 10
-    assert pools.positions() == pools_there.positions() == pools.cursors()
+    assert len(graphs._graphs) == 1 and trainer.state.step == 10
+    assert batches.positions() == there.positions() == batches.cursors()
 
 
 def test_a_captured_draw_follows_a_restart_and_another_attempt() -> None:
@@ -89,7 +91,7 @@ def test_a_captured_draw_follows_a_restart_and_another_attempt() -> None:
 
 def test_a_run_on_several_sizes_is_the_cpus(tmp_path: Path) -> None:
     pair = several(12, 0), several(9, 1)
-    config = dataclasses.replace(SMALL, crop=(23, 24), steps=6, picture_every=3)
+    config = dataclasses.replace(SMALL, crop=(23, 24), steps=6, eval_every=3)
     for device in ("cpu", "cuda"):
-        fit(*pair, dataclasses.replace(config, device=device, out=tmp_path / device), say=lambda _: None)
+        fit(*pair, dataclasses.replace(config, device=device, out=tmp_path / device), log=lambda _: None)
     equal_runs(tmp_path / "cpu", tmp_path / "cuda")

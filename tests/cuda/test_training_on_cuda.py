@@ -14,16 +14,18 @@ from fastsimgan.data.equalisation import equalise
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import UnavailableError
 from fastsimgan.hardware.device import current
-from fastsimgan.ops import history_swap
+from fastsimgan.ops import _extension
 from fastsimgan.ops.residual_block_race import RaceResult
-from fastsimgan.training import acceleration, simgan
-from fastsimgan.training.acceleration import GraphedIterations, compile_networks, why_no_graph
-from fastsimgan.training.batches import Pools, open_pools
-from fastsimgan.training.data_parallel import Ranks
+from fastsimgan.training import compilation, graphed_iterations, simgan
+from fastsimgan.training.batches import TrainingBatches, open_batches
+from fastsimgan.training.compilation import compile_networks
+from fastsimgan.training.data_parallel import DataParallelGroup
+from fastsimgan.training.graphed_iterations import GraphedIterations, why_no_graph
 from fastsimgan.training.loop import fit
-from fastsimgan.training.progress import Numbers
-from fastsimgan.training.run_directory import RunFolder
-from fastsimgan.training.simgan import OneTensor, SimGAN
+from fastsimgan.training.progress import MetricsTransfer
+from fastsimgan.training.run_directory import RunDirectory
+from fastsimgan.training.simgan import PackedMetrics, SimGAN
+from fastsimgan.training.state import TrainingState
 from tests.cuda.training_runs import CLOSE, CPU, CUDA, PRETEND, SMALL, equal_runs, losses, rows
 
 
@@ -38,8 +40,8 @@ def served(monkeypatch) -> None:
     """On the pretend device the CPU's kernel serves `history_swap`'s calls on CUDA, without that build of the
     extension."""
     if PRETEND:
-        monkeypatch.setattr(history_swap, "BUILD_INFO", {"cuda": True, "torch": torch.__version__})
-        monkeypatch.setattr(history_swap, "NOT_LOADED", None)
+        monkeypatch.setattr(_extension, "BUILD_INFO", {"cuda": True, "torch": torch.__version__})
+        monkeypatch.setattr(_extension, "NOT_LOADED", None)
 
 
 def images(count: int, seed: int, dtype: type = np.uint8) -> np.ndarray:
@@ -47,24 +49,27 @@ def images(count: int, seed: int, dtype: type = np.uint8) -> np.ndarray:
     return {np.uint8: values >> 8, np.uint16: values, np.float32: values / 65535}[dtype].astype(dtype)
 
 
-def make(config: TrainConfig, device: torch.device, dtype: type = np.uint8, count: int = 12) -> tuple[SimGAN, Pools]:
-    pools = open_pools(images(count, 0, dtype), images(count - 3, 1, dtype), config, device, lambda _: None)
-    return SimGAN(config, pools.image_shape, device, precision=config.precision), pools
+def make(
+    config: TrainConfig, device: torch.device, dtype: type = np.uint8, count: int = 12
+) -> tuple[SimGAN, TrainingBatches]:
+    batches = open_batches(images(count, 0, dtype), images(count - 3, 1, dtype), config, device, lambda _: None)
+    state = TrainingState(config, batches.image_shape, device, precision=config.precision, batches=batches)
+    return SimGAN(state), batches
 
 
 def eager_losses(config: TrainConfig, count: int, dtype: type = np.uint8) -> list[list[float]]:
-    trainer, pools = make(config, CPU, dtype)
-    return [losses(trainer.iteration(pools.draw_synthetic, pools.draw_real)) for _ in range(count)]
+    trainer, batches = make(config, CPU, dtype)
+    return [losses(trainer.iteration(batches.draw_synthetic, batches.draw_real)) for _ in range(count)]
 
 
 @pytest.mark.parametrize("k_g", [1, 2])
 def test_a_replayed_iteration_is_the_cpus(k_g):
     config = dataclasses.replace(SMALL, k_g=k_g)
-    trainer, pools = make(config, CUDA)
-    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    trainer, batches = make(config, CUDA)
+    graphs = GraphedIterations(trainer, pytest.fail)
     found = [losses(graphs()) for _ in range(10)]
     np.testing.assert_allclose(found, eager_losses(config, 10), **CLOSE)
-    assert len(graphs._graphs) == 1 and trainer.step == 10
+    assert len(graphs._graphs) == 1 and trainer.state.step == 10
 
 
 @pytest.mark.parametrize(
@@ -79,44 +84,42 @@ def test_a_replayed_iteration_is_the_cpus(k_g):
     ],
 )
 def test_every_stored_type_trains(dtype, where, histogram, tmp_path):
-    config = dataclasses.replace(SMALL, data=where, histogram=histogram, steps=5, picture_every=3, k_g=1)
+    config = dataclasses.replace(SMALL, data=where, histogram=histogram, steps=5, eval_every=3, k_g=1)
     pair = images(12, 0, dtype), images(9, 1, dtype)
     for device in ("cpu", "cuda"):
-        fit(*pair, dataclasses.replace(config, device=device, out=tmp_path / device), say=lambda _: None)
+        fit(*pair, dataclasses.replace(config, device=device, out=tmp_path / device), log=lambda _: None)
     equal_runs(tmp_path / "cpu", tmp_path / "cuda")
 
 
 def test_optimisers_have_their_state_before_their_first_step_and_checkpoints_show_none(tmp_path):
     """Made inside a capture, it would be made anew by every replay."""
     config = dataclasses.replace(SMALL, pretrain_discriminator=2)
-    trainer, pools = make(config, CUDA)
-    start = {name: value.clone() for name, value in trainer.state().items()}
-    assert not any("optimiser" in name for name in start)
-    done = dict(trainer.done)
-    graphs = GraphedIterations(trainer, pools, pytest.fail)
-    where = trainer.addresses()
+    trainer, batches = make(config, CUDA)
+    start = trainer.state.state_dict().clone()
+    assert not any("optimiser" in name for name in start.tensors)
+    graphs = GraphedIterations(trainer, pytest.fail)
+    where = trainer.state.addresses()
     for _ in range(5):
         graphs()
     # back to before R's first step, as after a number that is not finite
-    trainer.load_state(start, done)
-    pools.restart({"synthetic": 0, "real": 0}, 0)
-    assert trainer.addresses() == where
+    trainer.state.load_state_dict(start)
+    assert trainer.state.addresses() == where
     found = [losses(graphs()) for _ in range(6)]
     np.testing.assert_allclose(found, eager_losses(config, 6), **CLOSE)
-    steps = {float(state["step"]) for state in trainer.refiner_optimiser.state.values()}
+    steps = {float(state["step"]) for state in trainer.state.refiner_optimiser.state.values()}
     assert steps == {6 * config.k_g}
 
 
 def test_a_number_that_is_not_finite_takes_the_run_back_though_the_next_step_is_under_way(tmp_path, monkeypatch):
     """Iteration 5's loss is NaN, once; iteration 6 has been launched when that is read."""
-    read, go_back = Numbers.read, RunFolder.go_back
+    read, rollback = MetricsTransfer.read, RunDirectory.rollback
     ends, under_way = {}, {}
 
     def watched(self, *arguments):
-        under_way[self.trainer.device.type] = self.trainer.step
-        go_back(self, *arguments)
+        under_way[self._state.device.type] = self._state.step
+        rollback(self, *arguments)
 
-    monkeypatch.setattr(RunFolder, "go_back", watched)
+    monkeypatch.setattr(RunDirectory, "rollback", watched)
     for device in ("cpu", "cuda"):
         seen = 0
 
@@ -129,8 +132,8 @@ def test_a_number_that_is_not_finite_takes_the_run_back_though_the_next_step_is_
         said: list[str] = []
         out = tmp_path / device
         with monkeypatch.context() as patch:
-            patch.setattr(Numbers, "read", poisoned)
-            fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, device=device, out=out), say=said.append)
+            patch.setattr(MetricsTransfer, "read", poisoned)
+            fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, device=device, out=out), log=said.append)
         ends[device] = [line for line in said if "must be finite" in line]
         assert len(ends[device]) == 1 and "in train step 5" in ends[device][0], said
         assert "step-00000003, after iteration 3" in ends[device][0]
@@ -139,7 +142,7 @@ def test_a_number_that_is_not_finite_takes_the_run_back_though_the_next_step_is_
     assert [row["step"] for row in rows(tmp_path / "cuda") if row["phase"] == "train"] == list(range(1, 9))
 
 
-class Two(Ranks):
+class Two(DataParallelGroup):
     """The first of two that train together, and the other does the very same."""
 
     def __init__(self) -> None:
@@ -157,7 +160,7 @@ class Two(Ranks):
 
 def test_how_far_several_are_when_they_go_back_does_not_depend_on_their_clocks(tmp_path, monkeypatch):
     """One that went back a step before the others would average its gradients with those of another step."""
-    read, go_back = Numbers.read, RunFolder.go_back
+    read, rollback = MetricsTransfer.read, RunDirectory.rollback
     for name, slow in (("quick", float("inf")), ("slow", 0.0)):
         seen, under_way = 0, []
 
@@ -168,15 +171,15 @@ def test_how_far_several_are_when_they_go_back_does_not_depend_on_their_clocks(t
             return (numbers | {"loss_refiner": float("nan")} if seen == 5 else numbers), counters
 
         def watched(self, *arguments, under_way=under_way):
-            under_way.append(self.trainer.step)
-            go_back(self, *arguments)
+            under_way.append(self._state.step)
+            rollback(self, *arguments)
 
         monkeypatch.setattr("fastsimgan.training.loop._SLOW", slow)
-        monkeypatch.setattr("fastsimgan.training.loop.join_ranks", lambda device: (Two(), device))
-        monkeypatch.setattr(RunFolder, "go_back", watched)
+        monkeypatch.setattr("fastsimgan.training.loop.join_group", lambda device: (Two(), device))
+        monkeypatch.setattr(RunDirectory, "rollback", watched)
         with monkeypatch.context() as patch:
-            patch.setattr(Numbers, "read", poisoned)
-            fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, out=tmp_path / name), say=lambda _: None)
+            patch.setattr(MetricsTransfer, "read", poisoned)
+            fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, out=tmp_path / name), log=lambda _: None)
         assert under_way == [6], name
 
 
@@ -185,9 +188,9 @@ def test_a_device_short_of_memory_is_one_line_with_ways_out(tmp_path, monkeypatc
     torch.cuda.empty_cache()
     monkeypatch.setenv("FASTSIMGAN_PRETEND_CUDA_GB", "0.004")
     # a kernel of 36 MiB: smaller ones fit beside what earlier tests have left
-    config = dataclasses.replace(SMALL, width=1024, out=tmp_path / "run")
+    config = dataclasses.replace(SMALL, hidden_channels=1024, out=tmp_path / "run")
     with pytest.raises(UnavailableError, match=r"^cuda:0 must have memory for .* free of 4 MiB: a lower --batch-size"):
-        fit(images(12, 0), images(9, 1), config, say=lambda _: None)
+        fit(images(12, 0), images(9, 1), config, log=lambda _: None)
 
 
 def test_equalising_is_deterministic():
@@ -212,21 +215,21 @@ def test_k_g_grows_on_a_small_set_without_moving_what_graphs_read(tmp_path, monk
     assert [row["k_g"] for row in rows(tmp_path / "cuda") if row["phase"] == "train"] == [1] * 3 + [2] * 3 + [3] * 3 + [
         4
     ] * 5
-    trainer, pools = make(config, CUDA)
-    GraphedIterations(trainer, pools, pytest.fail)
-    where = pools.addresses()
-    trainer.k_g = 4
-    pools.reserve(trainer.images_drawn())
-    assert pools.addresses() == where
+    trainer, batches = make(config, CUDA)
+    GraphedIterations(trainer, pytest.fail)
+    where = batches.addresses()
+    trainer.state.k_g = 4
+    batches.reserve(trainer.images_drawn())
+    assert batches.addresses() == where
 
 
 def test_a_tensor_that_has_moved_is_captured_anew():
-    trainer, pools = make(SMALL, CUDA)
-    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    trainer, batches = make(SMALL, CUDA)
+    graphs = GraphedIterations(trainer, pytest.fail)
     found = [losses(graphs()) for _ in range(5)]
     first = graphs._graphs[2]
-    pools.synthetic.sampler.reserve(200)  # the ring grows
-    weight = trainer.refiner.last.weight
+    batches.synthetic.sampler.reserve(200)  # the ring grows
+    weight = trainer.state.refiner.last.weight
     weight.data = weight.data.clone()
     found += [losses(graphs()) for _ in range(5)]
     assert graphs._graphs[2] is not first
@@ -236,16 +239,16 @@ def test_a_tensor_that_has_moved_is_captured_anew():
 @pytest.mark.parametrize("why", ["synchronises", "compiler", "nothing"])
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_capture_that_fails_is_said_and_training_goes_on_as_if_it_had_not_been_tried(why, monkeypatch):
-    trainer, pools = make(SMALL, CUDA)
+    trainer, batches = make(SMALL, CUDA)
     said: list[str] = []
-    graphs = GraphedIterations(trainer, pools, said.append)
+    graphs = GraphedIterations(trainer, said.append)
     updates, calls = trainer.update_discriminator, 0
 
     def failing(*draws):
         nonlocal calls
         calls += 1
         metrics = updates(*draws)
-        if calls == acceleration._ORDINARY + 1:  # in the capture
+        if calls == graphed_iterations._ORDINARY + 1:  # in the capture
             if why == "compiler":
                 raise ValueError("no such instruction\nmore about it")
             float(metrics["loss_discriminator"])
@@ -260,26 +263,26 @@ def test_a_capture_that_fails_is_said_and_training_goes_on_as_if_it_had_not_been
     assert len(said) == 1 and said[0].startswith("warning: no CUDA graph, so each iteration's kernels are launched one")
     reason = {"synchronises": "Error: CUDA error: operation ", "compiler": "ValueError: no such instruction)"}
     assert reason.get(why, "what was captured does nothing") in said[0], said
-    assert pools.positions() == {"synthetic": 9 * 10, "real": 9 * 4}
-    assert trainer.step == 9 and all(p.requires_grad for p in trainer.discriminator.parameters())
+    assert batches.positions() == {"synthetic": 9 * 10, "real": 9 * 4}
+    assert trainer.state.step == 9 and all(p.requires_grad for p in trainer.state.discriminator.parameters())
 
 
 def test_the_reference_is_not_captured_and_that_is_said(tmp_path, monkeypatch):
-    trainer, pools = make(dataclasses.replace(SMALL, impl="reference"), CUDA)
-    assert why_no_graph(trainer, pools) == "the history's reference reads its state on the host"
-    monkeypatch.setattr(history_swap, "BUILD_INFO", {"cuda": False, "torch": "2.11.0"})
-    trainer, pools = make(SMALL, CUDA)
-    assert "built without CUDA, against torch 2.11.0" in why_no_graph(trainer, pools)
-    trainer, pools = make(dataclasses.replace(SMALL, impl="reference", history=0), CUDA)
-    assert why_no_graph(trainer, pools) == ""  # the losses' reference reads nothing
-    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    trainer, batches = make(dataclasses.replace(SMALL, impl="reference"), CUDA)
+    assert why_no_graph(trainer.state) == "the history's reference reads its state on the host"
+    monkeypatch.setattr(_extension, "BUILD_INFO", {"cuda": False, "torch": "2.11.0"})
+    trainer, batches = make(SMALL, CUDA)
+    assert "built without CUDA, against torch 2.11.0" in why_no_graph(trainer.state)
+    trainer, batches = make(dataclasses.replace(SMALL, impl="reference", history=0), CUDA)
+    assert why_no_graph(trainer.state) == ""  # the losses' reference reads nothing
+    graphs = GraphedIterations(trainer, pytest.fail)
     assert np.isfinite([losses(graphs()) for _ in range(5)]).all()
     config = dataclasses.replace(SMALL, impl="reference", steps=5)
     said: list[str] = []
     for device in ("cpu", "cuda"):
         fit(
             images(12, 0), images(9, 1), dataclasses.replace(config, device=device, out=tmp_path / device),
-            say=said.append,
+            log=said.append,
         )  # fmt: skip
     assert [line for line in said if "no CUDA graph" in line] == [
         "no CUDA graph: the history's reference reads its state on the host"
@@ -289,7 +292,7 @@ def test_the_reference_is_not_captured_and_that_is_said(tmp_path, monkeypatch):
 
 @pytest.mark.skipif("torch.cuda.device_count() < 2")
 def test_the_second_device_trains(tmp_path):
-    GraphedIterations(*make(SMALL, CUDA), pytest.fail)  # torch remembers a stream of the first device
+    GraphedIterations(make(SMALL, CUDA)[0], pytest.fail)  # torch remembers a stream of the first device
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
     said: dict[str, int] = {}
@@ -299,48 +302,48 @@ def test_the_second_device_trains(tmp_path):
 
     for device in ("cpu", "cuda:1"):
         out = tmp_path / device.replace(":", "")
-        fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, device=device, out=out), say=say)
+        fit(images(12, 0), images(9, 1), dataclasses.replace(SMALL, device=device, out=out), log=say)
     assert not [line for line in said if "graph" in line]
     assert 1 in said.values()
     assert torch.cuda.current_device() == 0
     equal_runs(tmp_path / "cpu", tmp_path / "cuda1")
     # and where the caller did not make it the current one, its graphs hold what they should
-    trainer, pools = make(SMALL, torch.device("cuda:1"))
-    graphs = GraphedIterations(trainer, pools, pytest.fail)
-    with current(trainer.device):
+    trainer, batches = make(SMALL, torch.device("cuda:1"))
+    graphs = GraphedIterations(trainer, pytest.fail)
+    with current(trainer.state.device):
         np.testing.assert_allclose([losses(graphs()) for _ in range(6)], eager_losses(SMALL, 6), **CLOSE)
 
 
-@pytest.mark.parametrize(("method", "slow"), [("remember", 0.0), ("checkpoint", float("inf"))])
+@pytest.mark.parametrize(("method", "slow"), [("snapshot", 0.0), ("save", float("inf"))])
 def test_a_state_that_is_kept_is_that_of_reported_steps(method, slow, tmp_path, monkeypatch):
     """A checkpoint, and what SIGTERM would write in a slow step: metrics.jsonl holds all steps up to it."""
     monkeypatch.setattr("fastsimgan.training.loop._SLOW", slow)
-    call, seen = getattr(RunFolder, method), []
+    call, seen = getattr(RunDirectory, method), []
 
     def called(self, *arguments):
-        lines = rows(self.folder) if (self.folder / "metrics.jsonl").exists() else []
-        seen.append((self.trainer.step, sum(row["phase"] == "train" for row in lines)))
+        lines = rows(self.path) if (self.path / "metrics.jsonl").exists() else []
+        seen.append((self._state.step, sum(row["phase"] == "train" for row in lines)))
         return call(self, *arguments)
 
-    monkeypatch.setattr(RunFolder, method, called)
+    monkeypatch.setattr(RunDirectory, method, called)
     config = dataclasses.replace(SMALL, steps=5, checkpoint_every=2, pretrain_discriminator=0, out=tmp_path / "r")
-    fit(images(12, 0), images(9, 1), config, say=lambda _: None)
-    assert seen == [(step, step) for step in (range(5) if method == "remember" else (0, 2, 4, 5))]
+    fit(images(12, 0), images(9, 1), config, log=lambda _: None)
+    assert seen == [(step, step) for step in (range(5) if method == "snapshot" else (0, 2, 4, 5))]
 
 
 @pytest.mark.parametrize("graph", [True, False])
 def test_resume_goes_on_from_the_same_state(graph, tmp_path):
-    config = dataclasses.replace(SMALL, steps=9, cuda_graph=graph, deterministic=True, picture_every=5)
+    config = dataclasses.replace(SMALL, steps=9, cuda_graph=graph, deterministic=True, eval_every=5)
     pair = images(12, 0, np.uint16), images(9, 1, np.uint16)
-    fit(*pair, dataclasses.replace(config, out=tmp_path / "whole"), say=lambda _: None)
-    fit(*pair, dataclasses.replace(config, out=tmp_path / "part"), say=lambda _: None)
+    fit(*pair, dataclasses.replace(config, out=tmp_path / "whole"), log=lambda _: None)
+    fit(*pair, dataclasses.replace(config, out=tmp_path / "part"), log=lambda _: None)
     for number in (9, 6):
         folder = tmp_path / f"part/checkpoints/step-{number:08d}"
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
     said: list[str] = []
-    fit(*pair, dataclasses.replace(config, out=tmp_path / "part", resume=True), say=said.append)
+    fit(*pair, dataclasses.replace(config, out=tmp_path / "part", resume=True), log=said.append)
     assert not any("to the bit" in line for line in said)
     equal_runs(tmp_path / "whole", tmp_path / "part")
     if not (graph and PRETEND):  # which rounds otherwise in a capture than outside, where a resumed run begins
@@ -351,9 +354,9 @@ def test_resume_goes_on_from_the_same_state(graph, tmp_path):
 
 def test_resume_without_the_flag_says_what_it_does_not_promise(tmp_path):
     config = dataclasses.replace(SMALL, steps=2, out=tmp_path / "r")
-    fit(images(12, 0), images(9, 1), config, say=lambda _: None)
+    fit(images(12, 0), images(9, 1), config, log=lambda _: None)
     said: list[str] = []
-    fit(images(12, 0), images(9, 1), dataclasses.replace(config, resume=True), say=said.append)
+    fit(images(12, 0), images(9, 1), dataclasses.replace(config, resume=True), log=said.append)
     assert any("on CUDA that needs --deterministic" in line for line in said)
 
 
@@ -366,11 +369,11 @@ def test_deterministic_is_for_the_run_alone(tmp_path):
 
     seen = []
     config = dataclasses.replace(SMALL, steps=1, deterministic=True, out=tmp_path / "r")
-    fit(images(12, 0), images(9, 1), config, say=lambda _: seen.append(switches()))
+    fit(images(12, 0), images(9, 1), config, log=lambda _: seen.append(switches()))
     assert set(seen) == {(True, False, True)}
     seen.clear()
     config = dataclasses.replace(config, deterministic=False, out=tmp_path / "s")
-    fit(images(12, 0), images(9, 1), config, say=lambda _: seen.append(switches()))
+    fit(images(12, 0), images(9, 1), config, log=lambda _: seen.append(switches()))
     assert (False, True, False) in seen and not any(rule for rule, *_ in seen)
     assert switches() == (False, False, False)
 
@@ -382,18 +385,18 @@ def test_the_blocks_take_what_wins_a_race_unless_runs_must_be_equal(monkeypatch)
         asked.append((shape, dtype, backward, compiled))
         return RaceResult("blocks", "triton", {"triton": 1.0, "reference": 2.0})
 
-    monkeypatch.setattr(acceleration, "race", race)
-    monkeypatch.setattr(acceleration, "INTERPRETED", False)
-    monkeypatch.setattr(acceleration.residual_block, "implementations", lambda: {"triton": None})
+    monkeypatch.setattr(compilation, "race", race)
+    monkeypatch.setattr(compilation, "INTERPRETED", False)
+    monkeypatch.setattr(compilation.residual_block, "implementations", lambda: {"triton": None})
     said: list[str] = []
     for settings in ({"deterministic": True}, {"impl": "reference"}, {"blocks": 0}, {"precision": "float32"}):
         trainer, _ = make(dataclasses.replace(SMALL, **{"precision": "bfloat16", **settings}), CUDA)
-        acceleration.choose_blocks(trainer, said.append)
-        assert trainer.refiner.impl != "triton"
+        compilation.choose_residual_blocks(trainer.state, said.append)
+        assert trainer.state.refiner.impl != "triton"
     assert asked == said == []
     trainer, _ = make(dataclasses.replace(SMALL, precision="bfloat16"), CUDA)
-    acceleration.choose_blocks(trainer, said.append)
-    assert trainer.refiner.impl == "triton" and said == ["blocks: triton won (triton 1 ms; reference 2 ms)"]
+    compilation.choose_residual_blocks(trainer.state, said.append)
+    assert trainer.state.refiner.impl == "triton" and said == ["blocks: triton won (triton 1 ms; reference 2 ms)"]
     assert asked == [((4, 20, 16, 20), torch.bfloat16, True, False)]
 
 
@@ -402,30 +405,30 @@ def test_many_batch_sizes_in_one_process_are_all_compiled():
     counters = torch._dynamo.utils.counters
     said: list[str] = []
     for batch in (2, 4, 6, 8):
-        trainer, pools = make(dataclasses.replace(SMALL, batch_size=batch, history=12), CUDA)
-        compile_networks(trainer, "on", said.append)
-        trainer.iteration(pools.draw_synthetic, pools.draw_real)
+        trainer, batches = make(dataclasses.replace(SMALL, batch_size=batch, history=12), CUDA)
+        compile_networks(trainer.state, "on", said.append)
+        trainer.iteration(batches.draw_synthetic, batches.draw_real)
     before = dict(counters["frames"])
     assert before["ok"] == before["total"]
     assert len(said) == 4 and not [line for line in said if "warning" in line]
 
 
 def test_what_dynamo_leaves_uncompiled_is_said(monkeypatch):
-    monkeypatch.setattr(acceleration, "VARIANTS", 1)
+    monkeypatch.setattr(compilation, "VARIANTS", 1)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     torch._dynamo.reset()
     said: list[str] = []
-    trainer, pools = make(SMALL, CUDA)
-    compile_networks(trainer, "on", said.append)
+    trainer, batches = make(SMALL, CUDA)
+    compile_networks(trainer.state, "on", said.append)
     for _ in range(2):
-        trainer.iteration(pools.draw_synthetic, pools.draw_real)
+        trainer.iteration(batches.draw_synthetic, batches.draw_real)
     assert any("torch.compile goes on uncompiled" in line and "recompile_limit (1)" in line for line in said), said
     torch._dynamo.reset()
 
 
 def test_shares_of_a_profile_add_up(tmp_path):
     config = dataclasses.replace(SMALL, steps=1, profile=3, out=tmp_path / "r")
-    fit(images(12, 0), images(9, 1), config, say=lambda _: None)
+    fit(images(12, 0), images(9, 1), config, log=lambda _: None)
     lines = (tmp_path / "r/profile.txt").read_text().splitlines()
     assert "host ms" in lines[0] and "device ms" in lines[0]
     shares = np.array([[float(cell) for cell in line[24:].replace("%", " ").split()] for line in lines[1:]])
@@ -443,14 +446,14 @@ def asked() -> Iterator[object]:
 @pytest.mark.pretend
 def test_the_host_waits_only_for_the_iteration_before_and_launches_one_graph(asked):
     """Counted: one wait an iteration, for the one before; two copies, of the schedule and of the numbers."""
-    trainer, pools = make(dataclasses.replace(SMALL, k_g=1), CUDA, count=200)
-    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    trainer, batches = make(dataclasses.replace(SMALL, k_g=1), CUDA, count=200)
+    graphs = GraphedIterations(trainer, pytest.fail)
     for _ in range(6):
-        Numbers(graphs(), trainer.ranks).read()
+        MetricsTransfer(graphs(), trainer.state.group).read()
     with asked.counted() as counts:
-        kept = Numbers(graphs(), trainer.ranks)
+        kept = MetricsTransfer(graphs(), trainer.state.group)
         for _ in range(9):
-            following = Numbers(graphs(), trainer.ranks)
+            following = MetricsTransfer(graphs(), trainer.state.group)
             kept.read()
             kept = following
     assert counts["graphs"] == 10 and counts["syncs"] == 9 and counts["operators"] == 0, counts
@@ -469,13 +472,14 @@ def test_a_new_epoch_is_sent_without_waiting(asked):
 
 
 def test_numbers_of_a_step_are_those_before_the_next():
-    trainer, pools = make(SMALL, CUDA)
-    graphs = GraphedIterations(trainer, pools, pytest.fail)
+    trainer, batches = make(SMALL, CUDA)
+    graphs = GraphedIterations(trainer, pytest.fail)
     metrics = [graphs() for _ in range(4)][-1]
-    assert isinstance(metrics, OneTensor)
-    expected, counters = dict(zip(metrics, metrics.tensor.tolist(), strict=True)), trainer.history.counters().tolist()
-    numbers = Numbers(metrics, trainer.ranks, trainer.history.counters())
+    assert isinstance(metrics, PackedMetrics)
+    history = trainer.state.history
+    expected, counters = dict(zip(metrics, metrics.tensor.tolist(), strict=True)), history.counters().tolist()
+    numbers = MetricsTransfer(metrics, trainer.state.group, history.counters())
     graphs()
     found, kept = numbers.read()
     assert found == expected and kept.tolist() == counters
-    assert kept.tolist() != trainer.history.counters().tolist()
+    assert kept.tolist() != history.counters().tolist()

@@ -16,8 +16,8 @@ from fastsimgan.storage.checkpoint import load_checkpoint
 PRETEND = os.environ.get("FASTSIMGAN_PRETEND_CUDA") == "1"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = TrainConfig(
-    width=20, blocks=1, batch_size=4, history=10, pretrain_discriminator=1, steps=8, k_g=2, device="cuda",
-    precision="float32", compile="off", picture_every=100, checkpoint_every=3, keep=9,
+    hidden_channels=20, blocks=1, batch_size=4, history=10, pretrain_discriminator=1, steps=8, k_g=2, device="cuda",
+    precision="float32", compile="off", eval_every=100, checkpoint_every=3, keep=9,
 )  # fmt: skip
 # kernels of a GPU add in another order; the pretend device's operators are the CPU's own
 CLOSE = {"rtol": 1e-5 if PRETEND else 1e-3, "atol": 1e-6}

@@ -18,8 +18,8 @@ from fastsimgan.data.datasets.matlab_v5 import read_matlab
 from fastsimgan.data.datasets.mpiigaze import read_mpiigaze
 from fastsimgan.data.datasets.unityeyes import crop_box, parse_label, read_unityeyes
 from fastsimgan.data.formats.open_images import open_images
+from fastsimgan.data.gaze_angles import gaze_vectors
 from fastsimgan.errors import InputError
-from fastsimgan.metrics.gaze_error import gaze_vectors
 
 CASES = int(os.environ.get("FASTSIMGAN_JSON_CASES", "300"))  # CONTRIBUTING.md tells how 10,000 are run
 LOOK = (-0.6, 0.48, -0.64)  # exact: 0.36 + 0.2304 + 0.4096 = 1

@@ -19,24 +19,17 @@ import torch
 from PIL import Image
 from properties import given, st
 
-from fastsimgan.data.formats.image_file import (
-    Header,
-    StoredImage,
-    _decode_plain,
-    decode_image,
-    encode_image,
-    read_image,
-    write_image,
-)
+from fastsimgan.data.formats.image_file import _decode_plain, decode_image, encode_image, read_image, write_image
 from fastsimgan.data.formats.image_folder import FolderImages
 from fastsimgan.data.formats.image_metadata import scan_png
 from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.open_images import open_images
+from fastsimgan.data.formats.stored_image import Header, StoredImage
 from fastsimgan.data.pixel_values import from_float, to_float
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.threads import in_threads
-from fastsimgan.storage.files import copy_file, natural_key, printable, staged
+from fastsimgan.storage.names import natural_key
 
 RNG = np.random.default_rng(0)
 GREY8 = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
@@ -143,44 +136,6 @@ def test_natural_order_is_total_and_the_same_from_any_start(names: list[str]) ->
     paths = [Path(name) for name in set(names)]
     ordered = sorted(paths, key=natural_key)
     assert sorted(reversed(ordered), key=natural_key) == ordered
-
-
-def test_natural_order() -> None:
-    names = ["a/10.png", "a/9.png", "a/09.png", "a10/1.png", "a2/1.png", "10.png", "2.png", "b.png"]
-    ordered = [str(path) for path in sorted(map(Path, names), key=natural_key)]
-    assert ordered == ["2.png", "10.png", "a/09.png", "a/9.png", "a/10.png", "a2/1.png", "a10/1.png", "b.png"]
-
-
-def test_printable_is_one_line() -> None:
-    assert printable("é\n\x1b[31m" + os.fsdecode(b"\xff")) == "é\\n\\x1b[31m\\udcff"
-
-
-def test_staged_leaves_nothing_when_it_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), staged(tmp_path / "new" / "deep" / "out") as partial:
-        partial.mkdir()
-        (partial / "half").write_text("half")
-        assert not (tmp_path / "new" / "deep" / "out").exists()
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_staged_never_replaces_what_appeared_meanwhile(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(InputError, match="output must not exist yet"), staged(out) as partial:
-        partial.write_text("ours")
-        out.write_text("theirs")
-    assert out.read_text() == "theirs"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_staged_turns_a_full_disk_into_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"out: cannot be written: No space left on device"), staged(tmp_path / "out"):
-        raise OSError(28, "No space left on device")
-
-
-def test_copy_names_the_source_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gone: cannot be read: No such file"):
-        copy_file(tmp_path / "gone", tmp_path / "copy")
 
 
 def test_threads_keep_the_order_and_the_bound() -> None:

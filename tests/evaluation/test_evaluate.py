@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import fastsimgan
+from fastsimgan.data.gaze_angles import gaze_vectors, pitch_yaw
 from fastsimgan.evaluate import main
-from fastsimgan.evaluation.comparison import table
+from fastsimgan.evaluation.tables import table
 from fastsimgan.evaluation.task_network import Judge, Labelled, _reframe, train_and_predict
-from fastsimgan.metrics.gaze_error import angular_errors, gaze_summary, gaze_vectors, pitch_yaw
+from fastsimgan.metrics.gaze_error import angular_errors, gaze_summary
 
 
 def gaze_arrays(count: int, seed: int) -> dict[str, np.ndarray]:

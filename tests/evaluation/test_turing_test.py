@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from fastsimgan.errors import InputError
-from fastsimgan.turing import binomial_p, main, score
+from fastsimgan.evaluation.turing_test import score
+from fastsimgan.metrics.statistics import binomial_p
+from fastsimgan.turing import main
 
 
 def test_the_papers_p_values():
@@ -35,8 +37,8 @@ def write(path, value):
 def test_score_adds_sheets_up(tmp_path, capsys):
     paths = [write(tmp_path / f"{name}.json", sheet(name)) for name in "ab"]
     result = score(paths)
-    assert result["confusion"] == {"real": {"real": 6, "refined": 2}, "refined": {"real": 4, "refined": 4}}
-    assert (result["right"], result["answers"], result["people"]) == (10, 16, 2)
+    assert result.confusion == {"real": {"real": 6, "refined": 2}, "refined": {"real": 4, "refined": 4}}
+    assert (result.right, result.answers, result.people) == (10, 16, 2)
     assert main(["score", *map(str, paths)]) == 0
     assert "10 of 16 right (62.5 %)" in capsys.readouterr().out
 
@@ -130,8 +132,8 @@ def test_a_whole_run_in_a_real_browser(page, tmp_path):
     assert found, done.stdout[-500:] + done.stderr[-500:]
     answers = write(tmp_path / "answers.json", found.group(1))
     result = score([answers])
-    assert result["answers"] == 12 and sum(result["confusion"]["real"].values()) == 6
-    assert sum(row["real"] for row in result["confusion"].values()) == 7  # every other one of 5, 5 and 2 images
+    assert result.answers == 12 and sum(result.confusion["real"].values()) == 6
+    assert sum(row["real"] for row in result.confusion.values()) == 7  # every other one of 5, 5 and 2 images
     assert '<span id="names">&lt;img src=x' in done.stdout
 
 

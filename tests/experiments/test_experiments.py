@@ -1,6 +1,7 @@
 """The gaze experiment whole, in a few steps, and its report."""
 
 import json
+import re
 import shutil
 from functools import partial
 from html.parser import HTMLParser
@@ -11,9 +12,9 @@ import pytest
 from fastsimgan.config import PRESETS
 from fastsimgan.data.simulators.eyes import simulate_eyes
 from fastsimgan.data.simulators.hands import simulate_hands
-from fastsimgan.experiments import ablation, gaze, hand
+from fastsimgan.experiments import ablation, ablation_measures, ablation_tasks, gaze, hand
 from fastsimgan.experiments.__main__ import main
-from fastsimgan.metrics import realism
+from fastsimgan.metrics import two_sample
 from fastsimgan.reporting.html_report import Report
 from fastsimgan.storage.checkpoint import list_checkpoints
 
@@ -46,7 +47,7 @@ def flags(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_whole_experiment_resumes_and_refuses_other_data(flags, capsys, monkeypatch):
-    monkeypatch.setitem(PRESETS, "gaze", {"pretrain_discriminator": 1, "batch_size": 4, "width": 20})
+    monkeypatch.setitem(PRESETS, "gaze", {"pretrain_discriminator": 1, "batch_size": 4, "hidden_channels": 20})
     monkeypatch.setattr(gaze, "REFINERS", 2)
     folder, given = flags
     out = folder / "out"
@@ -115,7 +116,15 @@ def test_the_report_escapes_every_text_and_its_curve_is_in_place():
     report.curves({bad: (np.array([0.0, 10.0]), np.array([0.0, 100.0]))}, bad, bad, bad)
     links = Links(report.html())
     assert links.sources == ["data:image/png;base64,iVBORw=="]  # its own picture, and none of the text's
-    assert 'points="48.0,332.0 608.0,12.0"' in report.html()
+    page = report.html()
+    axes = re.search(r'id="patch_2">\s*<path d="M (\S+) (\S+) \s*L (\S+) (\S+) \s*L (\S+) (\S+)', page)
+    curve = re.search(
+        r'<path d="M (\S+) (\S+) \s*L (\S+) (\S+) \s*"[^>]*style="fill: none; stroke: #888888; stroke-width', page
+    )
+    assert axes and curve and curve.groups() == (*axes.groups()[:2], *axes.groups()[4:])  # from corner to corner
+    again = Report(bad)
+    again.curves({bad: (np.array([0.0, 10.0]), np.array([0.0, 100.0]))}, bad, bad, bad)
+    assert again.html().split("<svg")[1] == page.split("<svg")[1]  # the same curves, the same bytes
     with pytest.raises(ValueError, match="finite"):
         report.curves({"a": (np.array([np.nan]), np.array([0.0]))}, "", "", "")
 
@@ -124,7 +133,9 @@ def test_a_whole_hand_experiment_resumes_network_by_network(tmp_path, monkeypatc
     monkeypatch.setattr(hand, "QUICK_SIZE", 32)
     monkeypatch.setattr(hand, "QUICK_BUILTIN", {"synthetic": 24, "real": 16, "validation": 10})
     monkeypatch.setattr(
-        hand, "QUICK_TRAINING", {"pretrain_discriminator": 1, "batch_size": 4, "width": 8, "identity_init": False}
+        hand,
+        "QUICK_TRAINING",
+        {"pretrain_discriminator": 1, "batch_size": 4, "hidden_channels": 8, "identity_init": False},
     )
     monkeypatch.setattr(hand, "QUICK_JUDGE", {"batch_size": 4, "features": 8, "depth": 2, "stride": 2})
     out = tmp_path / "out"
@@ -187,14 +198,14 @@ def test_hands_without_proper_joints_are_refused(tmp_path, capsys, joints, messa
 
 @pytest.mark.parametrize("data", ["eyes", "hands"])
 def test_a_whole_ablation_resumes_piece_by_piece(data, flags, tmp_path, monkeypatch, capsys):
-    small = {"pretrain_discriminator": 1, "batch_size": 4, "width": 20}
+    small = {"pretrain_discriminator": 1, "batch_size": 4, "hidden_channels": 20}
     monkeypatch.setitem(PRESETS, "gaze", small)
     monkeypatch.setattr(hand, "QUICK_SIZE", 32)
     monkeypatch.setattr(hand, "QUICK_BUILTIN", {"synthetic": 42, "real": 40, "validation": 6})
     monkeypatch.setattr(hand, "QUICK_TRAINING", small)
     monkeypatch.setattr(hand, "QUICK_JUDGE", {"batch_size": 4, "features": 8, "depth": 2, "stride": 2})
     monkeypatch.setattr(ablation, "HELD_OUT", 2)
-    monkeypatch.setattr(realism, "patch_test", partial(realism.patch_test, steps=3))
+    monkeypatch.setattr(two_sample, "patch_test", partial(two_sample.patch_test, steps=3))
     name, out = ("ablation-local", tmp_path / "out") if data == "eyes" else ("ablation-history", tmp_path / "out")
     given = [name, "--out", str(out), "--data", data, "--seeds", "2", "--steps", "4", "--judge-steps", "2"]
     given += ["--device", "cpu", *(flags[1][9:15] if data == "eyes" else ["--quick"])]
@@ -231,11 +242,11 @@ def test_findings_say_which_way_round():
     def row(*each):
         return {"mean": float(np.mean(each)), "each": each}
 
-    measures = {key: ablation.MEASURES[key] for key in ("kid", "detail", "drift_px", "patches", "loss_spread")}
+    measures = {key: ablation_measures.MEASURES[key] for key in ("kid", "detail", "drift_px", "patches", "loss_spread")}
     whole = {"kid": row(0.1, 0.11), "detail": row(1.0, 1.0), "drift_px": row(2.0, 2.01), "patches": row(60, 80)}
     without = {"kid": row(0.2, 0.21), "detail": row(3.0, 3.0), "drift_px": row(1.0, 1.01), "patches": row(65, 78)}
     rows = {"local": whole | {"loss_spread": None}, "global": without | {"loss_spread": None}}
-    kid, drift, patches = ablation._findings(rows, measures, ablation.ABLATIONS["ablation-local"])
+    kid, drift, patches = ablation_measures.findings(rows, measures, ablation_tasks.ABLATIONS["ablation-local"])
     assert kid.endswith("Local is better, as in the paper's Fig. 8.") and "-0.1000" in kid
     assert drift.endswith("Global is better: the other way round than the paper's Fig. 8.")
     assert patches.endswith("No difference shown.")

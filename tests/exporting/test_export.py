@@ -18,23 +18,25 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 from fastsimgan.config import TrainConfig  # noqa: E402
 from fastsimgan.data.equalisation import equalise  # noqa: E402
 from fastsimgan.data.pixel_values import from_float  # noqa: E402
+from fastsimgan.data.preprocess import prepare  # noqa: E402
 from fastsimgan.data.simulators.eyes import simulate_eyes  # noqa: E402
 from fastsimgan.errors import InputError, UnavailableError  # noqa: E402
 from fastsimgan.export import main  # noqa: E402
 from fastsimgan.exporting import export as exporting  # noqa: E402
-from fastsimgan.exporting import onnx_graph  # noqa: E402
+from fastsimgan.exporting import gptq, onnx_graph  # noqa: E402
+from fastsimgan.exporting.exported_files import QUANTISED  # noqa: E402
+from fastsimgan.exporting.parity import Truth  # noqa: E402
 from fastsimgan.inference import load_refiner, onnx_file, save_refiner  # noqa: E402
 from fastsimgan.inference.graph_format import Form  # noqa: E402
 from fastsimgan.inference.onnxruntime_backend import OnnxRuntimeBackend  # noqa: E402
 from fastsimgan.inference.refiner import describe  # noqa: E402
-from fastsimgan.inference.torch_backend import prepare  # noqa: E402
 from fastsimgan.inference.trtexec import Profile, command  # noqa: E402
 from fastsimgan.models import refiner as network  # noqa: E402
 from fastsimgan.ops import residual_block, residual_block_int8  # noqa: E402
 from fastsimgan.refine import main as refine  # noqa: E402
 
 FLOATS = ("refiner.onnx", "refiner.fp16.onnx")
-ALL = (*FLOATS, "refiner.u8.fp16.onnx", *(name for name, _ in exporting.QUANTISED.values()))
+ALL = (*FLOATS, "refiner.u8.fp16.onnx", *(name for name, _ in QUANTISED.values()))
 
 
 def saved(folder: Path, histogram: str, *, identity: bool = False, **shape: int) -> Path:
@@ -54,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
     out = run.parent / "exported"
-    exporting.export(run, out, quantise=tuple(exporting.QUANTISED), min_psnr=30, say=lambda line: None)
+    exporting.export(run, out, quantise=tuple(QUANTISED), min_psnr=30, log=lambda line: None)
     return out
 
 
@@ -98,7 +100,7 @@ def test_load_refiner_takes_every_file(run: Path, exported: Path, name: str, bat
 def test_colour_keeps_its_channels_and_the_identity_keeps_its_precision(tmp_path: Path) -> None:
     """Images prepared in channels_last are handed on by address; a wrong order would be another image."""
     folder = saved(tmp_path / "rgb", "keep", identity=True, channels=3, width=60, blocks=1)
-    reports = exporting.export(folder, tmp_path / "out", say=lambda line: None)
+    reports = exporting.export(folder, tmp_path / "out", log=lambda line: None)
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
     want = load_refiner(folder, "cpu")(images)
     for name in (*FLOATS, "refiner.u8.fp16.onnx"):
@@ -116,7 +118,7 @@ def test_all_of_it_in_float16_would_not_have_agreed(tmp_path: Path) -> None:
         file.module.last.weight[0, 0] += 60
         file.module.last.bias -= 60 * 0.05
     images = torch.from_numpy(simulate_eyes(8, 1)["images"])[:, None]
-    truth = exporting.Truth(file, images)
+    truth = Truth(file, images)
     form = Form(True, "float16")
     assert truth.compare(truth.rounded_as_on_a_gpu(form), form).broken_rule(form, 0, 0) is None
     with torch.inference_mode():  # only the sum that enters the last layer is rounded too
@@ -137,9 +139,9 @@ def test_eight_bits_hold_for_channels_of_very_different_range(tmp_path: Path) ->
             block.conv1.bias += torch.linspace(0, 2, 24)
     save_refiner(folder / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
     reports = exporting.export(
-        folder, tmp_path / "out", quantise=("int8-cpu", "int8-tensorrt", "fp8"), min_psnr=10, say=lambda line: None
+        folder, tmp_path / "out", quantise=("int8-cpu", "int8-tensorrt", "fp8"), min_psnr=10, log=lambda line: None
     )
-    found = {name: reports[exporting.QUANTISED[name][0]].psnr for name in exporting.QUANTISED}
+    found = {name: reports[QUANTISED[name][0]].psnr for name in QUANTISED}
     assert min(found["int8-cpu"], found["int8-tensorrt"]) > 55 and found["fp8"] > 45, found
 
 
@@ -162,7 +164,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             block.conv2.weight.normal_(0, 0.01)
     save_refiner(run / "refiner.safetensors", module, histogram="equalise", training=TrainConfig())
     lines: list[str] = []
-    exporting.export(run, folder / "exported", quantise=("int8-cpu",), min_psnr=40, say=lines.append)
+    exporting.export(run, folder / "exported", quantise=("int8-cpu",), min_psnr=40, log=lines.append)
     assert any("in fastsimgan, int8 " in line for line in lines) == (
         residual_block_int8.implementations()["vnni"] is None
     )
@@ -264,7 +266,7 @@ def test_moments_are_those_of_all_neighbourhoods(shape: tuple[int, int, int, int
     patches = torch.nn.functional.unfold(features, 3, padding=1).permute(0, 2, 1).reshape(-1, 9 * shape[1])
     patches = torch.cat([patches, torch.ones(len(patches), 1)], 1).double()
     full = (patches.T @ patches / len(patches)).numpy()
-    assert np.abs(onnx_graph._moments(features) - full).max() < (1e-5 if shape[0] == 2 else 0.02)
+    assert np.abs(gptq.moments_of(features) - full).max() < (1e-5 if shape[0] == 2 else 0.02)
 
 
 def test_channels_of_no_kernel_and_dead_ones(tmp_path: Path) -> None:
@@ -277,9 +279,7 @@ def test_channels_of_no_kernel_and_dead_ones(tmp_path: Path) -> None:
             block.conv1.weight[:8], block.conv1.bias[:8] = 0, 1
             block.conv1.weight[8:16], block.conv1.bias[8:16] = 0, -1
     save_refiner(folder / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
-    reports = exporting.export(
-        folder, tmp_path / "out", quantise=tuple(exporting.QUANTISED), min_psnr=10, say=lambda line: None
-    )
+    reports = exporting.export(folder, tmp_path / "out", quantise=tuple(QUANTISED), min_psnr=10, log=lambda line: None)
     # by units too small for the bias: 19 dB
     assert all(parity.psnr > (35 if "fp8" in name else 48) for name, parity in reports.items()), reports
 
@@ -291,7 +291,7 @@ def test_rounded_weights_make_up_for_each_other() -> None:
     inputs = np.concatenate([common, np.ones((4000, 1))], 1)
     weights = random.normal(size=(6, 21)) * 3
     moments = inputs.T @ inputs / len(inputs)
-    found = onnx_graph.compensated(weights, moments, np.rint, 8)
+    found = gptq.compensated(weights, moments, np.rint, 8)
     assert np.array_equal(found[:, :-1], np.rint(found[:, :-1])) and np.abs(found[:, :-1]).max() <= 8
     plain = np.concatenate([np.rint(weights[:, :-1]), weights[:, -1:]], 1)
 
@@ -299,15 +299,13 @@ def test_rounded_weights_make_up_for_each_other() -> None:
         return float(np.square(inputs @ (rounded - weights).T).mean())
 
     assert error(found) < error(plain) / 2
-    assert np.array_equal(
-        onnx_graph.compensated(np.rint(weights), moments, np.rint, 8)[:, :-1], np.rint(weights)[:, :-1]
-    )
+    assert np.array_equal(gptq.compensated(np.rint(weights), moments, np.rint, 8)[:, :-1], np.rint(weights)[:, :-1])
 
 
 def test_eight_bits_need_a_branch_to_be_in(tmp_path: Path) -> None:
     folder = saved(tmp_path / "run", "keep", channels=1, width=4, blocks=1)
     with pytest.raises(InputError, match="quantise must be for refiners of at least 2 blocks, .* got 1"):
-        exporting.export(folder, tmp_path / "out", quantise=("int8-cpu",), say=lambda line: None)
+        exporting.export(folder, tmp_path / "out", quantise=("int8-cpu",), log=lambda line: None)
 
 
 def test_equalisation_in_the_graph_is_exactly_ours() -> None:
@@ -331,7 +329,7 @@ def test_equalisation_in_the_graph_is_exactly_ours() -> None:
 
 def test_float_inputs_say_by_name_what_they_need(exported: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
-    exporting.export(saved(tmp_path / "run", "keep", channels=1, width=4, blocks=1), plain, say=lambda line: None)
+    exporting.export(saved(tmp_path / "run", "keep", channels=1, width=4, blocks=1), plain, log=lambda line: None)
     names = {
         (folder.name, name): onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
         .get_inputs()[0]
@@ -379,7 +377,7 @@ _build = onnx_graph.build
 def test_a_file_that_does_not_agree_is_not_written(run, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(onnx_graph, "build", wrong_bias)
     with pytest.raises(InputError, match=r"refiner\.onnx does not agree with PyTorch: must be within .* levels, got"):
-        exporting.export(run, tmp_path / "out", say=lambda line: None)
+        exporting.export(run, tmp_path / "out", log=lambda line: None)
     assert not list(tmp_path.iterdir())
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import fastsimgan
 from fastsimgan import export, refine, train
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.formats.numpy_file import check_range
+from fastsimgan.data.pixel_values import check_range
 from fastsimgan.data.resizing import resize
 from fastsimgan.errors import InputError
 from fastsimgan.inference import load_refiner, save_refiner
@@ -21,7 +21,10 @@ from fastsimgan.models.refiner import Refiner as Network
 
 RANGE = (-2.0, 10.0)
 METRES = (np.random.default_rng(0).random((6, 36, 40)) * 11 - 1.5).astype(np.float32)
-QUICK = "--steps 2 --batch-size 4 --width 20 --blocks 1 --pretrain-discriminator 1 --history 4 --warm-up 0 --device cpu"
+QUICK = (
+    "--steps 2 --batch-size 4 --hidden-channels 20 --blocks 1 --pretrain-discriminator 1 --history 4 --warm-up 0 "
+    "--device cpu"
+)
 
 
 def saved(path: Path, span: tuple[float, float] | None) -> Path:
@@ -127,8 +130,10 @@ def test_train_keeps_the_range(kind: str, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_fit_takes_the_range_of_its_settings(tmp_path: Path) -> None:
-    config = TrainConfig(out=tmp_path / "run", range=RANGE, steps=1, batch_size=2, width=20, blocks=1, history=2,
-                         pretrain_discriminator=0, device="cpu")  # fmt: skip
+    config = TrainConfig(
+        out=tmp_path / "run", range=RANGE, steps=1, batch_size=2, hidden_channels=20, blocks=1, history=2,
+        pretrain_discriminator=0, device="cpu",
+    )  # fmt: skip
     refiner = fastsimgan.fit(METRES, METRES, config)
     assert refiner.span == RANGE and np.abs(refiner(METRES) - METRES).mean() < 0.5
     with pytest.raises(InputError, match="--range must be given for float images, got real images of uint8"):

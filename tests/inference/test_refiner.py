@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.equalisation import equalise, non_uniformity
+from fastsimgan.data.preprocess import prepare
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.hardware.precision import cpu_has_bfloat16
 from fastsimgan.inference import load_refiner, save_refiner, torch_backend
-from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.models import refiner as network
 
 

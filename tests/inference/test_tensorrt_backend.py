@@ -13,12 +13,12 @@ import torch
 
 pytest.importorskip("onnx", reason="onnx is not installed ([onnx])")
 
+from fastsimgan.data.preprocess import prepare
 from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.exporting import onnx_graph
+from fastsimgan.exporting import gptq, onnx_graph
 from fastsimgan.inference import onnx_file, tensorrt_backend
 from fastsimgan.inference.graph_format import Form
 from fastsimgan.inference.refiner import Refiner, describe, load_refiner
-from fastsimgan.inference.torch_backend import prepare
 from fastsimgan.inference.trtexec import Profile
 from fastsimgan.models import refiner as network
 from fastsimgan.refine import main as refine_main
@@ -33,7 +33,7 @@ def exported(folder: Path, form: Form, histogram: str = "equalise", blocks: int 
     settings = describe(module, histogram)
     images = torch.randint(0, 256, (4, 1, 35, 55)).to(torch.uint8)
     weights = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
-    model = onnx_graph.build(weights, settings, form, onnx_graph.calibrate(module, prepare(images, histogram)))
+    model = onnx_graph.build(weights, settings, form, gptq.calibrate(module, prepare(images, histogram)))
     path = folder / "refiner.onnx"
     path.write_bytes(onnx_file.stamp(model, {"settings": settings, "uint8": form.uint8, "branches": form.branches}))
     return onnx_file.read(path)

@@ -29,7 +29,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (folder / how).mkdir()
         save_refiner(folder / how / "refiner.safetensors", network, histogram=how, training=TrainConfig())
         pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-        export(folder / how, folder / how / "out", quantise=("int8-cpu",), min_psnr=0, say=lambda _: None)
+        export(folder / how, folder / how / "out", quantise=("int8-cpu",), min_psnr=0, log=lambda _: None)
         (folder / how / "out" / "refiner.safetensors").symlink_to(folder / how / "refiner.safetensors")
     return {how: folder / how / "out" for how in ("keep", "equalise")}
 

@@ -30,18 +30,18 @@ def test_noise_is_counted_where_it_was_put() -> None:
     for where, other in ((edges, "flat"), ((IMAGES > 0) & ~edges, "edges")):
         noisy = np.where(where, np.clip(IMAGES + rng.normal(0, 500, IMAGES.shape), 0, 65535), IMAGES).astype(np.uint16)
         found = noise_by_place(IMAGES, noisy)
-        assert found[other]["error"] == 0 < found["flat" if other == "edges" else "edges"]["error"]
-        assert found["background"]["error"] == 0
+        assert getattr(found, other).error == 0 < getattr(found, "flat" if other == "edges" else "edges").error
+        assert found.background.error == 0
     missing = np.where(edges, 0, IMAGES)
     found = noise_by_place(IMAGES, missing)
-    assert found["edges"]["lost"] == 100 and found["flat"]["lost"] == 0 and found["edges_to_flat"] is None
-    assert sum(found[place]["pixels"] for place in ("edges", "flat", "background")) == pytest.approx(1)
+    assert found.edges.lost == 100 and found.flat.lost == 0 and found.edges_to_flat is None
+    assert found.edges.pixels + found.flat.pixels + found.background.pixels == pytest.approx(1)
 
 
 def test_the_stand_in_sensors_noise_is_at_edges() -> None:
     seen = through_sensor(IMAGES, 0)
     assert seen.dtype == np.uint16 and np.array_equal(seen, through_sensor(IMAGES, 0))
-    assert noise_by_place(IMAGES, seen)["edges_to_flat"] > 3
+    assert noise_by_place(IMAGES, seen).edges_to_flat > 3
 
 
 def test_a_moved_picture_is_seen_at_the_joints_and_a_still_one_is_not() -> None:

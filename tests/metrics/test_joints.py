@@ -116,7 +116,7 @@ def test_a_small_one_overfits_32_hands() -> None:
     hands = simulate_hands(32, 0, height=32, width=32)
     joints = hands["joints"][:, EVALUATED]
     judge = PoseJudge(
-        steps=150, batch_size=16, learning_rate=5e-3, average=0.9, input_size=32, features=48, depth=2, stride=2,
+        steps=150, batch_size=16, learning_rate=5e-3, ema_decay=0.9, input_size=32, features=48, depth=2, stride=2,
         rotation=0, zoom=1, shift=0,
     )  # fmt: skip
     arguments = (hands["images"], joints, hands["images"])

@@ -5,17 +5,10 @@ import pytest
 import torch
 
 from fastsimgan.errors import InputError
-from fastsimgan.metrics.realism import (
-    classifier_test,
-    frechet_distance,
-    high_frequency_energy,
-    kernel_distance,
-    onnx_features,
-    patch_test,
-    random_features,
-    realism,
-    wilson_interval,
-)
+from fastsimgan.metrics.features import onnx_features, random_features
+from fastsimgan.metrics.realism import frechet_distance, high_frequency_energy, kernel_distance, realism
+from fastsimgan.metrics.statistics import wilson_interval
+from fastsimgan.metrics.two_sample import classifier_test, patch_test
 
 
 def features(seed, count=120, size=10, shift=0.0):
@@ -60,13 +53,13 @@ def noise(seed, count=100, top=256):
 
 def test_classifier_test_tells_apart_what_differs_and_guesses_what_does_not():
     same = classifier_test(noise(0), noise(1), steps=40)
-    assert same["low"] < 50 < same["high"] and same["tested"] == 100
-    assert classifier_test(noise(0), noise(1, top=128), steps=40)["low"] > 90
+    assert same.low < 50 < same.high and same.tested == 100
+    assert classifier_test(noise(0), noise(1, top=128), steps=40).low > 90
 
 
 def test_realism_orders_sets_and_repeats_itself():
     near, far = realism(noise(0), noise(1), steps=3), realism(noise(0, top=128), noise(1), steps=3)
-    assert near["kid"] < far["kid"] and near["frechet"] < far["frechet"]
+    assert near.kid < far.kid and near.frechet < far.frechet
     assert near == realism(noise(0), noise(1), steps=3)
     assert random_features(np.zeros((3, 20, 20, 3), np.uint8)).shape == (3, 256)
 
@@ -88,7 +81,7 @@ def test_a_file_of_the_users_own_gives_the_features(tmp_path):
     features = onnx_features(save_pooling(tmp_path / "pool.onnx"))
     images = noise(0, 300)
     assert features(images) == pytest.approx(images.mean((1, 2))[:, None] / 127.5 - 1, abs=1e-5)
-    kid = realism(noise(0), noise(1), features=features, steps=1)["kid"]
+    kid = realism(noise(0), noise(1), features=features, steps=1).kid
     assert kid == pytest.approx(kernel_distance(features(noise(0)), features(noise(1))), rel=1e-6)
 
 

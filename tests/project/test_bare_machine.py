@@ -63,6 +63,26 @@ def test_every_module_can_be_imported_and_commands_say_what_they_need() -> None:
     ]
 
 
+def test_what_is_missing_is_named_where_it_is_needed() -> None:
+    done = run(
+        "from fastsimgan.errors import UnavailableError\n"
+        "from fastsimgan.metrics.statistics import binomial_p, t_quantile, wilson_interval\n"
+        "from fastsimgan.reporting.html_report import Report\n"
+        "from fastsimgan.reporting.plots import check_matplotlib\n"
+        "assert '<h1>a</h1>' in Report('a').html()\n"  # Jinja2 comes with torch
+        "for call in (lambda: t_quantile(0.9, 3), lambda: wilson_interval(1, 2), lambda: binomial_p(1, 2),\n"
+        "             lambda: check_matplotlib('--plot')):\n"
+        "    try:\n"
+        "        call()\n"
+        "    except UnavailableError as error:\n"
+        "        print(error)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    *intervals, plot = done.stdout.splitlines()
+    assert len(intervals) == 3 and all(line.startswith("intervals need SciPy: pip install scipy") for line in intervals)
+    assert plot == '--plot needs matplotlib: pip install "fastsimgan[eval]"'
+
+
 def test_every_test_and_benchmark_is_collected() -> None:
     flags = ["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin", "tests", "bench"]
     done = run(f"import pytest\nsys.exit(pytest.main({flags}))")

@@ -81,6 +81,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name.removeprefix("fastsimgan/kernels/") for name in names if "/kernels/" in name} == kernels
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastsimgan").rglob("*.py")}
     assert {name for name in names if name.startswith("fastsimgan/") and name.endswith(".py")} >= modules
+    package = (ROOT / "fastsimgan").rglob("*")
+    templates = {str(path.relative_to(ROOT)) for path in package if path.suffix in (".html", ".md")}
+    assert len(templates) == 3 and templates <= {*names}
     libraries = sorted(name for name in names if name.endswith(".so"))
     assert len(libraries) == 2 and libraries[0].startswith("fastsimgan/_C.")
     assert libraries[1] == "fastsimgan/libfastsimgan_ops.so"
@@ -100,6 +103,10 @@ def test_installed_wheel_works_outside_the_repository(wheel: Path, tmp_path: Pat
     assert "--synthetic" in python("-m", "fastsimgan.train", "--help", installed=installed)
     report = python("-m", "fastsimgan.env", installed=installed)
     assert "on cpu                  cpp" in report
+    page = python(
+        "-c", "from fastsimgan.reporting.html_report import Report; print(Report('A<B').html())", installed=installed
+    )
+    assert "<title>A&lt;B</title>" in page  # from a template file
 
 
 @pytest.mark.slow
@@ -250,16 +257,16 @@ def test_what_the_extension_takes_from_torch_is_in_the_oldest_one() -> None:
 def test_a_build_without_cuda_tells_it_once_where_cuda_tensors_come(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fastsimgan.ops import history_swap
+    from fastsimgan.ops import _extension, history_swap
 
     info = {"cuda": False, "torch": "2.99.0+cu130", "no_cuda": "no nvcc here"}
-    monkeypatch.setattr(history_swap, "BUILD_INFO", info)
+    monkeypatch.setattr(_extension, "BUILD_INFO", info)
     history_swap._say_once.cache_clear()
     reason = "fastsimgan._C was built without CUDA, against torch 2.99.0\\+cu130: no nvcc here"
     assert re.fullmatch(reason, str(history_swap.implementations()["cuda"]))
     with pytest.warns(UserWarning, match=reason) as caught:
         for _ in range(3):
-            history_swap._check_impl("auto", torch.device("cuda"))
-            history_swap._check_impl("auto", torch.device("cpu"))
+            history_swap._choose("auto", torch.device("cuda"))
+            history_swap._choose("auto", torch.device("cpu"))
     assert len(caught) == 1
     history_swap._say_once.cache_clear()

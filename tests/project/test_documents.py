@@ -201,6 +201,9 @@ def _is_module(name: str) -> bool:
 # Messages
 
 
+_WARNS = re.compile(r"^(warnings\.)?warn$|\.warning$")
+
+
 def texts() -> Iterator[tuple[str, bool]]:
     """Every text in the package's source, `…` in place of what it is formatted with; and whether it is a warning."""
     for file in sorted((ROOT / "fastsimgan").rglob("*.py")):
@@ -209,7 +212,7 @@ def texts() -> Iterator[tuple[str, bool]]:
         warned = {
             id(node.args[0])
             for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in ("warn", "warnings.warn")
+            if isinstance(node, ast.Call) and node.args and _WARNS.search(ast.unparse(node.func))
         }
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):

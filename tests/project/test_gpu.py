@@ -151,7 +151,7 @@ def test_steps_see_the_extension_that_was_built_and_not_the_trees(results, tmp_p
     made = gpu.BUILD / "made"
     made.mkdir(parents=True)
     (made / "_C.py").write_text("raise ImportError('the one that was built')\n")
-    code = "import fastsimgan; from fastsimgan.ops import history_swap as op; print(fastsimgan.__file__, op.NOT_LOADED)"
+    code = "import fastsimgan; from fastsimgan.ops import _extension as op; print(fastsimgan.__file__, op.NOT_LOADED)"
     done = subprocess.run(python(code), env=gpu.environment(), cwd=gpu.ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split()[0] == str(gpu.BUILD / "python/fastsimgan/__init__.py")
     assert "the one that was built" in done.stdout

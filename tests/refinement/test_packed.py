@@ -228,9 +228,12 @@ def test_16_bit_and_colour(model: Path, tmp_path: Path) -> None:
         folder = tmp_path / np.dtype(dtype).name
         folder.mkdir()
         image = rng.integers(0, np.iinfo(dtype).max, (*SIZE, 3), dtype=dtype)
-        from fastsimgan.data.formats.image_file import Header, StoredImage, write_image
+        from fastsimgan.data.formats.image_file import encode_image
+        from fastsimgan.data.formats.stored_image import Header, StoredImage
 
-        write_image(folder / "a.png", StoredImage(image, Header(image.shape, np.dtype(dtype).name, "PNG")))
+        (folder / "a.png").write_bytes(
+            encode_image(StoredImage(image, Header(image.shape, np.dtype(dtype).name, "PNG")))
+        )
         refine(Job(model, folder, folder / "../out.npz", to="npz"), loader=lambda *_: Upside())
         found = open_images(tmp_path / "out.npz").load()
         assert found.dtype == dtype and np.array_equal(found[0], np.iinfo(dtype).max - image)

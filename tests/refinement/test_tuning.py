@@ -13,7 +13,7 @@ import torch
 from fastsimgan.config import TrainConfig
 from fastsimgan.inference import save_refiner
 from fastsimgan.models.refiner import Refiner
-from fastsimgan.ops import _shared, residual_block, residual_block_race
+from fastsimgan.ops import _dispatch, residual_block, residual_block_race
 from fastsimgan.ops.residual_block_race import RaceResult
 from fastsimgan.refinement import tuning
 from fastsimgan.refinement.job import Job
@@ -98,7 +98,7 @@ def test_with_much_work_in_16_bits_a_race_names_the_residual_blocks(
         return RaceResult("the race", "triton", {"triton": 1.0, "reference": 2.0})
 
     monkeypatch.setattr(residual_block_race, "race", race)
-    monkeypatch.setattr(_shared, "INTERPRETED", False)
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
     monkeypatch.setattr(residual_block, "implementations", lambda: {"triton": None})
     enough = 10**8
     assert choose("cuda:0", refiner, (enough, 35, 55), "float16").residual_block == "triton"

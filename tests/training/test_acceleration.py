@@ -12,17 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import InputError, TrainingError, UnavailableError
-from fastsimgan.hardware.precision import LossScale
-from fastsimgan.training import acceleration
-from fastsimgan.training.acceleration import GraphedIterations, compile_networks
-from fastsimgan.training.batches import open_pools
+from fastsimgan.training import compilation
+from fastsimgan.training.batches import open_batches
+from fastsimgan.training.compilation import compile_networks
+from fastsimgan.training.flops import iteration_flops
+from fastsimgan.training.graphed_iterations import GraphedIterations
 from fastsimgan.training.loop import fit
-from fastsimgan.training.profiler import iteration_flops
+from fastsimgan.training.loss_scale import LossScale
 from fastsimgan.training.simgan import SimGAN
+from fastsimgan.training.state import TrainingState
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(
-    width=20, blocks=1, batch_size=4, history=10, pretrain_discriminator=0, steps=8, k_g=2, device="cpu"
+    hidden_channels=20, blocks=1, batch_size=4, history=10, pretrain_discriminator=0, steps=8, k_g=2, device="cpu"
 )  # fmt: skip
 
 
@@ -37,15 +39,15 @@ def quiet(_: str) -> None:
 def losses(
     config: TrainConfig, device: torch.device = CPU, precision: str = "float32", compiled: str = "off", graph=False
 ):
-    pools = open_pools(images(12, 0), images(9, 1), config, device, quiet)
-    trainer = SimGAN(config, pools.image_shape, device, precision=precision)
-    compile_networks(trainer, compiled, quiet)
-    graphs = GraphedIterations(trainer, pools, pytest.fail) if graph else None
+    batches = open_batches(images(12, 0), images(9, 1), config, device, quiet)
+    trainer = SimGAN(TrainingState(config, batches.image_shape, device, precision=precision, batches=batches))
+    compile_networks(trainer.state, compiled, quiet)
+    graphs = GraphedIterations(trainer, pytest.fail) if graph else None
     rows = []
     for _ in range(config.steps):
-        metrics = graphs() if graphs else trainer.iteration(pools.draw_synthetic, pools.draw_real)
+        metrics = graphs() if graphs else trainer.iteration(batches.draw_synthetic, batches.draw_real)
         rows.append([float(metrics["loss_refiner"]), float(metrics["loss_discriminator"])])
-    return np.array(rows), trainer, pools
+    return np.array(rows), trainer, batches
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -54,8 +56,8 @@ def test_half_precision_follows_float32_and_keeps_float32_weights(precision):
     found, trainer, _ = losses(SMALL, precision=precision)
     np.testing.assert_allclose(found, expected, rtol=0.05)
     assert not np.array_equal(found, expected)
-    assert all(p.dtype == torch.float32 for p in trainer.refiner.parameters())
-    assert (len(trainer.scales) == 2) == (precision == "float16")
+    assert all(p.dtype == torch.float32 for p in trainer.state.refiner.parameters())
+    assert (len(trainer.state.scales) == 2) == (precision == "float16")
 
 
 def test_loss_scale_leaves_an_overflowing_step_out_halves_and_is_in_the_state():
@@ -93,7 +95,7 @@ def test_a_nan_that_comes_again_is_no_overflow():
 
 
 def test_a_float16_run_whose_gradients_stay_nan_goes_back_and_then_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastsimgan.hardware.precision._SMALLEST", 2.0**14)  # two halvings
+    monkeypatch.setattr("fastsimgan.training.loss_scale._SMALLEST", 2.0**14)  # two halvings
     unscale = LossScale.unscale
 
     def broken(self, gradients):
@@ -103,12 +105,12 @@ def test_a_float16_run_whose_gradients_stay_nan_goes_back_and_then_stops(tmp_pat
     monkeypatch.setattr(LossScale, "unscale", broken)
     config = dataclasses.replace(SMALL, precision="float16", out=tmp_path / "r", steps=40)
     with pytest.raises(TrainingError, match="after going back 3 times"):
-        fit(images(12, 0), images(9, 1), config, say=quiet)
+        fit(images(12, 0), images(9, 1), config, log=quiet)
 
 
 def test_float16_run_resumes_with_its_loss_scale(tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, precision="float16", out=tmp_path / "r", checkpoint_every=3, steps=4)
-    fit(images(12, 0), images(9, 1), config, say=quiet)
+    fit(images(12, 0), images(9, 1), config, log=quiet)
     from fastsimgan.storage.checkpoint import load_checkpoint
 
     tensors, _ = load_checkpoint(tmp_path / "r/checkpoints/step-00000004")
@@ -120,32 +122,32 @@ def test_a_compiler_that_fails_is_said_or_refused(monkeypatch):
     def broken(_):
         raise RuntimeError("no C++ compiler found")
 
-    monkeypatch.setattr(acceleration, "_try", broken)
-    trainer = SimGAN(SMALL, (1, 16, 20), CPU)
+    monkeypatch.setattr(compilation, "_try", broken)
+    trainer = SimGAN(TrainingState(SMALL, (1, 16, 20), CPU))
     with pytest.raises(UnavailableError, match="--compile on: torch.compile failed: RuntimeError: no C"):
-        compile_networks(trainer, "on", quiet)
-    trainer.device = torch.device("cuda")  # where "auto" compiles
+        compile_networks(trainer.state, "on", quiet)
+    trainer.state.device = torch.device("cuda")  # where "auto" compiles
     said: list[str] = []
-    compile_networks(trainer, "auto", said.append)
+    compile_networks(trainer.state, "auto", said.append)
     assert len(said) == 1 and "run uncompiled (RuntimeError: no C++ compiler found)" in said[0]
-    assert trainer.refiner._compiled_call_impl is None
-    trainer.refiner(torch.zeros(1, 1, 16, 20))
+    assert trainer.state.refiner._compiled_call_impl is None
+    trainer.state.refiner(torch.zeros(1, 1, 16, 20))
 
 
 @pytest.mark.parametrize(("k_g", "history", "histogram"), [(1, 10, "keep"), (2, 0, "equalise")])
 def test_an_iteration_never_waits_for_the_host(k_g, history, histogram):
     """Whatever reads a value on the host (.item(), a branch on a tensor, nonzero) passes the dispatcher by name."""
     config = dataclasses.replace(SMALL, k_g=k_g, history=history, histogram=histogram)
-    pools = open_pools(images(12, 0), images(9, 1), config, CPU, quiet)
-    trainer = SimGAN(config, pools.image_shape, CPU)
-    trainer.iteration(pools.draw_synthetic, pools.draw_real)
-    pools.reserve(trainer.images_drawn())
-    before = pools.positions()
+    batches = open_batches(images(12, 0), images(9, 1), config, CPU, quiet)
+    trainer = SimGAN(TrainingState(config, batches.image_shape, CPU, batches=batches))
+    trainer.iteration(batches.draw_synthetic, batches.draw_real)
+    batches.reserve(trainer.images_drawn())
+    before = batches.positions()
     with NoReading():
-        metrics = trainer.updates(pools.draw_synthetic, pools.draw_real)
+        metrics = trainer.updates(batches.draw_synthetic, batches.draw_real)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
             float(metrics["loss_refiner"])
-    drawn = {name: position - before[name] for name, position in pools.positions().items()}
+    drawn = {name: position - before[name] for name, position in batches.positions().items()}
     assert drawn == trainer.images_drawn()
 
 
@@ -181,10 +183,10 @@ def test_images_on_the_host_and_on_the_device_make_the_same_run(colour, tmp_path
     for name, count, seed in (("a", 12, 0), ("b", 9, 1)):
         np.save(tmp_path / f"{name}.npy", images(count, seed, size))
     mapped = [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in "ab"]
-    config = dataclasses.replace(SMALL, steps=4, checkpoint_every=2, picture_every=2, keep=9)
+    config = dataclasses.replace(SMALL, steps=4, checkpoint_every=2, eval_every=2, keep=9)
     said: list[str] = []
-    fit(*mapped, dataclasses.replace(config, data="host", out=tmp_path / "host"), say=said.append)
-    fit(*mapped, dataclasses.replace(config, data="device", out=tmp_path / "device"), say=said.append)
+    fit(*mapped, dataclasses.replace(config, data="host", out=tmp_path / "host"), log=said.append)
+    fit(*mapped, dataclasses.replace(config, data="device", out=tmp_path / "device"), log=said.append)
     assert "stay memory-mapped and are read ahead (--data host)" in said[0]
     sums = [(tmp_path / side / "checkpoints/step-00000004/SHA256SUMS").read_text() for side in ("host", "device")]
     assert sums[0] == sums[1]
@@ -192,7 +194,7 @@ def test_images_on_the_host_and_on_the_device_make_the_same_run(colour, tmp_path
     import shutil
 
     shutil.rmtree(tmp_path / "host/checkpoints/step-00000004")
-    fit(*mapped, dataclasses.replace(config, data="host", out=tmp_path / "host", resume=True), say=quiet)
+    fit(*mapped, dataclasses.replace(config, data="host", out=tmp_path / "host", resume=True), log=quiet)
     assert (tmp_path / "host/checkpoints/step-00000004/SHA256SUMS").read_text() == sums[0]
 
 
@@ -200,32 +202,32 @@ def test_placement_is_chosen_by_free_memory_and_said(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", images(12, 0))
     mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
     said: list[str] = []
-    assert open_pools(mapped, mapped, SMALL, CPU, said.append).resident
+    assert open_batches(mapped, mapped, SMALL, CPU, said.append).resident
     monkeypatch.setattr("fastsimgan.training.batches.available_memory", lambda: 10_000)
-    assert not open_pools(mapped, mapped, SMALL, CPU, said.append).resident
+    assert not open_batches(mapped, mapped, SMALL, CPU, said.append).resident
     assert "they fit half of" in said[0] and "more than half of" in said[1]
 
 
 def test_k_g_follows_the_discriminators_accuracy_within_its_band(tmp_path):
-    trainer = SimGAN(dataclasses.replace(SMALL, k_g=1, k_g_max=3), (1, 16, 20), CPU)
+    trainer = SimGAN(TrainingState(dataclasses.replace(SMALL, k_g=1, k_g_max=3), (1, 16, 20), CPU))
     seen = []
     for accuracy in [0.9] * 60 + [0.7] * 20 + [0.5] * 60:
         trainer.adapt(accuracy)
-        seen.append(trainer.k_g)
+        seen.append(trainer.state.k_g)
     assert seen[18:20] == [1, 2] and seen[39] == seen[79] == 3 and seen[99] == 2 and seen[-1] == 1
-    fixed = SimGAN(SMALL, (1, 16, 20), CPU)
+    fixed = SimGAN(TrainingState(SMALL, (1, 16, 20), CPU))
     for _ in range(40):
         fixed.adapt(1.0)
-    assert fixed.k_g == 2
+    assert fixed.state.k_g == 2
     with pytest.raises(InputError, match="--k-g-max must be 0 or at least --k-g"):
         dataclasses.replace(SMALL, k_g_max=1).validate()
 
 
 def test_profile_says_where_the_time_goes_and_changes_nothing(tmp_path):
     config = dataclasses.replace(SMALL, steps=2, out=tmp_path / "plain")
-    fit(images(12, 0), images(9, 1), config, say=quiet)
+    fit(images(12, 0), images(9, 1), config, log=quiet)
     said: list[str] = []
-    fit(images(12, 0), images(9, 1), dataclasses.replace(config, out=tmp_path / "p", profile=2), say=said.append)
+    fit(images(12, 0), images(9, 1), dataclasses.replace(config, out=tmp_path / "p", profile=2), log=said.append)
     table = (tmp_path / "p/profile.txt").read_text()
     assert table.rstrip("\n") in said
     for part in ("data", "R forward", "D forward", "history", "backward, R's step", "optimiser", "losses and the rest"):
@@ -237,10 +239,10 @@ def test_profile_says_where_the_time_goes_and_changes_nothing(tmp_path):
 
 
 def test_flops_are_the_papers_networks():
-    config = TrainConfig(width=64, batch_size=512, k_g=2)
-    trainer = SimGAN(config, (1, 35, 55), CPU)
+    config = TrainConfig(hidden_channels=64, batch_size=512, k_g=2)
+    trainer = SimGAN(TrainingState(config, (1, 35, 55), CPU))
     # by hand: R 1.14 GFLOP an image (3 of them in its step), D 0.02
-    assert iteration_flops(trainer) == pytest.approx(
+    assert iteration_flops(trainer.state) == pytest.approx(
         512 * (2 * (3 * 1.14e9 + 2 * 0.02e9) + 1.14e9 / 2 + 0.12e9), rel=0.02
     )
 
@@ -251,19 +253,19 @@ def test_graph_and_eager_losses_are_equal(precision):
     device = torch.device("cuda")
     config = dataclasses.replace(SMALL, steps=12)
     eager, first, _ = losses(config, device, precision)
-    graph, second, pools = losses(config, device, precision, graph=True)
+    graph, second, batches = losses(config, device, precision, graph=True)
     np.testing.assert_allclose(graph, eager, rtol=1e-5 if precision == "float32" else 1e-2)
-    assert second.step == first.step == 12
-    assert pools.positions() == {"synthetic": 12 * 10, "real": 12 * 4}
+    assert second.state.step == first.state.step == 12
+    assert batches.positions() == {"synthetic": 12 * 10, "real": 12 * 4}
 
 
 @pytest.mark.gpu
 def test_no_synchronisation_inside_an_iteration_on_the_gpu():
     device = torch.device("cuda")
-    _, trainer, pools = losses(SMALL, device)
-    pools.reserve(trainer.images_drawn())
+    _, trainer, batches = losses(SMALL, device)
+    batches.reserve(trainer.images_drawn())
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.updates(pools.draw_synthetic, pools.draw_real)
+        trainer.updates(batches.draw_synthetic, batches.draw_real)
     finally:
         torch.cuda.set_sync_debug_mode("default")

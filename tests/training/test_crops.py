@@ -16,23 +16,25 @@ from PIL import Image
 from fastsimgan.config import TrainConfig
 from fastsimgan.data import ragged
 from fastsimgan.data.formats.open_images import open_images
+from fastsimgan.data.preprocess import equalised
 from fastsimgan.data.ragged import CentreCrops, Packer, RaggedImages, pack
 from fastsimgan.data.reading import Reading
 from fastsimgan.data.resizing import Scale, rescale, resize
 from fastsimgan.data.sampler import Sampler
 from fastsimgan.errors import InputError
-from fastsimgan.inference.torch_backend import equalised
 from fastsimgan.models.discriminator import Discriminator, receptive_field
 from fastsimgan.train import main
 from fastsimgan.training import crops
-from fastsimgan.training.batches import HostImages, ResidentCrops, open_pools
+from fastsimgan.training.batches import open_batches
 from fastsimgan.training.crops import choose_crop, field, step_bytes
+from fastsimgan.training.data_parallel import DataParallelGroup
+from fastsimgan.training.image_store import HostImages, ResidentCrops
 from fastsimgan.training.loop import fit
 from fastsimgan.training.simgan import SimGAN
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(
-    steps=4, batch_size=4, width=20, blocks=1, history=8, pretrain_discriminator=1, picture_every=2,
+    steps=4, batch_size=4, hidden_channels=20, blocks=1, history=8, pretrain_discriminator=1, eval_every=2,
     checkpoint_every=2, keep=9, device="cpu",
 )  # fmt: skip
 
@@ -190,8 +192,18 @@ def test_crops_are_as_large_as_images_and_memory_allow(monkeypatch: pytest.Monke
 
 def test_ranks_agree_on_the_crop_and_share_its_batch() -> None:
     sets = {"synthetic": np.zeros((2, 480, 640), np.uint8), "real": np.zeros((2, 480, 640), np.uint8)}
-    alone = choose_crop(sets, TrainConfig(), CPU, least_of_all=lambda value: min(value, 1 << 28))
-    both = choose_crop(sets, TrainConfig(), CPU, ranks=2, least_of_all=lambda value: min(value, 1 << 27))
+
+    class Group(DataParallelGroup):
+        """The other ranks have ``free`` bytes."""
+
+        def __init__(self, size: int, free: int) -> None:
+            super().__init__(0, size)
+            self.free = free
+
+        def largest(self, value: int) -> int:
+            return max(value, -self.free)
+
+    alone, both = (choose_crop(sets, TrainConfig(), CPU, Group(size, 1 << 29 - size)) for size in (1, 2))
     assert alone.size == both.size and "0.25 GiB a step" in alone.reason and "0.12 GiB a step" in both.reason
 
 
@@ -279,21 +291,23 @@ def test_corners_are_everywhere_equally_often_and_unrelated() -> None:
 def test_the_same_sizes_draw_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sampler, "corners", lambda *_: pytest.fail("a corner was drawn"))
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 20), dtype=np.uint8)
-    pools = open_pools(images, images, SMALL, CPU, pytest.fail)
-    pools.draw_synthetic(4)
-    pools.draw_real(4)
-    assert pools.crop == (16, 20) and not pools.crop_chosen
+    batches = open_batches(images, images, SMALL, CPU, pytest.fail)
+    batches.draw_synthetic(4)
+    batches.draw_real(4)
+    assert batches.crop == (16, 20) and not batches.crop_chosen
 
 
 def test_images_are_equalised_whole_before_they_are_cut() -> None:
     images = several(5, 0, least=60)
-    pools = open_pools(images, several(4, 1, least=60), dataclasses.replace(SMALL, histogram="equalise"), CPU, quiet)
-    assert (pools.histogram, pools.drawn_histogram) == ("equalise", "keep")
+    batches = open_batches(
+        images, several(4, 1, least=60), dataclasses.replace(SMALL, histogram="equalise"), CPU, quiet
+    )
+    assert (batches.histogram, batches.drawn_histogram) == ("equalise", "keep")
     whole = [equalised(torch.from_numpy(np.array(images[i]))[None, None], "equalise")[0, 0] for i in range(5)]
-    middle = pools.some("synthetic", 5)
+    middle = batches.some("synthetic", 5)
     for i, image in enumerate(whole):
-        top, left = (int(free) // 2 for free in images.sizes[i] - pools.crop)
-        part = image[top : top + pools.crop[0], left : left + pools.crop[1]]
+        top, left = (int(free) // 2 for free in images.sizes[i] - batches.crop)
+        part = image[top : top + batches.crop[0], left : left + batches.crop[1]]
         assert torch.equal(middle[i, 0], part)
 
 
@@ -302,7 +316,7 @@ def test_hashes_cover_values_and_sizes() -> None:
     turned = RaggedImages(images.flat, np.ascontiguousarray(images.sizes[:, ::-1]), 1)
     other = RaggedImages(images.flat.copy(), images.sizes, 1)
     other.flat[-1] ^= 1
-    hashes = {open_pools(each, images, SMALL, CPU, quiet).hashes["synthetic"] for each in (images, turned, other)}
+    hashes = {open_batches(each, images, SMALL, CPU, quiet).hashes["synthetic"] for each in (images, turned, other)}
     assert len(hashes) == 3
 
 
@@ -330,7 +344,7 @@ def test_a_run_on_several_sizes_and_one_that_is_resumed_are_equal(
     said: list[str] = []
     (tmp_path / "whole").mkdir()
     monkeypatch.chdir(tmp_path / "whole")
-    fit(*pair, config, say=said.append)
+    fit(*pair, config, log=said.append)
     assert any(line.startswith("crop: ") and "real 9 sizes from " in line for line in said)
     written = json.loads(Path("run/config.json").read_text())
     (tmp_path / "part").mkdir()
@@ -346,14 +360,14 @@ def test_a_run_on_several_sizes_and_one_that_is_resumed_are_equal(
     with monkeypatch.context() as patch:
         patch.setattr(SimGAN, "advance", stopped)
         with pytest.raises(KeyboardInterrupt):
-            fit(*pair, config, say=quiet)
+            fit(*pair, config, log=quiet)
     monkeypatch.setattr(crops, "BUDGET", {"cpu": 1})  # what is there now does not count
-    fit(*pair, dataclasses.replace(config, resume=True), say=quiet)
+    fit(*pair, dataclasses.replace(config, resume=True), log=quiet)
     assert files(tmp_path / "whole") == files(tmp_path / "part")
     crop = min(int(each.sizes[:, 0].min()) for each in pair), min(int(each.sizes[:, 1].min()) for each in pair)
     assert tuple(written["crop"]) == crop
     with pytest.raises(InputError, match=f"--crop must stay {crop[0]}x{crop[1]} when resuming run, got 23x24"):
-        fit(*pair, dataclasses.replace(config, resume=True, crop=(23, 24)), say=quiet)
+        fit(*pair, dataclasses.replace(config, resume=True, crop=(23, 24)), log=quiet)
 
 
 def test_where_images_live_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,14 +375,14 @@ def test_where_images_live_does_not_matter(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("fastsimgan.hardware.memory.available_memory", lambda: 0)  # so that room is a mapped file
     mapped = []
     for images in pair:
-        filled = RaggedImages.room([(h, w) for h, w in images.sizes.tolist()], 3, images.dtype, Path("x"))
+        filled = RaggedImages.empty([(h, w) for h, w in images.sizes.tolist()], 3, images.dtype, Path("x"))
         filled.flat[:] = images.flat
         assert filled.mapped
         mapped.append(filled)
     found = []
     for name, sets, where in (("a", pair, "auto"), ("b", pair, "host"), ("c", mapped, "device"), ("d", mapped, "host")):
         said: list[str] = []
-        fit(*sets, dataclasses.replace(SMALL, out=tmp_path / name, data=where), say=said.append)
+        fit(*sets, dataclasses.replace(SMALL, out=tmp_path / name, data=where), log=said.append)
         found.append((tmp_path / name / "metrics.jsonl").read_text())
         assert any("memory-mapped" in line for line in said) == (name == "d")
     losses = [
@@ -380,13 +394,13 @@ def test_where_images_live_does_not_matter(tmp_path: Path, monkeypatch: pytest.M
 def test_large_images_of_one_size_are_cropped_and_lists_are_taken(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 260, 270), dtype=np.uint8)
     said: list[str] = []
-    config = dataclasses.replace(SMALL, out=tmp_path / "r", steps=1, picture_every=1, crop=(24, 32))
-    fit(images, [images[0], images[1][:100], images[2]], config, say=said.append)
+    config = dataclasses.replace(SMALL, out=tmp_path / "r", steps=1, eval_every=1, crop=(24, 32))
+    fit(images, [images[0], images[1][:100], images[2]], config, log=said.append)
     assert any("24x32 at random places (--crop)" in line for line in said)
     sheet = Image.open(tmp_path / "r/contact_sheet.png")
     assert sheet.width < 6 * (32 * 4 + 2) + 80
     with pytest.raises(InputError, match="real images: images must be of one type"):
-        fit(images, [images[0], images[1][:100].astype(np.uint16)], config, say=quiet)
+        fit(images, [images[0], images[1][:100].astype(np.uint16)], config, log=quiet)
 
 
 # --- the command
@@ -417,14 +431,14 @@ def test_renders_and_photos_of_many_sizes_train_with_no_flag(tmp_path: Path, cap
     told = capsys.readouterr().out
     # turned upright first, so that 75x100 photos are high ones
     assert "real: 5 of 5 images brought to 48 pixels' height, the synthetic ones' median (--resize-real none" in told
-    assert "width: 64 feature maps" in told and "starts at random" not in told
-    assert json.loads((tmp_path / "o/config.json").read_text())["width"] == 64
+    assert "hidden channels: 64, so that" in told and "starts at random" not in told
+    assert json.loads((tmp_path / "o/config.json").read_text())["hidden_channels"] == 64
     assert main([*command, "--resume"]) == 0
     for change in (["--crop", "23", "23"], ["--resize-real", "none"], ["--resize-real", "0.5"]):
         assert main([*command, "--resume", *change]) == 2
         assert "must stay" in capsys.readouterr().err
     for extra, text in (
-        (["--resize-real", "none", "--width", "20", "--dry-run"], "R starts at random weights"),
+        (["--resize-real", "none", "--hidden-channels", "20", "--dry-run"], "R starts at random weights"),
         (["--resize-real", "0.5", "--dry-run"], "real: 5 of 5 images resized by 0.5 (--resize-real)"),
         (["--crop", "24", "26", "--dry-run"], "crop: 24x26 at random places (--crop)"),
     ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -22,17 +21,18 @@ from fastsimgan.config import TrainConfig
 from fastsimgan.errors import InputError, TrainingError
 from fastsimgan.storage.checkpoint import list_checkpoints, load_checkpoint
 from fastsimgan.training import data_parallel
-from fastsimgan.training.batches import open_pools
-from fastsimgan.training.data_parallel import TIMEOUT, Ranks, join_ranks
+from fastsimgan.training.batches import open_batches
+from fastsimgan.training.data_parallel import TIMEOUT, DataParallelGroup, join_group
 from fastsimgan.training.history_buffer import HistoryBuffer
 from fastsimgan.training.loop import _check_shares
 from fastsimgan.training.simgan import SimGAN
+from fastsimgan.training.state import TrainingState
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED, STEPS = 20, 60
 FLAGS = [
-    "--synthetic", "a.npy", "--real", "b.npy", "--device", "cpu", "--precision", "float32", "--width", "20",
-    "--blocks", "1", "--batch-size", "8", "--history", "12", "--pretrain-discriminator", "0", "--picture-every", "1000",
+    "--synthetic", "a.npy", "--real", "b.npy", "--device", "cpu", "--precision", "float32", "--hidden-channels", "20",
+    "--blocks", "1", "--batch-size", "8", "--history", "12", "--pretrain-discriminator", "0", "--eval-every", "1000",
     "--checkpoint-every", "10", "--keep", "10", "--steps", str(STEPS),
 ]  # fmt: skip
 
@@ -67,7 +67,9 @@ class TwoHistories:
 
     def __init__(self, capacity: int, seed: int) -> None:
         shape = (1, 16, 20)
-        self.parts = [HistoryBuffer(capacity // 2, shape, seed=Ranks(rank, 2).seed(seed)) for rank in range(2)]
+        self.parts = [
+            HistoryBuffer(capacity // 2, shape, seed=DataParallelGroup(rank, 2).seed(seed)) for rank in range(2)
+        ]
 
     def swap(self, fresh: Tensor) -> Tensor:
         drawn = [part.swap(fresh[rank::2]) for rank, part in enumerate(self.parts)]
@@ -84,20 +86,21 @@ def two(folder) -> Path:
 
 
 def test_two_processes_equal_one_with_the_same_batch(two, folder):
-    config = TrainConfig(width=20, blocks=1, batch_size=8, history=12, steps=STEPS, device="cpu")
-    pools = open_pools(images(13, 0), images(9, 1), config, torch.device("cpu"), lambda _: None)
-    trainer = SimGAN(config, pools.image_shape, torch.device("cpu"))
-    trainer.history = TwoHistories(config.history, config.seed)
+    config = TrainConfig(hidden_channels=20, blocks=1, batch_size=8, history=12, steps=STEPS, device="cpu")
+    batches = open_batches(images(13, 0), images(9, 1), config, torch.device("cpu"), lambda _: None)
+    trainer = SimGAN(TrainingState(config, batches.image_shape, torch.device("cpu"), batches=batches))
+    trainer.state.history = TwoHistories(config.history, config.seed)
     for _ in range(COMPARED):
-        trainer.iteration(pools.draw_synthetic, pools.draw_real)
+        trainer.iteration(batches.draw_synthetic, batches.draw_real)
     tensors, facts = load_checkpoint(two / "checkpoints" / f"step-{COMPARED:08d}")
-    assert facts["ranks"] == 2 and facts["positions"] == pools.positions()
-    for name in ("refiner", "discriminator", "average"):
-        for key, value in getattr(trainer, name).state_dict().items():
+    assert facts["ranks"] == 2 and facts["positions"] == batches.positions()
+    here = trainer.state
+    for name, network in (("refiner", here.refiner), ("discriminator", here.discriminator), ("average", here.ema)):
+        for key, value in network.state_dict().items():
             torch.testing.assert_close(tensors[f"{name}.{key}"], value, rtol=0, atol=1e-5)
     histories = [tensors[f"history.{rank}.storage"] for rank in range(2)]
     assert not torch.equal(*histories)
-    for rank, part in enumerate(trainer.history.parts):
+    for rank, part in enumerate(trainer.state.history.parts):
         assert (tensors[f"history.{rank}.state"] == part.state_dict()["state"]).all()
 
 
@@ -149,8 +152,8 @@ def test_sigterm_stops_all_after_the_same_step_and_the_job_resumes_exactly(two, 
 
 
 def test_each_rank_has_its_own_history_and_all_the_rest_in_common():
-    assert Ranks(0, 2).seed(5) == 5 != Ranks(1, 2).seed(5) != Ranks(2, 3).seed(5)
-    assert Ranks(1, 2).seed(5) == Ranks(1, 4).seed(5)
+    assert DataParallelGroup(0, 2).seed(5) == 5 != DataParallelGroup(1, 2).seed(5) != DataParallelGroup(2, 3).seed(5)
+    assert DataParallelGroup(1, 2).seed(5) == DataParallelGroup(1, 4).seed(5)
 
 
 class Never:
@@ -168,11 +171,11 @@ class Never:
 
 
 def test_gradients_that_do_not_come_are_told_by_our_message():
-    Ranks(0, 1, patience=0.01).wait(Never())  # alone: the device's own matter
+    DataParallelGroup(0, 1, patience=0.01).wait(Never())  # alone: the device's own matter
     with pytest.raises(
         TrainingError, match=r"rank 1 of 2 lost another rank \(none of its gradients in 0.01 s\).*--resume"
     ):
-        Ranks(1, 2, patience=0.01).wait(Never())
+        DataParallelGroup(1, 2, patience=0.01).wait(Never())
 
 
 def test_on_cuda_gradients_go_through_nccl_by_device_and_agreement_through_gloo(monkeypatch):
@@ -191,7 +194,7 @@ def test_on_cuda_gradients_go_through_nccl_by_device_and_agreement_through_gloo(
     monkeypatch.setattr(data_parallel.atexit, "register", lambda function: calls.append(("at exit", function)))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    joined, device = join_ranks("cuda")
+    joined, device = join_group("cuda")
     (_, chosen), (_, backends, options), (_, leave), (_, _, control) = calls
     assert device == chosen == "cuda:1" and backends == ("nccl",) and control["backend"] == "gloo"
     assert options["device_id"] == torch.device("cuda:1")
@@ -202,13 +205,12 @@ def test_on_cuda_gradients_go_through_nccl_by_device_and_agreement_through_gloo(
     assert name == "all_reduce" and not shared.is_cuda and where == {"group": "control"}
     leave()
     assert calls[-1][0] == "destroy_process_group"
-    assert copy.deepcopy(joined) is joined  # as a profile's copy of a trainer needs
 
 
 def test_shares_must_be_even():
     config = TrainConfig(batch_size=8, history=12)
-    _check_shares(config, Ranks(0, 2))
+    _check_shares(config, DataParallelGroup(0, 2))
     with pytest.raises(InputError, match="multiple of twice the 3 processes, got 8"):
-        _check_shares(config, Ranks(0, 3))
+        _check_shares(config, DataParallelGroup(0, 3))
     with pytest.raises(InputError, match="--history must hold half a batch in each process, got 3"):
-        _check_shares(dataclasses.replace(config, history=3), Ranks(0, 2))
+        _check_shares(dataclasses.replace(config, history=3), DataParallelGroup(0, 2))

@@ -45,13 +45,6 @@ def test_memory_is_capacity_times_image_and_8_bytes_a_slot() -> None:
     assert state["state"].untyped_storage().nbytes() == 512 * 8 + 56
 
 
-@pytest.mark.parametrize(("dtype", "capacity"), [(torch.uint8, 28), (torch.float16, 14), (torch.float32, 7)])
-def test_capacity_in_bytes(dtype: torch.dtype, capacity: int) -> None:
-    buffer = HistoryBuffer(image_shape=SHAPE, dtype=dtype, capacity_bytes=1000)
-    assert buffer.capacity == capacity
-    assert buffer.state_dict()["storage"].nbytes <= 1000
-
-
 @pytest.mark.parametrize("after", [2, 9])  # while filling; when full
 def test_state_restores_mid_run_exactly(after: int, tmp_path: Path) -> None:
     run = HistoryBuffer(capacity=18, image_shape=SHAPE, seed=5)
@@ -95,9 +88,6 @@ def test_wrong_states_are_refused_and_nothing_is_changed() -> None:
 def test_wrong_arguments_are_named() -> None:
     for arguments, message in [
         ({"capacity": 0}, "history must hold at least 1 image of 35 bytes, got capacity 0"),
-        ({"capacity_bytes": 34}, "history must hold at least 1 image of 35 bytes, got capacity 0"),
-        ({}, "give either capacity or capacity_bytes, got None and None"),
-        ({"capacity": 3, "capacity_bytes": 1000}, "give either capacity or capacity_bytes, got 3 and 1000"),
         ({"capacity": 3, "dtype": torch.int64}, "history dtype must be uint8, .* got torch.int64"),
     ]:
         with pytest.raises(InputError, match=message):

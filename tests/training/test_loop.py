@@ -17,9 +17,16 @@ from fastsimgan.errors import InputError, TrainingError
 from fastsimgan.storage.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from fastsimgan.train import main
 from fastsimgan.training.loop import fit
-from fastsimgan.training.monitor import WINDOW, GuardRails
+from fastsimgan.training.monitor import WINDOW, TrainingMonitor
 
-SMALL = {"width": 20, "blocks": 1, "batch_size": 4, "history": 6, "pretrain_discriminator": 2, "device": "cpu"}
+SMALL = {
+    "hidden_channels": 20,
+    "blocks": 1,
+    "batch_size": 4,
+    "history": 6,
+    "pretrain_discriminator": 2,
+    "device": "cpu",
+}
 
 
 def images(count: int, seed: int, size=(16, 20)) -> np.ndarray:
@@ -37,9 +44,9 @@ def quiet(_: str) -> None:
 
 def test_a_run_writes_what_it_says(pair, tmp_path):
     out = tmp_path / "run"
-    config = TrainConfig(**SMALL, out=out, steps=4, picture_every=2, checkpoint_every=2, keep=1)
+    config = TrainConfig(**SMALL, out=out, steps=4, eval_every=2, checkpoint_every=2, keep=1)
     said: list[str] = []
-    refiner = fit(*pair, config, say=said.append)
+    refiner = fit(*pair, config, log=said.append)
     assert said[-1].startswith("label drift: ") and said[-1].endswith(f"; of {len(pair[0])} images")
     assert {p.name for p in out.iterdir()} == {
         "config.json", "metrics.jsonl", "refiner.safetensors", "best.safetensors", "contact_sheet.png", "pictures",
@@ -57,14 +64,14 @@ def test_a_run_writes_what_it_says(pair, tmp_path):
 
 @pytest.mark.parametrize("interrupted_at", [2, 3])
 def test_resume_ends_exactly_where_an_uninterrupted_run_does(pair, tmp_path, monkeypatch, interrupted_at):
-    whole = TrainConfig(**SMALL, out=tmp_path / "whole", steps=6, picture_every=3, checkpoint_every=2)
-    fit(*pair, whole, say=quiet)
+    whole = TrainConfig(**SMALL, out=tmp_path / "whole", steps=6, eval_every=3, checkpoint_every=2)
+    fit(*pair, whole, log=quiet)
 
     class Stop(Exception):
         pass
 
     broken = dataclasses.replace(whole, out=tmp_path / "broken")
-    watch = GuardRails.watch
+    watch = TrainingMonitor.watch
 
     def stop(self, step, metrics):
         watch(self, step, metrics)
@@ -72,10 +79,10 @@ def test_resume_ends_exactly_where_an_uninterrupted_run_does(pair, tmp_path, mon
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(GuardRails, "watch", stop)
+        patch.setattr(TrainingMonitor, "watch", stop)
         with pytest.raises(Stop):
-            fit(*pair, broken, say=quiet)
-    fit(*pair, dataclasses.replace(broken, resume=True), say=quiet)
+            fit(*pair, broken, log=quiet)
+    fit(*pair, dataclasses.replace(broken, resume=True), log=quiet)
     first, facts = load_checkpoint(tmp_path / "whole/checkpoints/step-00000006")
     second, facts2 = load_checkpoint(tmp_path / "broken/checkpoints/step-00000006")
     assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
@@ -89,14 +96,14 @@ def test_resume_ends_exactly_where_an_uninterrupted_run_does(pair, tmp_path, mon
 
 
 def test_resume_passes_over_a_damaged_checkpoint_and_says_so(pair, tmp_path):
-    config = TrainConfig(**SMALL, out=tmp_path / "run", steps=4, picture_every=4, checkpoint_every=2)
-    fit(*pair, config, say=quiet)
+    config = TrainConfig(**SMALL, out=tmp_path / "run", steps=4, eval_every=4, checkpoint_every=2)
+    fit(*pair, config, log=quiet)
     newest = tmp_path / "run/checkpoints/step-00000004/state.safetensors"
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(bytes(data))
     said: list[str] = []
-    fit(*pair, dataclasses.replace(config, resume=True), say=said.append)
+    fit(*pair, dataclasses.replace(config, resume=True), log=said.append)
     assert any("passed over" in line and "sha256" in line for line in said)
     assert any("after iteration 2" in line for line in said)
     newest.write_bytes(b"")
@@ -109,7 +116,18 @@ def test_resume_refuses_other_data_and_other_settings(pair, tmp_path, capsys):
     for name, array in zip(("a", "b"), pair, strict=True):
         np.save(tmp_path / f"{name}.npy", array)
     flags = ["--synthetic", str(tmp_path / "a.npy"), "--real", str(tmp_path / "b.npy"), "--out", str(tmp_path / "run")]
-    small = ["--width", "20", "--blocks", "1", "--batch-size", "4", "--pretrain-discriminator", "1", "--steps", "2"]
+    small = [
+        "--hidden-channels",
+        "20",
+        "--blocks",
+        "1",
+        "--batch-size",
+        "4",
+        "--pretrain-discriminator",
+        "1",
+        "--steps",
+        "2",
+    ]
     assert main([*flags, *small, "--history", "6", "--device", "cpu"]) == 0
     assert main(["--out", str(tmp_path / "run"), "--resume", "--lambda", "9"]) == 2
     assert "--lambda must stay" in capsys.readouterr().err
@@ -149,12 +167,12 @@ def test_a_checkpoint_of_a_stop_goes_with_the_next_and_takes_no_other_place(tmp_
 def test_not_finite_stops_and_names_the_number(pair, tmp_path):
     config = TrainConfig(**SMALL, out=tmp_path / "run", steps=4, lam=1e38, learning_rate_refiner=0.9)
     with pytest.raises(TrainingError, match="must be finite.*step"):
-        fit(*pair, dataclasses.replace(config, lam=3e38), say=quiet)
+        fit(*pair, dataclasses.replace(config, lam=3e38), log=quiet)
 
 
 def test_guard_rails_speak_once_a_stay():
     said: list[str] = []
-    guard = GuardRails(said.append)
+    guard = TrainingMonitor(said.append)
     good = {"accuracy_refined": 0.7, "accuracy_real": 0.7, "change": 10.0}
     for step in range(WINDOW * 2):
         guard.watch(step, good)
@@ -176,9 +194,9 @@ def test_equalised_real_images_make_the_synthetic_ones_equalised(tmp_path):
     plain = (images(12, 0) // 4 + 60).astype(np.uint8)
     equal = equalise(torch.from_numpy(images(9, 1) // 3)[:, None])[:, 0].numpy()
     said: list[str] = []
-    refiner = fit(plain, equal, TrainConfig(**SMALL, out=tmp_path / "r", dry_run=True), say=said.append)
+    refiner = fit(plain, equal, TrainConfig(**SMALL, out=tmp_path / "r", dry_run=True), log=said.append)
     assert refiner.settings["histogram"] == "equalise" and "equalised" in said[0]
-    refiner = fit(equal, equal, TrainConfig(**SMALL, out=tmp_path / "r", dry_run=True), say=quiet)
+    refiner = fit(equal, equal, TrainConfig(**SMALL, out=tmp_path / "r", dry_run=True), log=quiet)
     assert refiner.settings["histogram"] == "keep"
     assert not (tmp_path / "r").exists()
 
@@ -211,8 +229,8 @@ def test_bad_settings_are_one_line_exit_2_and_nothing_written(flags, message, tm
 def test_a_refiner_too_narrow_for_the_identity_is_said(tmp_path):
     colour = np.zeros((4, 16, 20, 3), np.uint8)
     said: list[str] = []
-    fit(colour, colour, TrainConfig(**SMALL, out=tmp_path / "r", dry_run=True), say=said.append)
-    assert any("--identity-init needs --width at least 60" in line and "got 20" in line for line in said)
+    fit(colour, colour, TrainConfig(**SMALL, out=tmp_path / "r", dry_run=True), log=said.append)
+    assert any("--identity-init needs --hidden-channels at least 60" in line and "got 20" in line for line in said)
 
 
 def test_a_misspelt_flag_is_answered_with_the_right_one(capsys):
@@ -224,13 +242,13 @@ def test_a_misspelt_flag_is_answered_with_the_right_one(capsys):
 
 def test_channels_of_both_sides_must_agree(pair, tmp_path):
     with pytest.raises(InputError, match="one number of channels, got 1 and 3"):
-        fit(pair[0], images(4, 0, (16, 20, 3)), TrainConfig(**SMALL, out=tmp_path / "r"), say=quiet)
+        fit(pair[0], images(4, 0, (16, 20, 3)), TrainConfig(**SMALL, out=tmp_path / "r"), log=quiet)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_not_overwritten(pair, tmp_path):
     with pytest.raises(InputError, match="--out must not exist yet"):
-        fit(*pair, TrainConfig(**SMALL, out=tmp_path, steps=1), say=quiet)
+        fit(*pair, TrainConfig(**SMALL, out=tmp_path, steps=1), log=quiet)
 
 
 def test_every_preset_is_valid():

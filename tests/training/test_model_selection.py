@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 
 from fastsimgan.config import TrainConfig
 from fastsimgan.errors import InputError, TrainingError
-from fastsimgan.metrics.realism import kernel_distance, random_features
+from fastsimgan.metrics.features import random_features
+from fastsimgan.metrics.realism import kernel_distance
 from fastsimgan.storage.checkpoint import flatten, load_checkpoint
 from fastsimgan.training import model_selection
-from fastsimgan.training.batches import open_pools
+from fastsimgan.training.batches import open_batches
 from fastsimgan.training.loop import fit
-from fastsimgan.training.model_selection import Selection
-from fastsimgan.training.simgan import SimGAN
+from fastsimgan.training.model_selection import ModelSelector
+from fastsimgan.training.state import Facts, StateDict, TrainingState
 from tests.killed_runs import CONFIG, files
 
 CPU = torch.device("cpu")
@@ -38,52 +39,54 @@ def bars(count: int, seed: int, top: int = 200) -> np.ndarray:
 
 @pytest.fixture
 def watched():
-    """A trainer and pools whose R is the identity: its images are as real as can be."""
-    config = TrainConfig(batch_size=4, width=20, blocks=1, history=8, device="cpu")
-    pools = open_pools(bars(40, 0), bars(30, 1), config, CPU, quiet)
-    return SimGAN(config, pools.image_shape, CPU), pools
+    """A state and its batches whose R is the identity: its images are as real as can be."""
+    config = TrainConfig(batch_size=4, hidden_channels=20, blocks=1, history=8, device="cpu")
+    batches = open_batches(bars(40, 0), bars(30, 1), config, CPU, quiet)
+    return TrainingState(config, batches.image_shape, CPU, batches=batches), batches
 
 
-def spoil(trainer, amount: float) -> None:
+def spoil(state, amount: float) -> None:
     with torch.no_grad():
-        trainer.average.last.bias += amount
-    trainer.done["train"] += 1
+        state.ema.last.bias += amount
+    state.done["train"] += 1
 
 
-def test_the_look_with_the_lowest_distance_from_real_images_is_kept(watched):
-    trainer, pools = watched
-    spoil(trainer, 0.5)
-    found = Selection(trainer, pools, 0)
-    looks = [found.look()]
-    spoil(trainer, -0.5)  # the planted best
-    expected = flatten("best", {name: value.clone() for name, value in trainer.average.state_dict().items()})
-    looks.append(found.look())
-    spoil(trainer, -0.4)
-    looks.append(found.look())
-    assert looks[1]["kid"] < min(looks[0]["kid"], looks[2]["kid"])
-    assert found.best == {"step": 2, **looks[1]} and not found.drifted
-    tensors, facts = found.state()
+def test_the_evaluation_with_the_lowest_distance_from_real_images_is_kept(watched):
+    state, batches = watched
+    spoil(state, 0.5)
+    selector = ModelSelector(state)
+    found = [selector.evaluate()]
+    spoil(state, -0.5)  # the planted best
+    expected = flatten("best", {name: value.clone() for name, value in state.ema.state_dict().items()})
+    found.append(selector.evaluate())
+    spoil(state, -0.4)
+    found.append(selector.evaluate())
+    assert found[1]["kid"] < min(found[0]["kid"], found[2]["kid"])
+    assert state.best == {"step": 2, **found[1]} and not state.drifted
+    saved = state.state_dict()
+    tensors = {name: value for name, value in saved.tensors.items() if name.startswith("best.")}
     assert set(tensors) == set(expected) and all(torch.equal(tensors[name], expected[name]) for name in expected)
 
-    refined = load_like(trainer, tensors, pools)
-    assert looks[1]["kid"] == pytest.approx(kernel_distance(random_features(refined), random_features(bars(30, 1))))
+    facts = Facts(**json.loads(json.dumps(vars(saved.facts))))
+    again = TrainingState(state.config, batches.image_shape, CPU, batches=batches)
+    again.load_state_dict(StateDict(saved.tensors, facts))
+    assert again.best == state.best and torch.equal(again.best_refiner.last.bias, state.best_refiner.last.bias)
 
-    again = Selection(trainer, pools, 0)
-    again.load_state(tensors, json.loads(json.dumps(facts)))
-    assert again.best == found.best and torch.equal(again.network.last.bias, found.network.last.bias)
-
-
-def load_like(trainer, tensors, pools):
-    trainer.average.load_state_dict({name.removeprefix("best."): value for name, value in tensors.items()})
-    refined = model_selection.Refiner.from_module(trainer.average, pools.histogram, CPU)
-    return refined(model_selection.some_synthetic(pools.arrays["synthetic"]))
+    refined = load_like(state, tensors, batches)
+    assert found[1]["kid"] == pytest.approx(kernel_distance(random_features(refined), random_features(bars(30, 1))))
 
 
-def test_a_look_takes_no_random_number(watched):
-    trainer, pools = watched
-    before = torch.get_rng_state(), pools.positions()
-    Selection(trainer, pools, 0).look()
-    assert torch.equal(torch.get_rng_state(), before[0]) and pools.positions() == before[1]
+def load_like(state, tensors, batches):
+    state.ema.load_state_dict({name.removeprefix("best."): value for name, value in tensors.items()})
+    refined = model_selection.Refiner.from_module(state.ema, batches.histogram, CPU)
+    return refined(model_selection.some_synthetic(batches.arrays["synthetic"]))
+
+
+def test_an_evaluation_takes_no_random_number(watched):
+    state, batches = watched
+    before = torch.get_rng_state(), batches.positions()
+    ModelSelector(state).evaluate()
+    assert torch.equal(torch.get_rng_state(), before[0]) and batches.positions() == before[1]
 
 
 def scripted(monkeypatch, *drifts: float) -> None:
@@ -102,8 +105,8 @@ def test_training_stops_beyond_the_limit_and_the_refiner_is_the_best_look_before
     monkeypatch.chdir(tmp_path)
     scripted(monkeypatch, 0.5, 1.0, 1.01)
     said: list[str] = []
-    config = dataclasses.replace(CONFIG, steps=20, picture_every=2, max_drift=1.0)
-    fit(bars(12, 0), bars(9, 1), config, say=said.append)
+    config = dataclasses.replace(CONFIG, steps=20, eval_every=2, max_drift=1.0)
+    fit(bars(12, 0), bars(9, 1), config, log=said.append)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 6 and rows[-1]["drift_px"] == 1.01
     tensors, facts = load_checkpoint(tmp_path / "run/checkpoints/step-00000006")
@@ -115,13 +118,13 @@ def test_training_stops_beyond_the_limit_and_the_refiner_is_the_best_look_before
     assert any("labels drift by more than --max-drift 1 px" in line for line in said)
 
     expected = files(tmp_path)
-    fit(bars(12, 0), bars(9, 1), dataclasses.replace(config, resume=True), say=quiet)  # it is over: nothing is trained
+    fit(bars(12, 0), bars(9, 1), dataclasses.replace(config, resume=True), log=quiet)  # it is over: nothing is trained
     assert files(tmp_path) == expected
 
 
 def test_the_last_iteration_is_looked_at_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fit(bars(12, 0), bars(9, 1), CONFIG, say=quiet)  # 8 iterations, a picture every 3
+    fit(bars(12, 0), bars(9, 1), CONFIG, log=quiet)  # 8 iterations, a picture every 3
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "kid" in row] == [3, 6, 8]
 
@@ -130,7 +133,7 @@ def test_a_first_look_beyond_the_limit_is_an_error_that_says_what_to_do(tmp_path
     monkeypatch.chdir(tmp_path)
     scripted(monkeypatch, 2.0)
     with pytest.raises(TrainingError, match=r"at most --max-drift 1\.5 px, got 2\.00 at the first look, iteration 3"):
-        fit(bars(12, 0), bars(9, 1), dataclasses.replace(CONFIG, max_drift=1.5), say=quiet)
+        fit(bars(12, 0), bars(9, 1), dataclasses.replace(CONFIG, max_drift=1.5), log=quiet)
     with pytest.raises(InputError, match="--max-drift must be at least 0, got -1"):
         dataclasses.replace(CONFIG, max_drift=-1).validate()
 
@@ -139,4 +142,4 @@ def test_a_limit_needs_something_to_measure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flat = np.full((12, 20, 24), 90, np.uint8)
     with pytest.raises(TrainingError, match="needs edges to measure by"):
-        fit(flat, bars(9, 1), dataclasses.replace(CONFIG, max_drift=1.0), say=quiet)
+        fit(flat, bars(9, 1), dataclasses.replace(CONFIG, max_drift=1.0), log=quiet)

@@ -19,10 +19,11 @@ import torch
 from fastsimgan.errors import InputError, Stopped, TrainingError
 from fastsimgan.inference.refiner import read_refiner
 from fastsimgan.storage.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from fastsimgan.training.batches import open_pools
+from fastsimgan.training.batches import open_batches
 from fastsimgan.training.loop import fit
-from fastsimgan.training.run_directory import ATTEMPTS, RunFolder
+from fastsimgan.training.run_directory import ATTEMPTS, RunDirectory
 from fastsimgan.training.simgan import SimGAN
+from fastsimgan.training.state import TrainingState
 from tests.killed_runs import CONFIG, files, images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ def finished(tmp_path_factory):
         if key not in made:
             made[key] = tmp_path_factory.mktemp("whole")
             monkeypatch.chdir(made[key])
-            fit(images(12, 0), images(9, 1), dataclasses.replace(CONFIG, **settings), say=quiet)
+            fit(images(12, 0), images(9, 1), dataclasses.replace(CONFIG, **settings), log=quiet)
         shutil.copytree(made[key] / "run", folder / "run")
         monkeypatch.chdir(folder)
         return folder
@@ -90,35 +91,36 @@ def test_resume_after_a_signal_goes_on_from_the_very_step(number, at, pair, tmp_
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr("fastsimgan.training.graceful_stop.PATIENCE", 600.0)  # the machine may be busy
-    record, handler = RunFolder.record, signal.getsignal(number)
+    record, handler = RunDirectory.record, signal.getsignal(number)
 
     def send(self, phase, step, metrics):
         record(self, phase, step, metrics)
-        if self.trainer.step == at:
+        if self._state.step == at:
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "record", send)
+        patch.setattr(RunDirectory, "record", send)
         with pytest.raises(Stopped, match=f"train step {at}") as stop:
-            fit(*pair, CONFIG, say=quiet)
+            fit(*pair, CONFIG, log=quiet)
     assert stop.value.exit_code == 128 + number
     assert list_checkpoints(folder / "run/checkpoints")[-1].name == f"step-{at:08d}-stopped"
     assert signal.getsignal(number) == handler
-    fit(*pair, dataclasses.replace(CONFIG, resume=True), say=quiet)
+    fit(*pair, dataclasses.replace(CONFIG, resume=True), log=quiet)
     assert files(folder) == expected
 
 
 def test_a_stop_right_after_a_checkpoint_does_not_write_it_again(pair, tmp_path, monkeypatch):
     """It would be gone for a moment."""
     monkeypatch.chdir(tmp_path)
-    fit(*pair, dataclasses.replace(CONFIG, steps=2), say=quiet)
+    fit(*pair, dataclasses.replace(CONFIG, steps=2), log=quiet)
     path = Path("run/checkpoints/step-00000002")
     before = path.stat().st_ino
     config = dataclasses.replace(CONFIG, resume=True)
-    pools = open_pools(*pair, config, torch.device("cpu"), quiet)
-    run = RunFolder(config, SimGAN(config, pools.image_shape, torch.device("cpu")), pools, quiet)
+    batches = open_batches(*pair, config, torch.device("cpu"), quiet)
+    state = TrainingState(config, batches.image_shape, torch.device("cpu"), batches=batches)
+    run = RunDirectory(config, state, quiet)
     run.open()
-    run.write(run.remember(), due=False)
+    run.write(run.snapshot(), due=False)
     assert path.stat().st_ino == before and list_checkpoints(path.parent)[-1] == path
 
 
@@ -135,7 +137,7 @@ def test_resume_after_sigterm_to_the_command(tmp_path):
         "100000",
         "--batch-size",
         "4",
-        "--width",
+        "--hidden-channels",
         "20",
         "--blocks",
         "1",
@@ -163,7 +165,7 @@ def test_resume_after_sigterm_to_the_command(tmp_path):
 def test_resume_refuses_a_damaged_checkpoint_takes_the_one_before_and_says_so(
     file, damage, pair, tmp_path, monkeypatch, finished
 ):
-    folder = finished(tmp_path / "whole", monkeypatch, picture_every=8)
+    folder = finished(tmp_path / "whole", monkeypatch, eval_every=8)
     expected = files(folder)
     path = folder / "run/checkpoints/step-00000008" / file
     data = bytearray(path.read_bytes())
@@ -175,7 +177,7 @@ def test_resume_refuses_a_damaged_checkpoint_takes_the_one_before_and_says_so(
     else:
         path.unlink()
     said: list[str] = []
-    fit(*pair, dataclasses.replace(CONFIG, picture_every=8, resume=True), say=said.append)
+    fit(*pair, dataclasses.replace(CONFIG, eval_every=8, resume=True), log=said.append)
     said = [line for line in said if not line.startswith("precision")]  # on a CPU that has bfloat16
     assert "passed over" in said[0] and "step-00000008" in said[0]
     assert "damaged" in said[0] or "not a whole checkpoint" in said[0]
@@ -184,12 +186,12 @@ def test_resume_refuses_a_damaged_checkpoint_takes_the_one_before_and_says_so(
 
 
 def test_resume_after_half_a_line_of_metrics(pair, tmp_path, monkeypatch, finished):
-    folder = finished(tmp_path / "whole", monkeypatch, picture_every=8)
+    folder = finished(tmp_path / "whole", monkeypatch, eval_every=8)
     expected = files(folder)
     shutil.rmtree(folder / "run/checkpoints/step-00000008")
     with (folder / "run/metrics.jsonl").open("r+") as file:
         file.truncate(len(file.read()) - 9)
-    fit(*pair, dataclasses.replace(CONFIG, picture_every=8, resume=True), say=quiet)
+    fit(*pair, dataclasses.replace(CONFIG, eval_every=8, resume=True), log=quiet)
     assert files(folder) == expected
 
 
@@ -198,7 +200,7 @@ def test_resume_with_no_whole_checkpoint_is_refused(pair, tmp_path, monkeypatch,
     for path in list_checkpoints(folder / "run/checkpoints"):
         (path / "state.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="no whole checkpoint"):
-        fit(*pair, dataclasses.replace(CONFIG, resume=True), say=quiet)
+        fit(*pair, dataclasses.replace(CONFIG, resume=True), log=quiet)
 
 
 def poison(monkeypatch, at: int, times: int, where: str) -> None:
@@ -208,11 +210,11 @@ def poison(monkeypatch, at: int, times: int, where: str) -> None:
 
     def poisoned(self, name, loss):
         nonlocal left
-        if name == "refiner" and self.step == at - 1 and left:
+        if name == "refiner" and self.state.step == at - 1 and left:
             left -= 1
             if where == "loss":
                 return backward(self, name, loss * float("nan"))
-            weight = self.refiner.last.weight
+            weight = self.state.refiner.last.weight
             handle = weight.register_hook(lambda gradient: gradient * float("nan"))
             backward(self, name, loss)
             handle.remove()
@@ -227,7 +229,7 @@ def test_resume_from_a_checkpoint_after_nan_within_a_step(where, pair, tmp_path,
     monkeypatch.chdir(tmp_path)
     poison(monkeypatch, at=6, times=2, where=where)
     said: list[str] = []
-    fit(*pair, CONFIG, say=said.append)
+    fit(*pair, CONFIG, log=said.append)
     warnings = [line for line in said if "must be finite" in line]
     assert len(warnings) == 2
     assert all("in train step 6" in line and "step-00000004, after iteration 4" in line for line in warnings)
@@ -240,7 +242,7 @@ def test_resume_from_a_checkpoint_after_nan_within_a_step(where, pair, tmp_path,
 
 def fit_again(pair):
     """A finished run, resumed: nothing is left to do."""
-    return fit(*pair, dataclasses.replace(CONFIG, resume=True), say=quiet)
+    return fit(*pair, dataclasses.replace(CONFIG, resume=True), log=quiet)
 
 
 def test_nan_again_and_again_stops_and_names_the_batch(pair, tmp_path, monkeypatch):
@@ -248,7 +250,7 @@ def test_nan_again_and_again_stops_and_names_the_batch(pair, tmp_path, monkeypat
     poison(monkeypatch, at=6, times=99, where="loss")
     said: list[str] = []
     with pytest.raises(TrainingError, match="after going back 3 times.*6 synthetic .*; 4 real") as stop:
-        fit(*pair, CONFIG, say=said.append)
+        fit(*pair, CONFIG, log=said.append)
     assert stop.value.exit_code == 4 and "\n" not in str(stop.value)
     assert sum("must be finite" in line for line in said) == ATTEMPTS
     batch = json.loads(Path("run/not_finite.json").read_text())
@@ -262,12 +264,12 @@ def test_resume_needs_the_rest_of_the_state(precision, pair, tmp_path, monkeypat
     """As below, for what only some runs have: a K_g that moves, a way back from NaN, float16's loss scales."""
     monkeypatch.setattr("fastsimgan.training.simgan._WINDOW", 4)
     monkeypatch.setattr("fastsimgan.training.simgan._BAND", (-1.0, -0.5))  # K_g rises after every fourth iteration
-    config = dataclasses.replace(CONFIG, steps=10, keep=10, k_g_max=4, precision=precision, picture_every=100)
+    config = dataclasses.replace(CONFIG, steps=10, keep=10, k_g_max=4, precision=precision, eval_every=100)
     with monkeypatch.context() as patch:
         poison(patch, at=3, times=1, where="loss")
         (tmp_path / "whole").mkdir()
         patch.chdir(tmp_path / "whole")
-        fit(*pair, config, say=quiet)
+        fit(*pair, config, log=quiet)
     expected = files(tmp_path / "whole")
     tensors, facts = load_checkpoint(tmp_path / "whole/run/checkpoints/step-00000006")
     assert facts["k_g"] == 2 and len(facts["accuracies"]) == 2
@@ -286,7 +288,7 @@ def test_resume_needs_the_rest_of_the_state(precision, pair, tmp_path, monkeypat
         other = facts | ({part: empty[part]} if part in empty else {})
         save_checkpoint(folder / "run/checkpoints", "step-00000006", less, other, keep=10)
         monkeypatch.chdir(folder)
-        fit(*pair, dataclasses.replace(config, resume=True), say=quiet)
+        fit(*pair, dataclasses.replace(config, resume=True), log=quiet)
         assert (files(folder) == expected) == (part == "nothing"), part
 
 
@@ -313,5 +315,5 @@ def test_resume_needs_every_part_of_the_state(pair, tmp_path, monkeypatch, finis
         if part == "best look":
             other["best"] = None
         save_checkpoint(folder / "run/checkpoints", "step-00000006", less, other, keep=2)
-        fit(*pair, dataclasses.replace(CONFIG, resume=True), say=quiet)
+        fit(*pair, dataclasses.replace(CONFIG, resume=True), log=quiet)
         assert (files(folder) == expected) == (part == "nothing"), part

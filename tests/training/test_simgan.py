@@ -1,5 +1,7 @@
 """Algorithm 1: what each update changes, and what it must not (paper §2, and the mistakes public ports make)."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,13 +9,14 @@ from torch import Tensor
 from fastsimgan.config import TrainConfig
 from fastsimgan.training.objectives import discriminator_objective, refiner_objective
 from fastsimgan.training.simgan import SimGAN
+from fastsimgan.training.state import StateDict, TrainingState
 
 SHAPE = (1, 16, 20)
 
 
 def make(**settings) -> SimGAN:
-    defaults = {"width": 20, "blocks": 1, "batch_size": 4, "history": 8, "steps": 10}
-    return SimGAN(TrainConfig(**(defaults | settings)), SHAPE, torch.device("cpu"))
+    defaults = {"hidden_channels": 20, "blocks": 1, "batch_size": 4, "history": 8, "steps": 10}
+    return SimGAN(TrainingState(TrainConfig(**(defaults | settings)), SHAPE, torch.device("cpu")))
 
 
 def draw(count: int) -> Tensor:
@@ -30,46 +33,46 @@ def changed(before, module) -> bool:
 
 def test_each_update_trains_its_own_network_and_holds_the_other_fixed():
     trainer = make()
-    refiner, discriminator = weights(trainer.refiner), weights(trainer.discriminator)
+    refiner, discriminator = weights(trainer.state.refiner), weights(trainer.state.discriminator)
     trainer.update_refiner(draw(4))
-    assert changed(refiner, trainer.refiner) and not changed(discriminator, trainer.discriminator)
-    refiner = weights(trainer.refiner)
+    assert changed(refiner, trainer.state.refiner) and not changed(discriminator, trainer.state.discriminator)
+    refiner = weights(trainer.state.refiner)
     trainer.update_discriminator(draw, draw)
-    assert changed(discriminator, trainer.discriminator) and not changed(refiner, trainer.refiner)
+    assert changed(discriminator, trainer.state.discriminator) and not changed(refiner, trainer.state.refiner)
 
 
 def test_discriminator_goes_on_training_in_every_iteration():
     """Mistake 3: D frozen once for R's step and left frozen."""
     trainer = make()
     for _ in range(3):
-        before = weights(trainer.discriminator)
+        before = weights(trainer.state.discriminator)
         trainer.iteration(draw, draw)
-        assert changed(before, trainer.discriminator)
-        assert all(p.requires_grad for p in trainer.discriminator.parameters())
+        assert changed(before, trainer.state.discriminator)
+        assert all(p.requires_grad for p in trainer.state.discriminator.parameters())
 
 
 def test_adversarial_gradient_reaches_the_refiner():
     """Mistake 4: with lambda 0 the only gradient is D's, and it must arrive."""
     trainer = make()
-    loss, _ = refiner_objective(trainer.refiner, trainer.discriminator, draw(4), lam=0.0, psi="identity")
+    loss, _ = refiner_objective(trainer.state.refiner, trainer.state.discriminator, draw(4), lam=0.0, psi="identity")
     loss.loss.backward()
-    assert all(p.grad is not None for p in trainer.refiner.parameters())
-    assert trainer.refiner.last.weight.grad.abs().max() > 0
+    assert all(p.grad is not None for p in trainer.state.refiner.parameters())
+    assert trainer.state.refiner.last.weight.grad.abs().max() > 0
 
 
 def test_no_weight_gradient_of_d_in_the_refiners_step():
     trainer = make()
     trainer.update_refiner(draw(4))
-    assert all(p.grad is None for p in trainer.discriminator.parameters())
+    assert all(p.grad is None for p in trainer.state.discriminator.parameters())
 
 
 def test_discriminators_step_does_not_run_back_through_the_refiner():
     """Mistake 4, second half: D's step must not touch R's gradients, and refuses images that carry one."""
     trainer = make()
     trainer.update_discriminator(draw, draw)
-    assert all(p.grad is None for p in trainer.refiner.parameters())
+    assert all(p.grad is None for p in trainer.state.refiner.parameters())
     with pytest.raises(AssertionError, match="must not carry a gradient"):
-        discriminator_objective(trainer.discriminator, trainer.refiner(draw(2)), draw(2))
+        discriminator_objective(trainer.state.discriminator, trainer.state.refiner(draw(2)), draw(2))
 
 
 def test_half_of_the_discriminators_refined_images_come_from_the_history(monkeypatch):
@@ -77,18 +80,20 @@ def test_half_of_the_discriminators_refined_images_come_from_the_history(monkeyp
     trainer = make(history=64)
     seen: list[Tensor] = []
     stored: list[Tensor] = []
-    swap = trainer.history.swap
+    swap = trainer.state.history.swap
 
     def watched_swap(fresh):
         stored.append(fresh.clone())
         return swap(fresh)
 
-    monkeypatch.setattr(trainer.history, "swap", watched_swap)
-    forward = trainer.discriminator.forward
-    monkeypatch.setattr(trainer.discriminator, "forward", lambda images: (seen.append(images), forward(images))[1])
+    monkeypatch.setattr(trainer.state.history, "swap", watched_swap)
+    forward = trainer.state.discriminator.forward
+    monkeypatch.setattr(
+        trainer.state.discriminator, "forward", lambda images: (seen.append(images), forward(images))[1]
+    )
     for _ in range(12):
         trainer.update_discriminator(draw, draw)
-    assert len(trainer.history) == 24
+    assert len(trainer.state.history) == 24
     assert all(images.shape[0] == 8 for images in seen)  # 2 fresh + 2 from the history + 4 real
     older = torch.cat(stored[:-1])
     from_history = torch.cat([images[2:4] for images in seen[6:]])
@@ -100,9 +105,9 @@ def test_half_of_the_discriminators_refined_images_come_from_the_history(monkeyp
 
 def test_without_history_all_refined_images_are_current():
     trainer = make(history=0)
-    assert trainer.history is None
+    assert trainer.state.history is None
     trainer.iteration(draw, draw)
-    assert trainer.step == 1
+    assert trainer.state.step == 1
 
 
 @pytest.mark.parametrize(("k_g", "k_d"), [(1, 1), (3, 1), (1, 2)])
@@ -124,10 +129,10 @@ def test_lambda_does_not_depend_on_the_batch_size():
     images = draw(4)
     gradients = []
     for batch in (images, images.repeat(3, 1, 1, 1)):
-        trainer.refiner.zero_grad()
-        loss, _ = refiner_objective(trainer.refiner, trainer.discriminator, batch, lam=0.3, psi="identity")
+        trainer.state.refiner.zero_grad()
+        loss, _ = refiner_objective(trainer.state.refiner, trainer.state.discriminator, batch, lam=0.3, psi="identity")
         loss.loss.backward()
-        gradients.append((loss.loss.detach(), trainer.refiner.last.weight.grad.clone()))
+        gradients.append((loss.loss.detach(), trainer.state.refiner.last.weight.grad.clone()))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
@@ -135,19 +140,19 @@ def test_refined_accuracy_is_of_the_refined_batch():
     """Mistake 9: a D that calls everything refined is right on all refined patches and on no real one."""
     trainer = make(learning_rate_discriminator=1e-9)
     with torch.no_grad():
-        trainer.discriminator.layers[-1].weight.zero_()
-        trainer.discriminator.layers[-1].bias.copy_(torch.tensor([-5.0, 5.0]))
+        trainer.state.discriminator.layers[-1].weight.zero_()
+        trainer.state.discriminator.layers[-1].bias.copy_(torch.tensor([-5.0, 5.0]))
     metrics = trainer.update_discriminator(draw, draw)
     assert metrics["accuracy_refined"] == 1 and metrics["accuracy_real"] == 0
 
 
 def test_the_moving_average_follows_the_refiner():
     trainer = make(ema=0.5)
-    before = weights(trainer.average)
+    before = weights(trainer.state.ema)
     for _ in range(3):
         trainer.iteration(draw, draw)
-    assert changed(before, trainer.average)
-    assert not any(p.requires_grad for p in trainer.average.parameters())
+    assert changed(before, trainer.state.ema)
+    assert not any(p.requires_grad for p in trainer.state.ema.parameters())
 
 
 def test_state_holds_everything_that_an_iteration_reads():
@@ -155,23 +160,24 @@ def test_state_holds_everything_that_an_iteration_reads():
 
     def run(trainer, steps):
         for step in range(steps):
-            torch.manual_seed(1000 + trainer.step + step)
+            torch.manual_seed(1000 + trainer.state.step + step)
             trainer.iteration(draw, draw)
 
     first = make()
     run(first, 6)
-    saved = {name: value.clone() for name, value in first.state().items()}
+    saved = first.state.state_dict().clone().tensors
     torch.manual_seed(1)
     batches = [draw(4) for _ in range(24)]
 
     def go_on(state):
         trainer = make(seed=5)
-        merged = trainer.state() | state
-        trainer.load_state(merged, first.done)
+        own = trainer.state.state_dict()
+        facts = dataclasses.replace(own.facts, done=first.state.done)
+        trainer.state.load_state_dict(StateDict(own.tensors | state, facts))
         supply = iter(batches)
         for _ in range(4):
             trainer.iteration(lambda n: next(supply)[:n], lambda n: next(supply)[:n])
-        return trainer.state()
+        return trainer.state.state_dict().tensors
 
     whole, again = go_on(saved), go_on(saved)
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
@@ -201,7 +207,10 @@ def test_a_batch_in_parts_is_the_same_update(batch, parts, history):
     """All three kinds of step; the last parts of a batch count as much as the first."""
     whole = images_after(6, batch_size=batch, history=history)
     split = images_after(6, batch_size=batch, history=history, accumulate=parts)
-    for one, other in ((whole.refiner, split.refiner), (whole.discriminator, split.discriminator)):
+    for one, other in (
+        (whole.state.refiner, split.state.refiner),
+        (whole.state.discriminator, split.state.discriminator),
+    ):
         for a, b in zip(one.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=5e-5)  # a twelfth of one of D's steps
     metrics = [
@@ -216,7 +225,7 @@ def test_no_more_than_a_part_of_the_batch_is_in_the_networks_at_a_time(monkeypat
     trainer = make(batch_size=8, accumulate=4)
     seen: dict[str, list[int]] = {"refiner": [], "discriminator": []}
     for name, sizes in seen.items():
-        network = getattr(trainer, name)
+        network = getattr(trainer.state, name)
         forward = network.forward
         monkeypatch.setattr(
             network, "forward", lambda x, sizes=sizes, forward=forward: (sizes.append(len(x)), forward(x))[1]
@@ -228,12 +237,15 @@ def test_no_more_than_a_part_of_the_batch_is_in_the_networks_at_a_time(monkeypat
 
 def test_recomputed_activations_give_the_same_bits_and_are_not_kept():
     plain, frugal = (images_after(5, recompute=recompute, blocks=3) for recompute in (False, True))
-    assert all(torch.equal(a, b) for a, b in zip(plain.refiner.parameters(), frugal.refiner.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain.state.refiner.parameters(), frugal.state.refiner.parameters(), strict=True)
+    )
 
     def kept(trainer: SimGAN) -> int:
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
-            trainer.refiner(draw(4))
+            trainer.state.refiner(draw(4))
         return sum(sizes)
 
     assert kept(frugal) < 0.6 * kept(plain)

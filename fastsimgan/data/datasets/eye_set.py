@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fastsimgan.data.gaze_angles import pitch_yaw
 from fastsimgan.errors import InputError
-from fastsimgan.metrics.gaze_error import pitch_yaw
-from fastsimgan.storage.files import printable, staged
+from fastsimgan.storage.atomic import staged
+from fastsimgan.storage.names import printable
 
 
 @dataclass

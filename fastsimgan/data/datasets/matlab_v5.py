@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 MAX_BYTES = 1 << 30  # of a file, and of a variable when it is inflated; a day of MPIIGaze has some MB
 _HEADER, _MAX_DEPTH, _MAX_SIZES = 128, 8, 4

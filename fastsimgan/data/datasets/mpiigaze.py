@@ -17,7 +17,7 @@ import numpy as np
 from fastsimgan.data.datasets.eye_set import EyeSet, gaze_to_pitch_yaw, scan
 from fastsimgan.data.datasets.matlab_v5 import MAX_BYTES, read_matlab
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import natural_key, printable
+from fastsimgan.storage.names import natural_key, printable
 
 HEIGHT, WIDTH = 36, 60
 EVALUATION_LISTS = Path("Evaluation Subset") / "sample list for eye image"

@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from fastsimgan.data.formats.image_file import read_image
 from fastsimgan.data.simulators.hands import JOINTS
 from fastsimgan.errors import InputError
 from fastsimgan.hardware.threads import in_threads
-from fastsimgan.storage.files import natural_key, printable, staged
+from fastsimgan.storage.atomic import staged
+from fastsimgan.storage.names import natural_key, printable
 
 CAMERAS = (1, 2, 3)
 BACKGROUND_MM = 2000
@@ -81,24 +83,12 @@ def import_nyu_hands(
     if not 16 <= size <= 1024:
         raise InputError(f"size must be from 16 to 1024, got {size}")
     uvd = _joints(folder / "joint_data.mat")
-    frames = []
-    for path in sorted(scan(folder, "synthdepth_*.png"), key=natural_key):
-        match = _NAME.fullmatch(path.name)
-        if match is not None and int(match[1]) in cameras:
-            frames.append((path, int(match[1]), int(match[2])))
+    frames = _frames(folder, cameras)
     found = Imported(0, [], {"frames": len(frames), "labelled frames": uvd.shape[1]})
 
-    def cut(frame: tuple[Path, int, int]) -> tuple[Any, Any, Any] | InputError:
-        path, camera, number = frame
-        try:
-            if not 1 <= number <= uvd.shape[1]:
-                raise InputError(f"{printable(path)}: joint_data.mat has frames 1 to {uvd.shape[1]}, got {number}")
-            return _cut(path, uvd[camera - 1, number - 1], rendered, size)
-        except InputError as error:
-            return error
-
+    cut = partial(_cut_or_reason, uvd=uvd, rendered=rendered, size=size)
     places, depths, kept = [], [], []
-    with staged(output) as partial, tempfile.TemporaryFile(dir=partial.parent) as pixels:
+    with staged(output) as written, tempfile.TemporaryFile(dir=written.parent) as pixels:
         for done, ((path, camera, number), result) in enumerate(zip(frames, in_threads(cut, frames), strict=True), 1):
             progress(done, len(frames))
             if isinstance(result, InputError):
@@ -110,20 +100,26 @@ def import_nyu_hands(
             kept.append((camera, number))
         found.images = len(kept)
         if not kept:
-            partial.touch()  # nothing to keep: the caller is told by the count, and the file goes
+            written.touch()  # nothing to keep: the caller is told by the count, and the file goes
         else:
-            numbers = np.array(kept, np.int64)
-            labels: dict[str, np.ndarray] = {
-                "joints": np.array(places, np.float32),
-                "depths": np.array(depths, np.float32),
-                "camera": numbers[:, 0],
-                "frame": numbers[:, 1],
-            }
-            _write(partial, pixels, (len(kept), size, size), labels)
+            camera_and_frame = np.array(kept, np.int64).T
+            joints = {"joints": np.array(places, np.float32), "depths": np.array(depths, np.float32)}
+            labels = joints | dict(zip(("camera", "frame"), camera_and_frame, strict=True))
+            _write(written, pixels, (len(kept), size, size), labels)
             found.arrays = ["images", *labels]
     if not kept:
         output.unlink()
     return found
+
+
+def _frames(folder: Path, cameras: Sequence[int]) -> list[tuple[Path, int, int]]:
+    """Rendered frames of these cameras in natural order: path, camera, number."""
+    frames = []
+    for path in sorted(scan(folder, "synthdepth_*.png"), key=natural_key):
+        match = _NAME.fullmatch(path.name)
+        if match is not None and int(match[1]) in cameras:
+            frames.append((path, int(match[1]), int(match[2])))
+    return frames
 
 
 def _joints(path: Path) -> np.ndarray:
@@ -155,6 +151,19 @@ def read_depth(path: Path) -> np.ndarray:
     if pixels.ndim != 3 or pixels.dtype != np.uint8:
         raise InputError(f"{printable(path)}: must be an 8-bit RGB PNG, got {pixels.dtype} {list(pixels.shape)}")
     return pixels[..., 1].astype(np.int32) * 256 + pixels[..., 2]
+
+
+def _cut_or_reason(
+    frame: tuple[Path, int, int], uvd: np.ndarray, rendered: bool, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | InputError:
+    """`_cut` of (path, camera, number), or why it is rejected."""
+    path, camera, number = frame
+    try:
+        if not 1 <= number <= uvd.shape[1]:
+            raise InputError(f"{printable(path)}: joint_data.mat has frames 1 to {uvd.shape[1]}, got {number}")
+        return _cut(path, uvd[camera - 1, number - 1], rendered, size)
+    except InputError as error:
+        return error
 
 
 def _cut(path: Path, uvd: np.ndarray, rendered: bool, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

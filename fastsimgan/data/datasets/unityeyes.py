@@ -24,7 +24,7 @@ from PIL import Image
 from fastsimgan.data.datasets.eye_set import EyeSet, gaze_to_pitch_yaw, scan
 from fastsimgan.data.formats.image_file import read_image
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import natural_key, printable
+from fastsimgan.storage.names import natural_key, printable
 
 MAX_JSON_BYTES = 1 << 20  # a genuine file has 3 kB
 LID_POINTS, CARUNCLE_POINTS, OUTER_CORNER = 16, 7, 8

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsimgan.data.formats.image_file import ARRAY_FORMATS, FORMATS, Header, read_header, read_image
+from fastsimgan.data.formats.image_file import read_header, read_image
 from fastsimgan.data.formats.labels import Labels, is_label_file
-from fastsimgan.data.formats.listing import list_units, stems
+from fastsimgan.data.formats.listing import list_units
 from fastsimgan.data.formats.mask_detection import Census
+from fastsimgan.data.formats.stored_image import ARRAY_FORMATS, FORMATS, Header
 from fastsimgan.data.ragged import Images, RaggedImages, one_size
 from fastsimgan.data.reading import Reading, in_colour
 from fastsimgan.errors import InputError
-from fastsimgan.hardware.memory import room_for
+from fastsimgan.hardware.memory import allocate
 from fastsimgan.hardware.threads import in_threads
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 SHOWN = 10  # bad files named in `describe`
 
@@ -50,7 +51,6 @@ class FolderImages:
                 lambda name: read_image(path / name, key=self.reading.key, span=None),
                 self.reading.flag,
             )
-        self._by_stem = {image.with_suffix(""): image for image in self.images}
         self.left_out: list[str] = []
         """``NAME: REASON`` of what `load` has left out."""
         self.converted = 0
@@ -72,10 +72,6 @@ class FolderImages:
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def owner(self, other: Path) -> Path | None:
-        """The image that ``other`` is a sidecar of: ``d/a.mask.npy`` is ``d/a.mask.png``'s, or else ``d/a.png``'s."""
-        return next((self._by_stem[Path(stem)] for stem in stems(str(other)) if Path(stem) in self._by_stem), None)
 
     @cached_property
     def headers(self) -> list[Header | InputError]:
@@ -139,7 +135,7 @@ class FolderImages:
         return one_size(self.path, self.reading.any_size, self.load_set)
 
     def load_set(self) -> Images:
-        """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, in the order of ``images`` (see `room_for`).
+        """All images, ``[N, H, W]`` or ``[N, H, W, 3]``, in the order of ``images`` (see `allocate`).
 
         With ``reading.any_size`` several sizes come as `RaggedImages`. With ``reading.on_error`` "skip", images that
         cannot be read are left out, see ``left_out``.
@@ -152,35 +148,8 @@ class FolderImages:
             first, *others = bad.values()
             more = f"; and so {len(others)} more: {shortened(others)}" if others else ""
             raise self.reading.way_out(first + more)
-        colour = self.reading.colour_of(len(self.headers[i].shape) == 3 for i in good)  # type: ignore[union-attr]
-        kinds = []
-        for i in good:
-            header = self.headers[i]
-            assert isinstance(header, Header)
-            kinds.append((in_colour(header.shape, colour), header))
-            if self.reading.differ((kinds[-1][0], kinds[0][0])) or header.dtype != kinds[0][1].dtype:
-                one = "kind" if self.reading.any_size else "size and kind"
-                same_depth = header.dtype == kinds[0][1].dtype
-                ways = [self.reading.colouring] if self.reading.colouring and same_depth else []
-                if not same_depth or len(header.shape) != len(kinds[0][1].shape):
-                    ways.append(self.reading.flag("GLOB") + " tells which are images")
-                if not ways:
-                    ways.append("bring them to one size first")
-                raise InputError(
-                    f"{printable(self.path)}: images must be of one {one}, "
-                    f"{printable(self.images[good[0]])} is {kinds[0][1]} and {printable(self.images[i])} is {header}"
-                    + "; " * bool(ways)
-                    + ", ".join(ways)
-                )
-        self.converted = sum(shape != header.shape for shape, header in kinds)
-        shapes = [self.reading.size_of(shape) for shape, _ in kinds]
-        self.resized = sum(now != was for now, (was, _) in zip(shapes, kinds, strict=True))
-        images: Images
-        if len(set(shapes)) == 1:
-            images = room_for((len(good), *shapes[0]), kinds[0][1].dtype, self.path)
-        else:
-            sizes = [(shape[0], shape[1]) for shape in shapes]
-            images = RaggedImages.room(sizes, 3 if shapes[0][2:] else 1, kinds[0][1].dtype, self.path)
+        shapes, dtype, colour = self._agreed(good)
+        images = _allocate(shapes, dtype, self.path)
 
         def decode(index: int) -> str | None:
             try:
@@ -208,6 +177,36 @@ class FolderImages:
                 images[to] = images[of]
         return images[: len(kept)]
 
+    def _agreed(self, good: list[int]) -> tuple[list[tuple[int, ...]], str, str]:
+        """The shapes and the type that the ``good`` images get in a set, and the colour that they are given.
+
+        Raises InputError naming the first two that cannot be in one set.
+        """
+        colour = self.reading.colour_of(len(self.headers[i].shape) == 3 for i in good)  # type: ignore[union-attr]
+        kinds = []
+        for i in good:
+            header = self.headers[i]
+            assert isinstance(header, Header)
+            kinds.append((in_colour(header.shape, colour), header))
+            if self.reading.differ((kinds[-1][0], kinds[0][0])) or header.dtype != kinds[0][1].dtype:
+                one = "kind" if self.reading.any_size else "size and kind"
+                same_depth = header.dtype == kinds[0][1].dtype
+                ways = [self.reading.colouring] if self.reading.colouring and same_depth else []
+                if not same_depth or len(header.shape) != len(kinds[0][1].shape):
+                    ways.append(self.reading.flag("GLOB") + " tells which are images")
+                if not ways:
+                    ways.append("bring them to one size first")
+                raise InputError(
+                    f"{printable(self.path)}: images must be of one {one}, "
+                    f"{printable(self.images[good[0]])} is {kinds[0][1]} and {printable(self.images[i])} is {header}"
+                    + "; " * bool(ways)
+                    + ", ".join(ways)
+                )
+        self.converted = sum(shape != header.shape for shape, header in kinds)
+        shapes = [self.reading.size_of(shape) for shape, _ in kinds]
+        self.resized = sum(now != was for now, (was, _) in zip(shapes, kinds, strict=True))
+        return shapes, kinds[0][1].dtype, colour
+
     def labels(self) -> dict[str, np.ndarray]:
         """What sidecars, ``metadata.jsonl``, ``metadata.csv`` or class folders say of every image (see `Labels`).
 
@@ -222,6 +221,14 @@ class FolderImages:
 
     def _good(self) -> list[Header]:
         return [header for header in self.headers if isinstance(header, Header)]
+
+
+def _allocate(shapes: list[tuple[int, ...]], dtype: str, path: Path) -> Images:
+    """A set of images of these shapes, to be filled."""
+    if len(set(shapes)) == 1:
+        return allocate((len(shapes), *shapes[0]), dtype, path)
+    sizes = [(shape[0], shape[1]) for shape in shapes]
+    return RaggedImages.empty(sizes, 3 if shapes[0][2:] else 1, dtype, path)
 
 
 def no_image(path: Path, images: str | None, others: int, census: Census) -> str:

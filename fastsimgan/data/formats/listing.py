@@ -13,13 +13,11 @@ import os
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
-from fastsimgan.data.formats.image_file import FORMATS
+from fastsimgan.data.formats.stored_image import FORMATS
+from fastsimgan.data.reading import Links
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import natural_key, printable
-
-Links = Literal["files", "inside", "all"]
+from fastsimgan.storage.names import natural_key, printable
 
 ALL = "*"  # of globs, the one that only says that there are no labels among the images
 STATE = ".fastsimgan"  # our own records in an output folder: no part of its content

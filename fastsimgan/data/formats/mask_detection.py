@@ -16,10 +16,10 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from fastsimgan.data.formats.image_file import ARRAY_FORMATS, StoredImage
 from fastsimgan.data.formats.listing import is_junk, looks_unread
+from fastsimgan.data.formats.stored_image import ARRAY_FORMATS, StoredImage
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 LOOKED_AT = 48  # pictures that are decoded, spread over the groups
 MOST_GROUPS = 512  # patterns of names; further ones count as one group a folder

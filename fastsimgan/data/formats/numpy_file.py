@@ -6,29 +6,30 @@ Nothing is ever unpickled. Every array's header is checked before its data is re
 from __future__ import annotations
 
 import hashlib
-import os
-import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
+from fastsimgan.data.formats.array_file import (
+    FILES,
+    IMAGES,
+    PackedImages,
+    check_images,
+    check_memory,
+    check_size,
+    choose_key,
+    combined_sha256,
+)
+from fastsimgan.data.formats.npy_format import map_member, read_header, read_member, write_images
+from fastsimgan.data.pixel_values import UNIT, Span, check_range
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
-
-IMAGES = "images"  # the array that holds the images
-FILES = "files/"  # members of an .npz under this name are files that travel along, not arrays
-MAX_CHANNELS = 4  # anything larger in last place is not channels: most likely the array is [N, C, H, W]
-Span = tuple[float, float]
-UNIT: Span = (0.0, 1.0)  # in which floats must lie, where no other range is stated
-HAIR = 1 / 1024  # by which floats may leave [0, 1], a quarter of an 8-bit level: rounding, which is clipped
-_SMALLEST = 8  # height and width from which on an unnamed array is taken for images
+from fastsimgan.storage.names import printable
 
 
-class ArrayImages:
+class ArrayImages(PackedImages):
     """An ``.npz`` or ``.npy`` file of images ``[N, H, W]`` or ``[N, H, W, C]``, C from 1 to 4.
 
     Images are uint8, uint16, or floats in [0, 1] (or ``span``), which are read as float32. One picture, ``[H, W]`` or
@@ -46,11 +47,11 @@ class ArrayImages:
         self.archive = _is_archive(path)
         self._images: np.ndarray | None = None
         self._opened: zipfile.ZipFile | None = None
-        self.file_names: list[str] = []  # without ``files/``
+        self._file_names: list[str] = []
         headers = self._headers()
         self.key = choose_key(path, {name.removesuffix(".npy"): header for name, header in headers.items()}, key)
         self.stored_shape, self.stored_dtype = headers.pop(f"{self.key}.npy")
-        self._shape = check_images(path, self.key, self.stored_shape, self.stored_dtype)
+        self.images_shape = check_images(path, self.key, self.stored_shape, self.stored_dtype)
         self.label_names: list[str] = []
         self.other_names: list[str] = []
         for name, (shape, dtype) in headers.items():
@@ -59,27 +60,13 @@ class ArrayImages:
                 raise InputError(
                     f"{printable(path)}: array {label} must hold plain values, got Python objects (pickled)"
                 )
-            of_each = shape[:1] == self._shape[:1]
+            of_each = shape[:1] == self.images_shape[:1]
             (self.label_names if of_each else self.other_names).append(name.removesuffix(".npy"))
 
-    def __len__(self) -> int:
-        return self._shape[0]
-
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of every image."""
-        channels = self._shape[3] if len(self._shape) == 4 else 1
-        return channels, self._shape[1], self._shape[2]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The images' type as they are read: uint8, uint16 or float32, in native byte order."""
-        return read_as(self.stored_dtype)
-
-    @property
-    def bit_depth(self) -> int:
-        """Bits a channel: 8, 16 or 32."""
-        return self.stored_dtype.itemsize * 8
+    def file_names(self) -> list[str]:
+        """Members under ``files/``, without that."""
+        return self._file_names
 
     def describe(self) -> str:
         """What was found, in one line. Reads no pixels."""
@@ -110,12 +97,12 @@ class ArrayImages:
                 if self.archive:
                     with zipfile.ZipFile(self.path) as archive:
                         if mapped:
-                            self._images = _map_member(archive, f"{self.key}.npy")
+                            self._images = map_member(archive, f"{self.key}.npy")
                         if self._images is None:
-                            self._images = _read_member(archive, f"{self.key}.npy")
+                            self._images = read_member(archive, f"{self.key}.npy")
                 else:
                     self._images = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            if len(self._shape) > len(self.stored_shape):
+            if len(self.images_shape) > len(self.stored_shape):
                 self._images = self._images[None]
         return self._images
 
@@ -135,7 +122,7 @@ class ArrayImages:
         if not self.archive:
             return {}
         with self._reading(), zipfile.ZipFile(self.path) as archive:
-            return {name: _read_member(archive, f"{name}.npy") for name in names}
+            return {name: read_member(archive, f"{name}.npy") for name in names}
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Name and bytes of every file under ``files/``. Raises InputError if one is damaged."""
@@ -167,10 +154,6 @@ class ArrayImages:
                 found[name] = digest.hexdigest()
         return found | combined_sha256(self.file_sha256())
 
-    def file_sha256(self) -> dict[str, str]:
-        """SHA-256 of every file under ``files/``, by name. Raises InputError if one is damaged."""
-        return {name: hashlib.sha256(data).hexdigest() for name, data in self.files()}
-
     def write_again(self, path: Path, images: Iterable[np.ndarray]) -> None:
         """Write this file at ``path`` with other images of the same shape and type; all else is copied byte for byte.
 
@@ -179,7 +162,7 @@ class ArrayImages:
         """
         if not self.archive:
             with path.open("xb") as file:
-                self._write_images(file, images)
+                write_images(file, self.stored_shape, self.stored_dtype, images)
             return
         with zipfile.ZipFile(self.path) as old, zipfile.ZipFile(path, "x") as new:
             for member in old.infolist():
@@ -188,16 +171,9 @@ class ArrayImages:
                 info.external_attr = member.external_attr
                 with new.open(info, "w", force_zip64=True) as file:
                     if member.filename == f"{self.key}.npy":
-                        self._write_images(file, images)
+                        write_images(file, self.stored_shape, self.stored_dtype, images)
                     else:
                         file.writelines(self._chunks(old, member))
-
-    def _write_images(self, file: IO[bytes], images: Iterable[np.ndarray]) -> None:
-        descr = np.lib.format.dtype_to_descr(self.stored_dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": self.stored_shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for piece in images:
-            file.write(piece.astype(self.stored_dtype, copy=False).tobytes())
 
     def _chunks(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
         with self._reading(), archive.open(member) as file:
@@ -209,8 +185,8 @@ class ArrayImages:
         with self._reading():
             if not self.archive:
                 with self.path.open("rb") as file:
-                    shape, dtype, offset = _read_header(file)
-                    self._check_size("images", shape, dtype, self.path.stat().st_size - offset)
+                    shape, dtype, offset = read_header(file)
+                    check_size(self.path, "images", shape, dtype, self.path.stat().st_size - offset)
                 return {f"{IMAGES}.npy": (shape, dtype)}
             headers = {}
             with zipfile.ZipFile(self.path) as archive:
@@ -224,34 +200,15 @@ class ArrayImages:
                         )
                     seen.add(member.filename)
                     if carried:
-                        self._check_memory(member.filename, member.file_size)
-                        self.file_names.append(member.filename.removeprefix(FILES))
+                        check_memory(self.path, member.filename, member.file_size)
+                        self._file_names.append(member.filename.removeprefix(FILES))
                         continue
                     with archive.open(member) as file:
-                        shape, dtype, offset = _read_header(file)
-                    self._check_size(member.filename.removesuffix(".npy"), shape, dtype, member.file_size - offset)
-                    self._check_memory(member.filename.removesuffix(".npy"), member.file_size)
+                        shape, dtype, offset = read_header(file)
+                    check_size(self.path, member.filename.removesuffix(".npy"), shape, dtype, member.file_size - offset)
+                    check_memory(self.path, member.filename.removesuffix(".npy"), member.file_size)
                     headers[member.filename] = shape, dtype
             return headers
-
-    def _check_size(self, name: str, shape: tuple[int, ...], dtype: np.dtype, held: int) -> None:
-        """A header may promise more than the file holds, and NumPy would allocate all of it first."""
-        promised = dtype.itemsize
-        for length in shape:
-            promised *= length  # Python integers do not overflow, NumPy's would
-        if not dtype.hasobject and promised != held:
-            raise InputError(
-                f"{printable(self.path)}: array {printable(name)} must hold {promised} bytes, as {dtype}{list(shape)} "
-                f"takes, got {held}"
-            )
-
-    def _check_memory(self, name: str, size: int) -> None:
-        """Compressed zeros shrink a thousandfold, so that a small file can fill the memory."""
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if size > memory:
-            raise InputError(
-                f"{printable(self.path)}: array {printable(name)} must fit the memory of {memory} bytes, got {size}"
-            )
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -266,113 +223,6 @@ class ArrayImages:
             raise InputError(f"{printable(self.path)}: cannot be read as NumPy arrays: {reason}") from error
 
 
-def combined_sha256(files: dict[str, str]) -> dict[str, str]:
-    """One SHA-256 of many files' names and SHA-256, under the name ``files/``; nothing where there are none."""
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(f"{files[name]} {name}\n".encode("utf-8", "surrogateescape"))
-    return {FILES: digest.hexdigest()} if files else {}
-
-
-def read_as(stored: np.dtype) -> np.dtype:
-    """The type in which images are read: floats of any length are float32, integers stay what they are."""
-    return np.dtype("float32") if stored.kind == "f" else stored.newbyteorder("=")
-
-
-def choose_key(path: Path, held: Mapping[str, tuple[tuple[int, ...], np.dtype]], key: str | None) -> str:
-    """The name of the array of images among those that a file holds, by name with shape and type.
-
-    Raises InputError if the asked-for one is not there; if nothing was asked for, and there is neither ``images`` nor
-    just one array that can be images.
-    """
-    if key is not None:
-        if key not in held:
-            raise InputError(
-                f"{printable(path)}: must hold an array named {printable(key)} (--key), got {_names(held)}"
-            )
-        return key
-    if IMAGES in held:
-        return IMAGES
-    found = [name for name, (shape, dtype) in held.items() if _may_be_images(shape, dtype)]
-    if len(found) > 1 and len(usual := [name for name in found if name.lower() in _USUAL]) == 1:
-        return usual[0]
-    if len(found) != 1:
-        raise InputError(
-            f"{printable(path)}: must hold an array named images, got {_names(held)}"
-            + (f"; --key NAME tells which: {_names(found)}" if found else "")
-        )
-    return found[0]
-
-
-def _may_be_images(shape: tuple[int, ...], dtype: np.dtype) -> bool:
-    if dtype.hasobject or (dtype.kind, dtype.itemsize) not in _KINDS or len(shape) not in (3, 4):
-        return False
-    height, width = shape[:2] if len(shape) == 3 and shape[2] <= MAX_CHANNELS else shape[1:3]
-    return min(height, width) >= _SMALLEST and (len(shape) == 3 or shape[3] <= MAX_CHANNELS)
-
-
-_USUAL = ("image", "colors", "colours", "color", "colour", "rgb", "arr_0")
-_KINDS = {("u", 1), ("u", 2), ("f", 2), ("f", 4), ("f", 8)}
-
-
-def check_images(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
-    """The shape ``[N, H, W]`` or ``[N, H, W, C]`` of an array of images; of one picture, N is 1.
-
-    Raises InputError if it cannot be images.
-    """
-    if dtype.hasobject or (dtype.kind, dtype.itemsize) not in _KINDS:
-        got = "Python objects (pickled)" if dtype.hasobject else dtype.newbyteorder("=").name
-        way = ": astype(np.uint8), where they are 0 to 255" if dtype.kind == "i" else ""
-        raise InputError(
-            f"{printable(path)}: {printable(name)} must be uint8, uint16 or float32 in [0, 1], got {got}{way}"
-        )
-    if len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4) and min(shape[:2]) >= _SMALLEST):
-        shape = (1, *shape)
-    if len(shape) not in (3, 4) or (len(shape) == 4 and not 1 <= shape[3] <= MAX_CHANNELS):
-        way = ""
-        if len(shape) == 4 and shape[1] in (1, 3, 4):
-            way = "; it looks like [N, C, H, W], which np.moveaxis(images, 1, -1) turns round"
-        raise InputError(
-            f"{printable(path)}: {printable(name)} must be [N, H, W] or [N, H, W, C] with C from 1 to {MAX_CHANNELS}, "
-            f"got shape {shape}{way}"
-        )
-    if 0 in shape:
-        raise InputError(f"{printable(path)}: {printable(name)} must not be empty, got shape {shape}")
-    return shape
-
-
-def check_range(images: np.ndarray, path: Path, first: int, span: Span = UNIT) -> np.ndarray:
-    """The images, with floats a hair outside ``span`` clipped; a copy only where there are such.
-
-    Raises InputError if a float is further outside, or not a number. ``images[0]`` is image ``first`` of the file.
-    """
-    if images.dtype.kind != "f":
-        return images
-    low, high = span
-    hair = HAIR * (high - low)
-    good = ((images >= low - hair) & (images <= high + hair)).reshape(len(images), -1).all(axis=1)
-    if not good.all():
-        worst = int(np.argmin(good))
-        raise InputError(f"{printable(path)}: image {first + worst}: {out_of_range(images[worst], span)}")
-    outside = images.min() < low or images.max() > high
-    return np.clip(images, np.float32(low), np.float32(high)) if outside else images
-
-
-def out_of_range(values: np.ndarray, span: Span) -> str:
-    """Why floats that are not all in ``span`` are refused, and the way out."""
-    low, high = span
-    rule = "in [0, 1]" if span == UNIT else f"in the refiner's range {low:g} to {high:g} (train --range)"
-    if not np.isfinite(values).all():
-        return f"float images must be {rule}, got NaN or infinity: give such pixels a value, such as the background's"
-    least, largest = float(values.min()), float(values.max())
-    way = ""
-    if span == UNIT and least >= 0 and 1 < largest <= 255 and bool((values == np.rint(values)).all()):
-        way = ": divide by 255"
-    elif span == UNIT:
-        way = "; train --range LO HI takes another range, such as metres, and the refiner keeps it"
-    return f"float images must be {rule}, got {least:g} to {largest:g}{way}"
-
-
 def _is_archive(path: Path) -> bool:
     """Tell ``.npz`` from ``.npy`` by the file's first bytes, whatever its suffix."""
     try:
@@ -383,44 +233,3 @@ def _is_archive(path: Path) -> bool:
     if start != np.lib.format.MAGIC_PREFIX and not start.startswith(b"PK"):
         raise InputError(f"{printable(path)}: must be a folder of images, an .npz or an .npy, got something else")
     return start.startswith(b"PK")
-
-
-_HEADER_READERS: dict[tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype]]] = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, type and the length in bytes of the header at the start of ``file``."""
-    version = np.lib.format.read_magic(file)
-    if version not in _HEADER_READERS:
-        raise ValueError(f".npy format must be 1.0 or 2.0, got {'.'.join(map(str, version))}")
-    shape, _, dtype = _HEADER_READERS[version](file)
-    return shape, dtype, file.tell()
-
-
-def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(name) as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-        if file.read(1):  # reading to the end is what makes zipfile check the CRC
-            raise ValueError(f"{name} is longer than its header says")
-    return array
-
-
-def _map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray | None:
-    """The array of an uncompressed member, mapped from the disk; None if it is compressed."""
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or archive.filename is None:
-        return None
-    with open(archive.filename, "rb") as file:
-        # The member's data follow a local header of 30 bytes, the name and an extra field of its own length.
-        file.seek(info.header_offset + 26)
-        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-        version = np.lib.format.read_magic(file)
-        shape, fortran, dtype = _HEADER_READERS[version](file)
-        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
-
-
-def _names(headers: Iterable[str]) -> str:
-    return ", ".join(printable(name.removesuffix(".npy")) for name in headers) or "nothing"

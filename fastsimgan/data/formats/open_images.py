@@ -9,15 +9,16 @@ from pathlib import Path
 from fastsimgan.data.formats.hdf5_file import HDF5Images, is_hdf5
 from fastsimgan.data.formats.image_folder import FolderImages
 from fastsimgan.data.formats.listing import is_image, list_units
-from fastsimgan.data.formats.numpy_file import UNIT, ArrayImages, Span
+from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.webdataset import ShardImages, find_shards, is_shard, read_samples
+from fastsimgan.data.pixel_values import UNIT, Span
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
-#: All offer ``path``, ``describe()``, ``load()`` and ``labels()``; all but shards, which would have to be read first,
-#: ``len()``, ``shape`` (channels, height, width), ``dtype`` and ``bit_depth``. Where a folder's images differ,
-#: ``shape`` or ``dtype`` is None and ``load`` raises InputError.
+#: All offer ``path``, ``describe()``, ``load()``, ``load_set()``, ``left_out`` and ``labels()``; all but shards, which
+#: would have to be read first, ``len()``, ``shape`` (channels, height, width), ``dtype`` and ``bit_depth``. Where a
+#: folder's images differ, ``shape`` or ``dtype`` is None and ``load`` raises InputError.
 ImageSource = ArrayImages | HDF5Images | FolderImages | ShardImages
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from fastsimgan.data.formats.numpy_file import FILES, IMAGES
+from fastsimgan.data.formats.array_file import FILES, IMAGES
+from fastsimgan.data.formats.npy_format import write_images
 from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class NpzWriter:
@@ -36,11 +37,8 @@ class NpzWriter:
 
     def images(self, shape: tuple[int, ...], dtype: np.dtype, pieces: Iterable[np.ndarray]) -> None:
         """``pieces`` are consecutive ``[n, H, W(, C)]`` that add up to ``shape``."""
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         with self._archive.open(zipfile.ZipInfo(f"{IMAGES}.npy"), "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for piece in pieces:
-                file.write(piece.astype(dtype, copy=False).tobytes())
+            write_images(file, shape, dtype, pieces)
 
     def array(self, name: str, array: np.ndarray) -> None:
         """One label array."""

@@ -19,16 +19,17 @@ from typing import IO
 
 import numpy as np
 
-from fastsimgan.data.formats.image_file import FORMATS, MAX_FILE_BYTES, Header, decode_image
+from fastsimgan.data.formats.image_file import MAX_FILE_BYTES, decode_image
 from fastsimgan.data.formats.labels import Labels, is_label_file
 from fastsimgan.data.formats.listing import ALL, is_image, is_junk
 from fastsimgan.data.formats.mask_detection import LOOKED_AT, Census
+from fastsimgan.data.formats.stored_image import FORMATS, Header
 from fastsimgan.data.ragged import Images, Packer, one_size
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
-from fastsimgan.hardware.memory import room_for
+from fastsimgan.hardware.memory import allocate
 from fastsimgan.hardware.threads import AHEAD, in_threads, thread_count
-from fastsimgan.storage.files import natural_key, printable
+from fastsimgan.storage.names import natural_key, printable
 
 BUFFER = 1 << 20  # bytes read of a shard at a time
 HELD = 1 << 26  # bytes of images, at most, that are looked at before a run
@@ -74,7 +75,7 @@ class ShardImages:
         return one_size(self.path, self.reading.any_size, self.load_set)
 
     def load_set(self) -> Images:
-        """All images, ``[N, H, W]`` or ``[N, H, W, 3]`` (see `room_for`), or, with ``reading.any_size``, of any sizes.
+        """All images, ``[N, H, W]`` or ``[N, H, W, 3]`` (see `allocate`), or, with ``reading.any_size``, of any sizes.
 
         Raises InputError if a shard breaks a rule of `read_samples`, if an image is bad, naming it, or if two differ in
         size or kind, or if there is none.
@@ -125,7 +126,7 @@ class ShardImages:
                 continue
             if images is None:
                 most = sum(_count_images(shard, self.reading.images) for shard in self.shards)
-                images = room_for((most, *pixels.shape), header.dtype, self.path)
+                images = allocate((most, *pixels.shape), header.dtype, self.path)
             images[count - 1] = pixels
         if not count:
             raise InputError(f"{printable(self.path)}: must hold at least one image ({' '.join(FORMATS)}), got none")
@@ -220,7 +221,7 @@ def look_into(path: Path, shards: list[Path], reading: Reading) -> Census:
     census = Census()
     held: dict[str, tuple[bytes, Path]] = {}
     patterns: set[str] = set()
-    found, first, dotted, room = False, "", "", HELD
+    found, first, dotted, left = False, "", "", HELD
     for shard in shards:
         pattern = re.sub(r"\d+", "#", shard.name)
         new = pattern not in patterns and len(patterns) < LOOKED_AT
@@ -239,11 +240,11 @@ def look_into(path: Path, shards: list[Path], reading: Reading) -> Census:
             else:
                 found = True
                 info, data = sample.members[sample.image]
-                room -= len(data)
+                left -= len(data)
                 name = f"{shard_stem(shard)}/{info.name}" if len(shards) > 1 else info.name
                 census.image(name)
                 held[name] = data, shard / info.name
-            if found and (not new or seen >= LOOKED_AT or room < 0):
+            if found and (not new or seen >= LOOKED_AT or left < 0):
                 break
     if not found:
         why = ""

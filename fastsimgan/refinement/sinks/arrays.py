@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from fastsimgan.data.formats.array_file import IMAGES
 from fastsimgan.data.formats.hdf5_file import HDF5Images
-from fastsimgan.data.formats.numpy_file import IMAGES, ArrayImages
+from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.open_images import open_arrays
 from fastsimgan.data.formats.packed_writer import WRITERS
 from fastsimgan.errors import InputError
@@ -21,7 +22,7 @@ from fastsimgan.refinement.manifest import Written
 from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.sinks.base import Sink, UnitWriter, flush
 from fastsimgan.refinement.sources.array_file import ArrayFile
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class ArraysSink(Sink):

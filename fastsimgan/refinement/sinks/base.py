@@ -9,15 +9,15 @@ from typing import Protocol
 
 import numpy as np
 
-from fastsimgan.data.formats.image_file import Header
 from fastsimgan.data.formats.listing import STATE
+from fastsimgan.data.formats.stored_image import Header
 from fastsimgan.data.formats.webdataset import shard_stem
 from fastsimgan.errors import InputError
 from fastsimgan.refinement import run_paths
 from fastsimgan.refinement.manifest import ManifestLine, Written, sha256
 from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.sources.base import Decoded, Part, Sample
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 COPIED = 1 << 20  # bytes (or values) at a time
 

@@ -12,7 +12,7 @@ from fastsimgan.refinement.manifest import ManifestLine, Written, sha256
 from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.sinks.base import Sink, UnitWriter, carry, name_in_tree
 from fastsimgan.refinement.sources.base import Decoded, Part, Sample, Source
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class FolderSink(Sink):

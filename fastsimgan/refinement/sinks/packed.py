@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsimgan.data.formats.image_file import Header, StoredImage
 from fastsimgan.data.formats.labels import Labels
 from fastsimgan.data.formats.open_images import open_arrays
 from fastsimgan.data.formats.packed_writer import WRITERS
+from fastsimgan.data.formats.stored_image import Header, StoredImage
 from fastsimgan.data.formats.webdataset import read_members
 from fastsimgan.errors import InputError
 from fastsimgan.refinement import run_paths
@@ -24,7 +24,7 @@ from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.sinks.base import COPIED, Sink, UnitWriter, flush, name_in_tree
 from fastsimgan.refinement.sinks.shards import OrderedTar
 from fastsimgan.refinement.sources.base import Decoded, Part, Sample, Source
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 PIXELS = b"pixels"  # instead of a member's type: it goes into the images, not into the tar
 

@@ -9,7 +9,8 @@ import tarfile
 import threading
 from pathlib import PurePosixPath
 
-from fastsimgan.data.formats.image_file import ARRAY_FORMATS, FORMATS, encode_image
+from fastsimgan.data.formats.image_file import encode_image
+from fastsimgan.data.formats.stored_image import ARRAY_FORMATS, FORMATS
 from fastsimgan.data.formats.webdataset import sample_key
 from fastsimgan.errors import InputError
 from fastsimgan.refinement import run_paths
@@ -18,7 +19,7 @@ from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.sinks.base import Sink, UnitWriter, carry
 from fastsimgan.refinement.sinks.folder import FolderWriter
 from fastsimgan.refinement.sources.base import Decoded, Part, Sample, Source
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class ShardsSink(Sink):

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from fastsimgan.data.formats.array_file import check_images
 from fastsimgan.data.formats.hdf5_file import HDF5Images
-from fastsimgan.data.formats.numpy_file import ArrayImages, Span, check_images, check_range
+from fastsimgan.data.formats.numpy_file import ArrayImages
+from fastsimgan.data.pixel_values import Span, check_range
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.records import named
 from fastsimgan.refinement.sources import base
 from fastsimgan.refinement.sources.base import Decoded, SourceIdentity, absolute
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 @dataclass(frozen=True)

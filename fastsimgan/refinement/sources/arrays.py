@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastsimgan.data.formats.numpy_file import Span
+from fastsimgan.data.pixel_values import Span
 from fastsimgan.refinement.sources.array_file import ArrayFile, ImageRange
 from fastsimgan.refinement.sources.base import Source
 from fastsimgan.refinement.sources.unpacked import UnpackedSource

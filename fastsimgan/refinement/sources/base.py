@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from fastsimgan.data.formats.image_file import StoredImage, decode_image, read_bytes
+from fastsimgan.data.formats.image_file import decode_image, read_bytes
 from fastsimgan.data.formats.mask_detection import Census
-from fastsimgan.data.formats.numpy_file import Span
+from fastsimgan.data.formats.stored_image import StoredImage
+from fastsimgan.data.pixel_values import Span
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.records import named
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 if TYPE_CHECKING:
     from fastsimgan.refinement.sources.array_file import ArrayFile, ImageRange

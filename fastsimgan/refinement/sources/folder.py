@@ -10,25 +10,18 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from fastsimgan.data.formats.image_file import (
-    ARRAY_FORMATS,
-    FORMATS,
-    StoredImage,
-    decode_image,
-    lost_of,
-    read_header,
-    read_image,
-)
+from fastsimgan.data.formats.image_file import decode_image, lost_of, read_header, read_image
 from fastsimgan.data.formats.image_folder import no_image
-from fastsimgan.data.formats.listing import Links, Unit, list_units
+from fastsimgan.data.formats.listing import Unit, list_units
 from fastsimgan.data.formats.mask_detection import Census
-from fastsimgan.data.formats.numpy_file import Span
-from fastsimgan.data.reading import Reading
+from fastsimgan.data.formats.stored_image import ARRAY_FORMATS, FORMATS, StoredImage
+from fastsimgan.data.pixel_values import Span
+from fastsimgan.data.reading import Links, Reading
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.records import from_json, named, to_json
 from fastsimgan.refinement.sources import base
 from fastsimgan.refinement.sources.base import Part, Sample, Source, SourceIdentity, absolute, refuse_unread
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 LOOKED_AT = 100  # images whose headers `describe` reads
 

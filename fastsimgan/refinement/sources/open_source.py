@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastsimgan.data.formats.listing import Links
 from fastsimgan.data.formats.open_images import holds_shards, open_arrays
+from fastsimgan.data.reading import Links
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.sources.array_file import ArrayFile
 from fastsimgan.refinement.sources.arrays import ArraysSource
 from fastsimgan.refinement.sources.base import Source
 from fastsimgan.refinement.sources.folder import FolderSource
 from fastsimgan.refinement.sources.shards import ShardsSource
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 def open_source(

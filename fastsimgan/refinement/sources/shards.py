@@ -18,7 +18,8 @@ from fastsimgan.refinement.manifest import ManifestHeader
 from fastsimgan.refinement.records import from_json, named
 from fastsimgan.refinement.sources import base
 from fastsimgan.refinement.sources.base import Part, Sample, Source, SourceIdentity, absolute, refuse_unread
-from fastsimgan.storage.files import hash_file, printable
+from fastsimgan.storage.checksum import hash_file
+from fastsimgan.storage.names import printable
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from fastsimgan.data.formats.image_file import FORMATS, Header, StoredImage
 from fastsimgan.data.formats.label_table import parse
 from fastsimgan.data.formats.labels import Labels, is_label_file
 from fastsimgan.data.formats.listing import STATE, stems
-from fastsimgan.data.formats.numpy_file import Span
+from fastsimgan.data.formats.stored_image import FORMATS, Header, StoredImage
+from fastsimgan.data.pixel_values import Span
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.manifest import sha256
 from fastsimgan.refinement.sources import base
 from fastsimgan.refinement.sources.array_file import ArrayFile, ImageRange
 from fastsimgan.refinement.sources.base import Decoded, Part, Sample, Source
-from fastsimgan.storage.files import printable
+from fastsimgan.storage.names import printable
 
 
 class UnpackedSource(Source):
