@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,23 @@ def flags_of(command: str, *words: str) -> set[str]:
         arguments, cwd=ROOT, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=True
     )
     return set(re.findall(r"--[a-z][\w-]*", done.stdout))
+
+
+def test_every_command_is_among_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tyro")
+    page, seen = (DOCS / "api/flags.md").read_text(), []
+
+    def see(command: object, config: Any, **_: object) -> int:
+        seen.extend(config.values() if isinstance(config, Mapping) else [config])
+        return 0
+
+    monkeypatch.setattr(cli, "run", see)
+    for command, *words in _HELPS:
+        main_of(f"fastsimgan.{command}")(words)
+    assert len(seen) >= len(_HELPS)
+    for config in seen:
+        if dataclasses.fields(config):
+            assert f"::: {config.__module__}.{config.__name__}\n" in page
 
 
 @pytest.mark.slow
