@@ -37,7 +37,7 @@ from fastsimgan.refinement.manifest import ManifestHeader, ManifestLine
 from fastsimgan.refinement.report import Report
 from fastsimgan.refinement.run import refine
 from fastsimgan.refinement.session import open_session
-from fastsimgan.refinement.sources import base
+from fastsimgan.refinement.sources import unit_parts
 from fastsimgan.refinement.tuning import PIXELS_PER_BATCH, fitting
 
 TIMES = 8  # as many packed images as files: they take a fraction of a second otherwise
@@ -303,13 +303,15 @@ def scale(count: int, entries: int) -> None:
         Image.new("L", (8, 8)).save(folder / "many" / "0.png")
         job = Job(folder / "model", folder / "many", folder / "done")
         run = open_session(job).run  # then give it the records of a much larger folder, all but one block of them done
-        number = -(-entries // base.SAMPLES_PER_UNIT)
+        number = -(-entries // unit_parts.SAMPLES_PER_UNIT)
         state = run.state
         facts = json.loads((state / "listing.json").read_bytes())
         offsets = [0]
         with (state / "listing.jsonl").open("wb") as file:
             for block in range(number):
-                names = range(block * base.SAMPLES_PER_UNIT, min(entries, (block + 1) * base.SAMPLES_PER_UNIT))
+                names = range(
+                    block * unit_parts.SAMPLES_PER_UNIT, min(entries, (block + 1) * unit_parts.SAMPLES_PER_UNIT)
+                )
                 data = b"".join(b'["folder/%09d.png", "folder/%09d.json"]\n' % (i, i) for i in names)
                 file.write(data)
                 offsets.append(offsets[-1] + len(data))
@@ -317,9 +319,9 @@ def scale(count: int, entries: int) -> None:
         for block in range(number - 1):
             lines = (
                 ManifestLine(f"folder/{block:04d}{i:05d}.png", sha256="0" * 64, source_sha256="0" * 64)
-                for i in range(base.SAMPLES_PER_UNIT)
+                for i in range(unit_parts.SAMPLES_PER_UNIT)
             )
-            run.commit(ManifestHeader(block, base.SAMPLES_PER_UNIT, failed=0, others=0, change=0.0), lines)
+            run.commit(ManifestHeader(block, unit_parts.SAMPLES_PER_UNIT, failed=0, others=0, change=0.0), lines)
         size = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
         del run
         begin = time.perf_counter()

@@ -62,10 +62,10 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_work_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """A work unit is ten files, or ten images of five rows and seven columns."""
-    from fastsimgan.refinement.sources import base
+    from fastsimgan.refinement.sources import unit_parts
 
-    monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 10)
-    monkeypatch.setattr(base, "BYTES_PER_UNIT", 10 * 35)
+    monkeypatch.setattr(unit_parts, "SAMPLES_PER_UNIT", 10)
+    monkeypatch.setattr(unit_parts, "BYTES_PER_UNIT", 10 * 35)
 
 
 @pytest.fixture

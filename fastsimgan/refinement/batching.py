@@ -19,7 +19,7 @@ from fastsimgan.refinement.manifest import sha256
 from fastsimgan.refinement.open_unit import Batch, OpenUnit
 from fastsimgan.refinement.session import Session
 from fastsimgan.refinement.sources.array_file import ImageRange
-from fastsimgan.refinement.sources.base import Decoded, Sample
+from fastsimgan.refinement.sources.unit_parts import Decoded, Sample
 from fastsimgan.refinement.stages import StageThreads
 from fastsimgan.refinement.tuning import fitting
 from fastsimgan.storage.names import printable

@@ -12,7 +12,7 @@ import numpy as np
 from fastsimgan.refinement.lease import Lease
 from fastsimgan.refinement.manifest import ManifestHeader, ManifestLine, Provenance
 from fastsimgan.refinement.sinks.base import UnitWriter
-from fastsimgan.refinement.sources.base import Decoded
+from fastsimgan.refinement.sources.unit_parts import Decoded
 
 
 @dataclass

@@ -10,7 +10,7 @@ import numpy as np
 from fastsimgan.data.pixel_values import WHITE, Span
 from fastsimgan.refinement.batching import task_size
 from fastsimgan.refinement.open_unit import Batch, OpenUnit
-from fastsimgan.refinement.sources.base import Decoded
+from fastsimgan.refinement.sources.unit_parts import Decoded
 from fastsimgan.refinement.stages import StageThreads
 
 MEASURED = 1 << 18  # values whose change is measured at a time, so that they stay in the cache

@@ -24,7 +24,7 @@ from fastsimgan.models import refiner as network
 from fastsimgan.refinement import loading, session, tuning, worker_loop
 from fastsimgan.refinement.job import Job
 from fastsimgan.refinement.run import refine
-from fastsimgan.refinement.sources import base
+from fastsimgan.refinement.sources import unit_parts
 
 OTHER = torch.device("cuda:1")
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -411,7 +411,7 @@ def test_an_engine_is_read_and_run_on_its_device(tmp_path, monkeypatch, tensorrt
 @pytest.fixture
 def small(monkeypatch):
     """Blocks of 32 images of 8x9 uint8, in batches of 16; of 100 images, 4 are left for the last."""
-    monkeypatch.setattr(base, "BYTES_PER_UNIT", 32 * 72)
+    monkeypatch.setattr(unit_parts, "BYTES_PER_UNIT", 32 * 72)
     return {"batch_size": 16}
 
 
@@ -437,7 +437,7 @@ def test_refine_on_any_device_for_every_stored_type(dtype, tmp_path, small):
 def test_two_workers_share_two_devices(tmp_path):
     path = make(tmp_path)
     (tmp_path / "in").mkdir()
-    for number, image in enumerate(noise(base.SAMPLES_PER_UNIT + 80, 8, 9)):  # two blocks
+    for number, image in enumerate(noise(unit_parts.SAMPLES_PER_UNIT + 80, 8, 9)):  # two blocks
         Image.fromarray(image).save(tmp_path / "in" / f"{number}.png")
     job = Job(path, tmp_path / "in", tmp_path / "one", device="cuda", precision="bfloat16")
     try:
@@ -451,7 +451,7 @@ def test_two_workers_share_two_devices(tmp_path):
         torch.cuda.set_device(0)
     refine(job)
     report = refine(replace(job, output=tmp_path / "two"), workers=2)
-    assert report.backends == {"torch bfloat16"} and report.images == base.SAMPLES_PER_UNIT + 80
+    assert report.backends == {"torch bfloat16"} and report.images == unit_parts.SAMPLES_PER_UNIT + 80
     one, two = (
         {file.name: file.read_bytes() for file in (tmp_path / name).rglob("*") if file.suffix in (".png", ".jsonl")}
         for name in ("one", "two")

@@ -39,7 +39,7 @@ from fastsimgan.refinement.manifest import Counts
 from fastsimgan.refinement.run import refine
 from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.session import open_session
-from fastsimgan.refinement.sources import base
+from fastsimgan.refinement.sources import unit_parts
 from fastsimgan.refinement.verification import verify
 
 TESTS = str(Path(__file__).resolve().parents[1])
@@ -206,8 +206,8 @@ def test_a_full_disk_is_one_line_and_what_is_committed_stays(
         f"{job.output}: cannot be written: No space left on device; what is committed stays: start again to go on"
     )
     monkeypatch.undo()
-    monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 10)
-    monkeypatch.setattr(base, "BYTES_PER_UNIT", 10 * 35)
+    monkeypatch.setattr(unit_parts, "SAMPLES_PER_UNIT", 10)
+    monkeypatch.setattr(unit_parts, "BYTES_PER_UNIT", 10 * 35)
     run = open_session(job).run
     assert len(run.committed()) == 2
     assert refine(job, loader=load_invert).images == 60
@@ -340,13 +340,13 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import builders
-from fastsimgan.refinement.sources import base
+from fastsimgan.refinement.sources import unit_parts
 from fastsimgan.refinement.job import Job
 from fastsimgan.refinement.run import refine
 
 if __name__ in ("__main__", "__mp_main__"):
-    base.SAMPLES_PER_UNIT = 10
-    base.BYTES_PER_UNIT = 10 * 35
+    unit_parts.SAMPLES_PER_UNIT = 10
+    unit_parts.BYTES_PER_UNIT = 10 * 35
 if __name__ == "__main__":
     job = Job(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), batch_size=5, to=sys.argv[5])
     refine(job, workers=int(sys.argv[4]), loader=builders.load_inverts)

@@ -19,7 +19,7 @@ from fastsimgan.data.formats.webdataset import read_samples, sample_key
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.job import Job
 from fastsimgan.refinement.run import refine
-from fastsimgan.refinement.sources import base
+from fastsimgan.refinement.sources import unit_parts
 from fastsimgan.refinement.sources.shards import ShardsSource
 from fastsimgan.refinement.verification import verify
 
@@ -232,7 +232,7 @@ def test_datasets_reads_our_folder(model: Path, tmp_path: Path, monkeypatch: pyt
 
 def with_files_beside(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """Two shards at ``path`` and files beside them, more than a block; returns the files' bytes."""
-    monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 2)
+    monkeypatch.setattr(unit_parts, "SAMPLES_PER_UNIT", 2)
     for number in range(2):
         members = [(f"d/{i}.png", png(i)) for i in range(3 * number, 3 * number + 3)]
         write(path / f"s{number}.tar", members + [(f"d/{3 * number}.cls", b"7")])

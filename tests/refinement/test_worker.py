@@ -33,7 +33,7 @@ from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.run_paths import state_of
 from fastsimgan.refinement.session import open_session
 from fastsimgan.refinement.sinks.folder import FolderWriter
-from fastsimgan.refinement.sources import base
+from fastsimgan.refinement.sources import unit_parts
 from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)
@@ -127,8 +127,8 @@ class Device(Fake):
 def test_a_device_has_the_next_batch_before_it_ends_the_last(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 20)
-    monkeypatch.setattr(base, "BYTES_PER_UNIT", 20 * 35)
+    monkeypatch.setattr(unit_parts, "SAMPLES_PER_UNIT", 20)
+    monkeypatch.setattr(unit_parts, "BYTES_PER_UNIT", 20 * 35)
     images = noise(50, 5, 7)
     source = tmp_path / ("in" if kind == "folder" else "in.npy")
     for i, image in enumerate(images):
@@ -180,8 +180,8 @@ class Several(Fake):
 
 @pytest.mark.parametrize("kind", ["folder", "npy", "to npz", "to shards", "to folder"])
 def test_batches_may_end_in_any_order(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 20)
-    monkeypatch.setattr(base, "BYTES_PER_UNIT", 20 * 35)
+    monkeypatch.setattr(unit_parts, "SAMPLES_PER_UNIT", 20)
+    monkeypatch.setattr(unit_parts, "BYTES_PER_UNIT", 20 * 35)
     images = noise(90, 5, 7)
     source = tmp_path / ("in.npy" if kind in ("npy", "to folder") else "in")
     for i, image in enumerate(images):
@@ -209,7 +209,7 @@ def test_batches_may_end_in_any_order(kind: str, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("where", ["refiner", "write", "commit"])
 def test_a_failure_in_any_thread_ends_the_run(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "SAMPLES_PER_UNIT", 20)
+    monkeypatch.setattr(unit_parts, "SAMPLES_PER_UNIT", 20)
     for i, image in enumerate(noise(90, 5, 7)):
         save(tmp_path / "in" / f"{i}.png", image)
     calls, before = itertools.count(), threading.active_count()

@@ -16,7 +16,7 @@ from fastsimgan.errors import InputError
 from fastsimgan.refinement import run_paths
 from fastsimgan.refinement.manifest import ManifestLine, Written, sha256
 from fastsimgan.refinement.run_directory import RunDirectory
-from fastsimgan.refinement.sources.base import Decoded, Part, Sample
+from fastsimgan.refinement.sources.unit_parts import Decoded, Part, Sample
 from fastsimgan.storage.names import printable
 
 COPIED = 1 << 20  # bytes (or values) at a time

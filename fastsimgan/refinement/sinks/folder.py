@@ -11,7 +11,8 @@ from fastsimgan.errors import InputError
 from fastsimgan.refinement.manifest import ManifestLine, Written, sha256
 from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.sinks.base import Sink, UnitWriter, carry, name_in_tree
-from fastsimgan.refinement.sources.base import Decoded, Part, Sample, Source
+from fastsimgan.refinement.sources.base import Source
+from fastsimgan.refinement.sources.unit_parts import Decoded, Part, Sample
 from fastsimgan.storage.names import printable
 
 

@@ -23,7 +23,8 @@ from fastsimgan.refinement.manifest import ManifestLine, Written, read_lines, sh
 from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.sinks.base import COPIED, Sink, UnitWriter, flush, name_in_tree
 from fastsimgan.refinement.sinks.shards import OrderedTar
-from fastsimgan.refinement.sources.base import Decoded, Part, Sample, Source
+from fastsimgan.refinement.sources.base import Source
+from fastsimgan.refinement.sources.unit_parts import Decoded, Part, Sample
 from fastsimgan.storage.names import printable
 
 PIXELS = b"pixels"  # instead of a member's type: it goes into the images, not into the tar

@@ -18,7 +18,8 @@ from fastsimgan.refinement.manifest import ManifestLine, Written, sha256
 from fastsimgan.refinement.run_directory import RunDirectory
 from fastsimgan.refinement.sinks.base import Sink, UnitWriter, carry
 from fastsimgan.refinement.sinks.folder import FolderWriter
-from fastsimgan.refinement.sources.base import Decoded, Part, Sample, Source
+from fastsimgan.refinement.sources.base import Source
+from fastsimgan.refinement.sources.unit_parts import Decoded, Part, Sample
 from fastsimgan.storage.names import printable
 
 

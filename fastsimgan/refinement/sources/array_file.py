@@ -14,8 +14,8 @@ from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.pixel_values import Span, check_range
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.records import named
-from fastsimgan.refinement.sources import base
-from fastsimgan.refinement.sources.base import Decoded, SourceIdentity, absolute
+from fastsimgan.refinement.sources import unit_parts
+from fastsimgan.refinement.sources.unit_parts import Decoded, SourceIdentity, absolute
 from fastsimgan.storage.names import printable
 
 
@@ -50,7 +50,7 @@ class ArrayFile:
         self.channels = channels
         self.size = height, width
         nbytes = channels * height * width * arrays.dtype.itemsize
-        self.per_unit = max(1, base.BYTES_PER_UNIT // nbytes // batch_size) * batch_size
+        self.per_unit = max(1, unit_parts.BYTES_PER_UNIT // nbytes // batch_size) * batch_size
         self.work_units = -(-len(arrays) // self.per_unit)
         status = self.path.stat()
         self.identity = ArraysIdentity(

@@ -19,8 +19,9 @@ from fastsimgan.data.pixel_values import Span
 from fastsimgan.data.reading import Links, Reading
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.records import from_json, named, to_json
-from fastsimgan.refinement.sources import base
-from fastsimgan.refinement.sources.base import Part, Sample, Source, SourceIdentity, absolute, refuse_unread
+from fastsimgan.refinement.sources import unit_parts
+from fastsimgan.refinement.sources.base import Source, refuse_unread
+from fastsimgan.refinement.sources.unit_parts import Part, Sample, SourceIdentity, absolute
 from fastsimgan.storage.names import printable
 
 LOOKED_AT = 100  # images whose headers `describe` reads
@@ -178,7 +179,7 @@ class FolderSource(Source):
         try:
             visited = lambda folder, mtime: folders.append((folder, mtime))  # noqa: E731
             samples = list_units(self.path, self.glob, visited, links=self.links, formats=set(formats))
-            while chunk := list(islice(samples, base.SAMPLES_PER_UNIT)):
+            while chunk := list(islice(samples, unit_parts.SAMPLES_PER_UNIT)):
                 data = b"".join(_line(sample) for sample in chunk)
                 digest.update(data)
                 if file is not None:
@@ -201,7 +202,7 @@ class FolderSource(Source):
         self._file = (state / "listing.jsonl").absolute()
         self._listing = listing
         self.identity = FolderIdentity(
-            self.identity.path, self.kind, self.glob, self.links, self.key, base.SAMPLES_PER_UNIT, listing.sha256
+            self.identity.path, self.kind, self.glob, self.links, self.key, unit_parts.SAMPLES_PER_UNIT, listing.sha256
         )
 
 

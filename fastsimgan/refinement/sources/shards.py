@@ -16,8 +16,9 @@ from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.manifest import ManifestHeader
 from fastsimgan.refinement.records import from_json, named
-from fastsimgan.refinement.sources import base
-from fastsimgan.refinement.sources.base import Part, Sample, Source, SourceIdentity, absolute, refuse_unread
+from fastsimgan.refinement.sources import unit_parts
+from fastsimgan.refinement.sources.base import Source, refuse_unread
+from fastsimgan.refinement.sources.unit_parts import Part, Sample, SourceIdentity, absolute
 from fastsimgan.storage.checksum import hash_file
 from fastsimgan.storage.names import printable
 
@@ -58,7 +59,7 @@ class ShardsSource(Source):
     @property
     def work_units(self) -> int:
         """Number of shards, and of units of the files beside them."""
-        return len(self.shards) + base.units_of(len(self.beside))
+        return len(self.shards) + unit_parts.units_of(len(self.beside))
 
     def prepare(self, state: Path) -> None:
         """Look into the shards.
@@ -102,8 +103,8 @@ class ShardsSource(Source):
         """
         shard = self.shard(work_unit)
         if shard is None:
-            first = (work_unit - len(self.shards)) * base.SAMPLES_PER_UNIT
-            for position, name in enumerate(self.beside[first : first + base.SAMPLES_PER_UNIT]):
+            first = (work_unit - len(self.shards)) * unit_parts.SAMPLES_PER_UNIT
+            for position, name in enumerate(self.beside[first : first + unit_parts.SAMPLES_PER_UNIT]):
                 yield Sample(position, (Part(name, self.path / name),), None, self.path / name)
             return
         count = 0

@@ -17,9 +17,10 @@ from fastsimgan.data.formats.stored_image import FORMATS, Header, StoredImage
 from fastsimgan.data.pixel_values import Span
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.manifest import sha256
-from fastsimgan.refinement.sources import base
+from fastsimgan.refinement.sources import unit_parts
 from fastsimgan.refinement.sources.array_file import ArrayFile, ImageRange
-from fastsimgan.refinement.sources.base import Decoded, Part, Sample, Source
+from fastsimgan.refinement.sources.base import Source
+from fastsimgan.refinement.sources.unit_parts import Decoded, Part, Sample
 from fastsimgan.storage.names import printable
 
 
@@ -126,7 +127,7 @@ class UnpackedSource(Source):
     @property
     def work_units(self) -> int:
         """How many there are: the images', then those of the files that go with no image."""
-        return self.file.work_units + base.units_of(len(self.alone))
+        return self.file.work_units + unit_parts.units_of(len(self.alone))
 
     def check_channels(self, channels: int) -> None:
         """Raise InputError if the images have others than a refiner's ``channels``."""
@@ -150,8 +151,8 @@ class UnpackedSource(Source):
         Raises:
             InputError: if one is damaged.
         """
-        first = (work_unit - self.file.work_units) * base.SAMPLES_PER_UNIT
-        for position, name in enumerate(self.alone[first : first + base.SAMPLES_PER_UNIT]):
+        first = (work_unit - self.file.work_units) * unit_parts.SAMPLES_PER_UNIT
+        for position, name in enumerate(self.alone[first : first + unit_parts.SAMPLES_PER_UNIT]):
             yield Sample(position, (Part(name, data=self.file.arrays.read_file(name)),), None, self.path / name)
 
     def sample(self, image: int, position: int) -> tuple[Sample, Header]:
