@@ -334,6 +334,7 @@ def test_python_with_exported_files_runs(name: str, notebook: Callable[[str], An
 
 @pytest.mark.slow
 def test_the_two_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tyro")
     section = README.read_text().partition("## Your own images")[2]
     train, refine = (shlex.split(line)[2:] for line in section.partition("```\n")[2].partition("```")[0].splitlines())
     assert (train[0], refine[0]) == ("fastsimgan.train", "fastsimgan.refine")
