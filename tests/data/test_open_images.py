@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from properties import given, st
 
-from fastsimgan.data.formats.image_file import _decode_plain, decode_image, encode_image, read_image, write_image
+from fastsimgan.data.formats.image_file import _decode_plain, decode_image, encode_image, read_image
 from fastsimgan.data.formats.image_folder import FolderImages
 from fastsimgan.data.formats.image_metadata import scan_png
+from fastsimgan.data.formats.listing import list_units
 from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.data.formats.stored_image import Header, StoredImage
@@ -170,7 +171,7 @@ def test_an_image_is_read_as_stored_and_written_as_the_same_kind(name: str, tmp_
         assert image.pixels.dtype == pixels.dtype
         assert np.array_equal(image.pixels, pixels)
     (tmp_path / "again").mkdir()
-    write_image(tmp_path / "again" / name, image)
+    (tmp_path / "again" / name).write_bytes(encode_image(image))
     again = read_image(tmp_path / "again" / name)
     assert again.header == image.header
     assert again.carried.compression == image.carried.compression
@@ -188,8 +189,8 @@ def test_big_endian_tiff(tmp_path: Path) -> None:
 
 
 def pillow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsimgan.data.formats.image_file.simplejpeg", None)
-    monkeypatch.setattr("fastsimgan.data.formats.image_file.cv2", None)
+    monkeypatch.setattr("fastsimgan.data.formats.image_codecs.simplejpeg", None)
+    monkeypatch.setattr("fastsimgan.data.formats.image_codecs.cv2", None)
 
 
 PLAIN = [
@@ -211,7 +212,7 @@ def test_fast_codecs_change_no_pixel(
     pytest.importorskip("cv2", reason="opencv is not installed")
     path = tmp_path / f"a.{kind.lower()}"
     if pixels.dtype == np.uint16:
-        write_image(path, StoredImage(pixels, Header(pixels.shape, "uint16", "PNG")))
+        path.write_bytes(encode_image(StoredImage(pixels, Header(pixels.shape, "uint16", "PNG"))))
     else:
         path.write_bytes(encode(pixels, kind, **options))
     data = path.read_bytes()
@@ -279,7 +280,7 @@ def test_exif_rotation_is_ignored_and_kept(kind: str, tmp_path: Path) -> None:
     path.write_bytes(encode(GREY8, kind, exif=exif))
     image = read_image(path)
     assert image.pixels.shape == GREY8.shape
-    write_image(tmp_path / f"again.{kind.lower()}", image)
+    (tmp_path / f"again.{kind.lower()}").write_bytes(encode_image(image))
     with Image.open(tmp_path / f"again.{kind.lower()}") as again:
         assert again.size == (7, 5)
         assert again.getexif()[274] == 6
@@ -291,7 +292,7 @@ def test_colour_profile_resolution_and_exif_survive_in_16_bit_colour(tmp_path: P
     (tmp_path / "c.png").write_bytes(rgb16_png(RGB16))
     image = read_image(tmp_path / "c.png")
     dressed = encode(RGB8, "PNG", exif=exif.tobytes(), icc_profile=b"profile" * 9, dpi=(300.0, 300.0))
-    write_image(tmp_path / "d.png", replace(image, carried=scan_png(dressed).carried))
+    (tmp_path / "d.png").write_bytes(encode_image(replace(image, carried=scan_png(dressed).carried)))
     with Image.open(tmp_path / "d.png") as again:
         again.load()
         assert again.info["icc_profile"] == b"profile" * 9
@@ -434,6 +435,11 @@ def fill(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
+def owners(folder: Path) -> dict[str, str | None]:
+    """Which image each other file belongs to."""
+    return {other: unit.image for unit in list_units(folder) for other in unit.others}
+
+
 def test_folder_is_a_tree_in_natural_order(tmp_path: Path) -> None:
     numbered = {
         f"s{i}/{j}.png": encode(np.full((3, 4), 10 * i + j, np.uint8), "PNG") for i in (1, 10, 2) for j in (9, 11)
@@ -445,7 +451,7 @@ def test_folder_is_a_tree_in_natural_order(tmp_path: Path) -> None:
     names = ["s1/9.png", "s1/11.png", "s2/9.png", "s2/11.png", "s10/9.png", "s10/11.png"]
     assert [str(name) for name in source.images] == names
     assert [str(name) for name in source.others] == ["readme.txt", "s1/9.json", "s1/11.pose.txt"]
-    assert [source.owner(name) for name in source.others] == [None, Path("s1/9.png"), Path("s1/11.png")]
+    assert owners(tmp_path) == {"readme.txt": None, "s1/9.json": "s1/9.png", "s1/11.pose.txt": "s1/11.png"}
     assert (len(source), source.shape, source.dtype, source.bit_depth) == (6, (1, 3, 4), np.uint8, 8)
     assert source.load()[:, 0, 0].tolist() == [19, 21, 29, 31, 109, 111]
     assert source.labels() == {}
@@ -453,9 +459,8 @@ def test_folder_is_a_tree_in_natural_order(tmp_path: Path) -> None:
 
 
 def test_the_image_whose_stem_begins_a_name_owns_it(tmp_path: Path) -> None:
-    source = FolderImages(fill(tmp_path, {"a.png": b"", "a.b.png": b"", "a.b.json": b"", "a.c.json": b"", ".x": b""}))
-    owners = {str(name): str(source.owner(name)) for name in source.others}
-    assert owners == {"a.b.png": "a.png", "a.b.json": "a.png", "a.c.json": "a.png", ".x": "None"}  # as for refine
+    folder = fill(tmp_path, {"a.png": b"", "a.b.png": b"", "a.b.json": b"", "a.c.json": b"", ".x": b""})
+    assert owners(folder) == {"a.b.png": "a.png", "a.b.json": "a.png", "a.c.json": "a.png", ".x": None}
 
 
 @pytest.mark.parametrize("name", ["g16.png", "c8.png", "c16.png"])
