@@ -46,6 +46,7 @@ def saved(folder: Path, size: str, small: bool) -> Path:
         return Path(path)
     torch.manual_seed(0)
     network = Network(1, width=8, blocks=2) if small else Network(1, **SHAPES[size])
+    torch.nn.init.normal_(network.last.weight)  # a fresh one changes nothing
     save_refiner(folder / "refiner.safetensors", network, histogram="keep", training=TrainConfig())
     return folder
 

@@ -2,7 +2,7 @@
 
 Forward and backward to all arguments: on a CPU in float32 ("cpp") and with products in bfloat16 ("amx" against PyTorch
 under autocast); on CUDA with products in bfloat16 ("triton" against cuDNN and `torch.compile` under autocast), with
-float32 features between blocks, as R has them, and with 16-bit ones.
+16-bit features between blocks, as R has them, and with float32 ones.
 """
 
 from __future__ import annotations

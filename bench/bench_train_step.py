@@ -60,7 +60,7 @@ def plain(config: TrainConfig, trainer: SimGAN, sides: tuple[np.ndarray, np.ndar
 
 
 def losses_side_by_side(
-    steps: int, *, batch: int, width: int = 64, size: tuple[int, int] = SIZE, identity_init: bool = True
+    steps: int, *, batch: int, width: int = 64, size: tuple[int, int] = SIZE, computes: str = "change"
 ) -> np.ndarray:
     """R's and D's losses of ours and of the plain trainer, ``[2, steps, 2]``: same weights, same images, float32.
 
@@ -70,7 +70,7 @@ def losses_side_by_side(
     """
     config = TrainConfig(
         batch_size=batch, k_g=2, hidden_channels=width, history=batch // 2, steps=steps, warm_up=0, decay=False,
-        identity_init=identity_init,
+        computes=computes,
     )  # fmt: skip
     ours = SimGAN(TrainingState(config, (1, *size), torch.device("cpu")))
     sides = images(64, 0, size), images(64, 1, size)

@@ -57,17 +57,16 @@ class TrainConfig:
     history: int = 2048
     """Capacity of the history of refined images (§2.3), in images; 0 turns it off."""
     pretrain_refiner: int = 0
-    """Steps of R alone on self-regularisation. R starts at the identity already, see --identity-init."""
+    """Steps of R alone on self-regularisation, before all else. One that computes the change starts at the identity
+    already; the paper trains R there in 1,000 steps."""
     pretrain_discriminator: int = 100
     """Steps of D alone, before Algorithm 1."""
-    identity_init: bool = True
-    """Set R's first weights so that it starts as the identity (the paper trains it there in 1,000 steps)."""
 
     learning_rate_refiner: float = 2e-4
     """Adam's learning rate for R."""
     learning_rate_discriminator: float = 6e-4
     """Adam's learning rate for D."""
-    warm_up: int = 100
+    warm_up: int = 20
     """Iterations over which the learning rates rise to their full value, so that Adam's first steps, all of one size,
     do not throw R off the identity; 0 for none."""
     decay: bool = True
@@ -78,9 +77,12 @@ class TrainConfig:
     network: Literal["gaze", "hand"] = "gaze"
     """Architecture of D, and of R's first layer (§3.1 or §3.2)."""
     hidden_channels: int = 32
-    """Feature maps in R. The paper has 64; 32 take a quarter of the time; --identity-init needs 20 an image channel."""
+    """Feature maps in R. The paper has 64; 32 take a quarter of the time."""
     blocks: int = 4
     """Residual blocks in R."""
+    computes: Literal["change", "image"] = "change"
+    """What R's network computes: the change, to which the image is added outside, so that R starts as the identity and
+    16 bits are enough inside; or, as in the paper, the image itself."""
 
     crop: tuple[int, int] | None = None
     """Height and width of the random crops that training sees. auto: images whole where all have one size of at most
@@ -165,6 +167,7 @@ class TrainConfig:
         """Settings from `to_json`; unknown names are an InputError."""
         values: dict[str, Any] = json.loads(text)
         known = {field.name for field in dataclasses.fields(cls)}
+        _bring_up(values)
         if unknown := sorted(set(values) - known):
             raise InputError(f"config has unknown settings: {', '.join(unknown)}")
         for name in ("synthetic", "real", "out"):
@@ -233,6 +236,18 @@ def _check_values(config: TrainConfig) -> None:
         raise InputError(f"--{given} needs --{missing} beside it (or give neither for the built-in eyes)")
 
 
+def _bring_up(values: dict[str, Any]) -> None:
+    """Give settings of before --computes what they mean today; InputError where this version cannot go on with them."""
+    if "computes" in values:
+        return
+    if values.pop("identity_init", False):
+        raise InputError(
+            "config must be of a run begun by this version, or with --no-identity-init, got one whose R carries the "
+            "image in its features: finish it with the version that began it"
+        )
+    values["computes"] = "image"
+
+
 def _flag(name: str) -> str:
     return name.replace("_", "-")
 
@@ -246,7 +261,7 @@ _PAPER: dict[str, Any] = {
     "history": 51_200,
     "pretrain_refiner": 1000,
     "pretrain_discriminator": 200,
-    "identity_init": False,
+    "computes": "image",
     "learning_rate_refiner": 1e-3,
     "learning_rate_discriminator": 1e-3,
     "warm_up": 0,

@@ -31,7 +31,7 @@ class ExportConfig:
     key: str | None = None
     """Name of the array, dataset or group in --images that holds them, where it is not `images`."""
     quantise: tuple[Literal["int8-cpu", "int8-tensorrt", "fp8"], ...] = ()
-    """8-bit files to write too; a refiner that began at the identity may lose too much for fp8."""
+    """8-bit files to write too."""
     min_psnr: float = 50.0
     """Least PSNR of an 8-bit file against PyTorch, in dB (50 dB is 0.8 grey levels, root mean square)."""
     trtexec: Literal[10, 11] | None = None

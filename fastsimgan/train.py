@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +19,6 @@ Give --synthetic and --real (folders of images, .npz, .npy or HDF5 files, .tar s
 procedural eyes. What comes out, in --out: refiner.safetensors, contact_sheet.png, metrics.jsonl, config.json,
 checkpoints/ and pictures/."""
 
-RGB_HIDDEN_CHANNELS = 64
-"""Feature maps of R for RGB images where none are asked for: it starts at the identity with 20 a channel or more."""
-
 #: What a resumed run may change without ceasing to be the same run.
 _FREE_ON_RESUME = {"out", "resume", "dry_run", "device", "eval_every", "checkpoint_every", "keep", "data", "profile"}
 
@@ -35,7 +31,6 @@ class _Given:
     out: Path = TrainConfig.out
     preset: str | None = None
     resume: bool = False
-    hidden_channels: str | None = None  # a number is the parser's to ask for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,21 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # tyro's way of presets is subcommands: these would know nothing of --resume, whose defaults are in a file, nor
         # of what a run without data is
         given = cli.parse_known(_Given, arguments, prog=PROG)
-        command = functools.partial(train, hidden_channels_given=given.hidden_channels is not None)
-        return cli.run(
-            command, TrainConfig, prog=PROG, description=DESCRIPTION, argv=arguments, default=_default(given)
-        )
+        return cli.run(train, TrainConfig, prog=PROG, description=DESCRIPTION, argv=arguments, default=_default(given))
 
     return cli.exit_code(parsed)
 
 
-def train(config: TrainConfig, *, hidden_channels_given: bool = True) -> None:
-    """The command itself, on parsed settings.
-
-    Args:
-        config: settings.
-        hidden_channels_given: whether ``config.hidden_channels`` is the user's, and no default.
-    """
+def train(config: TrainConfig) -> None:
+    """The command itself, on parsed settings."""
     from fastsimgan.data.formats.open_images import refuse_inside
 
     config.validate()
@@ -79,8 +66,6 @@ def train(config: TrainConfig, *, hidden_channels_given: bool = True) -> None:
         )
     else:
         synthetic, real = _both_sides(config, config.synthetic, config.real)
-    if not hidden_channels_given and not config.resume:
-        config = _wide_enough(config, synthetic)
 
     from fastsimgan.training.loop import fit
 
@@ -164,19 +149,6 @@ def _say_values(images: Any, photos: Any, config: TrainConfig) -> None:
         cli.LOG.info(f"{name}: values {found}{of}")
     if warning := mismatch(*ranges):
         cli.LOG.warning(warning)
-
-
-def _wide_enough(config: TrainConfig, synthetic: Any) -> TrainConfig:
-    """For RGB images, as many feature maps as it takes to start at the identity."""
-    from fastsimgan.data.ragged import channels_of
-
-    if not config.identity_init or channels_of(synthetic) != 3 or config.hidden_channels >= RGB_HIDDEN_CHANNELS:
-        return config
-    cli.LOG.info(
-        f"hidden channels: {RGB_HIDDEN_CHANNELS}, so that R starts at the identity in RGB "
-        f"(--hidden-channels {config.hidden_channels}: fewer)"
-    )
-    return dataclasses.replace(config, hidden_channels=RGB_HIDDEN_CHANNELS)
 
 
 def _set_of(source: Any) -> Any:

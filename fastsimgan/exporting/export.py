@@ -22,7 +22,7 @@ from fastsimgan.inference import int8_backend, trtexec
 from fastsimgan.inference.graph_format import Form
 from fastsimgan.inference.onnx_file import read, stamp
 from fastsimgan.inference.onnxruntime_backend import OnnxRuntimeBackend
-from fastsimgan.inference.refiner import RefinerFile, read_refiner
+from fastsimgan.inference.refiner import IN_FEATURES, RefinerFile, read_refiner
 from fastsimgan.inference.tensorrt_backend import Library, cached_engine
 from fastsimgan.storage.atomic import staged
 from fastsimgan.storage.checkpoint import newest_checkpoint
@@ -70,7 +70,7 @@ def export(
     writer = _Writer(
         file, Truth(file, compared), facts, gptq.calibrate(file.module, seen) if quantise else None, min_psnr, log
     )
-    forms = FORMS | dict(QUANTISED[name] for name in quantise)
+    forms = _forms(file, quantise, log)
     with staged(out) as folder:
         folder.mkdir()
         for name, form in forms.items():
@@ -84,14 +84,26 @@ def export(
             **facts,
         }
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        commands = _write_commands(folder, profile, forms["refiner.u8.fp16.onnx"], file)
+        commands = _write_commands(folder, profile, forms, file)
         (folder / CARD).write_text(model_card(file, record, writer.reports, commands, min_psnr))
     return writer.reports
 
 
-def _write_commands(folder: Path, profile: trtexec.Profile, form: Form, file: RefinerFile) -> dict[int, str]:
+def _forms(file: RefinerFile, quantise: Sequence[str], log: Callable[[str], None]) -> dict[str, Form]:
+    """What to write, by name."""
+    if not file.in_features:
+        return FORMS | dict(QUANTISED[name] for name in quantise)
+    forms = {name: form for name, form in FORMS.items() if form.branches == "float32"}
+    log(f"{', '.join(forms)} alone: {IN_FEATURES}")
+    return forms
+
+
+def _write_commands(
+    folder: Path, profile: trtexec.Profile, forms: Mapping[str, Form], file: RefinerFile
+) -> dict[int, str]:
     """The trtexec command of each major version of TensorRT, as a script in ``folder``; all of them."""
-    model = Path("refiner.u8.fp16.onnx")
+    model = Path(max(forms.keys() & FORMS.keys(), key=list(FORMS).index))
+    form = forms[model.name]
     commands = {
         major: trtexec.command(model, model.with_suffix(".engine"), profile, major, form, file.settings)
         for major in (10, 11)
@@ -112,6 +124,8 @@ def _exportable(refiner: Path, quantise: Sequence[str]) -> RefinerFile:
             "quantise must be for refiners of at least 2 blocks, as the last stays in floats, "
             f"got {file.settings['blocks']}"
         )
+    if quantise and file.in_features:
+        raise InputError(f"quantise must be left out here: {IN_FEATURES}")
     if "range" in file.settings:
         low, high = file.settings["range"]
         raise InputError(

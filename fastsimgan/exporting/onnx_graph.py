@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fastsimgan.errors import UnavailableError
 from fastsimgan.exporting.gptq import compensated, to_float8
 from fastsimgan.inference.graph_format import NEEDS_ONNX, OUTPUT, Form, input_name
+from fastsimgan.models.refiner import CURVE
 
 try:
     import onnx
@@ -52,16 +53,15 @@ def build(
     kind = TensorProto.UINT8 if form.uint8 else TensorProto.FLOAT
     name = input_name(form.uint8, settings["histogram"])
     shape = ["batch", settings["channels"], "height", "width"]
-    x = _stored_to_float(graph, name, settings["histogram"]) if form.uint8 else name
-    x = graph.node("Relu", [graph.conv("first", x)], "first.relu")
+    image = _stored_to_float(graph, name, settings["histogram"]) if form.uint8 else name
+    x = graph.node("Relu", [graph.conv("first", graph.cast(image, "float32", graph.features))], "first.relu")
     for block in range(settings["blocks"]):
         branch = graph.branch(f"blocks.{block}", x, form.of_branch(block, settings["blocks"]))
         x = graph.node("Relu", [graph.node("Add", [x, branch], f"blocks.{block}.sum")], f"blocks.{block}.out")
-    last = graph.conv("last", x)
+    computed = graph.cast(graph.conv("last", x), graph.features, "float32")
+    _put_together(graph, image, computed, settings.get("computes", "image"), "put_together" if form.uint8 else OUTPUT)
     if form.uint8:
-        _float_to_stored(graph, graph.node("Tanh", [last], "tanh"))
-    else:
-        graph.node("Tanh", [last], OUTPUT)
+        _float_to_stored(graph, "put_together")
     model = helper.make_model(
         helper.make_graph(
             graph.nodes,
@@ -85,6 +85,7 @@ class _Graph:
         self.weights = weights
         self.form = form
         self.calibration = calibration
+        self.features = "float16" if form.branches == "float16" else "float32"
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[TensorProto] = []
 
@@ -97,28 +98,31 @@ class _Graph:
             self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
 
-    def conv(self, name: str, x: str, dtype: str = "float32") -> str:
-        """A convolution that keeps the size."""
+    def conv(self, name: str, x: str, dtype: str = "") -> str:
+        """A convolution that keeps the size, in ``dtype``, or in that of the features."""
         weight, bias = (
-            self.constant(f"{name}.{part}", self.weights[f"{name}.{part}"].astype(dtype)) for part in ("weight", "bias")
+            self.constant(f"{name}.{part}", self.weights[f"{name}.{part}"].astype(dtype or self.features))
+            for part in ("weight", "bias")
         )
         return self.size_kept(name, [x, weight, bias])
+
+    def cast(self, x: str, given: str, wanted: str) -> str:
+        if given == wanted:
+            return x
+        kind = TensorProto.FLOAT16 if wanted == "float16" else TensorProto.FLOAT
+        return self.node("Cast", [x], f"{x}.{wanted}", to=kind)
 
     def size_kept(self, name: str, inputs: Sequence[str]) -> str:
         kernel = self.weights[f"{name}.weight"].shape[2:]
         return self.node("Conv", inputs, name, kernel_shape=kernel, pads=[k // 2 for k in kernel] * 2)
 
     def branch(self, name: str, x: str, numbers: str) -> str:
-        """conv2(relu(conv1(x))), float32 in and out whatever is in between."""
-        if numbers == "float32":
-            hidden = self.node("Relu", [self.conv(f"{name}.conv1", x)], f"{name}.hidden")
-            return self.conv(f"{name}.conv2", hidden)
-        if numbers == "float16":
-            half = self.node("Cast", [x], f"{name}.in.half", to=TensorProto.FLOAT16)
-            hidden = self.node("Relu", [self.conv(f"{name}.conv1", half, "float16")], f"{name}.hidden")
-            out = self.conv(f"{name}.conv2", hidden, "float16")
-            return self.node("Cast", [out], f"{name}.branch", to=TensorProto.FLOAT)
-        return self.quantised_branch(name, x)
+        """conv2(relu(conv1(x))), in and out of the features' type whatever is in between."""
+        if numbers not in ("float32", "float16"):
+            return self.quantised_branch(name, x)
+        conv1 = self.conv(f"{name}.conv1", self.cast(x, self.features, numbers), numbers)
+        hidden = self.node("Relu", [conv1], f"{name}.hidden")
+        return self.cast(self.conv(f"{name}.conv2", hidden, numbers), numbers, self.features)
 
     def quantised_branch(self, name: str, x: str) -> str:
         """The same in 8 bits, in units in which each channel's peak is the largest 8-bit value.
@@ -213,6 +217,22 @@ def _stored_to_float(graph: _Graph, images: str, histogram: str) -> str:
         levels = _equalise(graph, levels)
     unit = graph.node("Div", [levels, graph.constant("half_white", np.float32(127.5))], "unit")
     return graph.node("Sub", [unit, graph.constant("one", np.float32(1))], "normalised")
+
+
+def _put_together(graph: _Graph, image: str, computed: str, computes: str, output: str) -> None:
+    """The refined image from the image and what the last layer computed, as `models.refiner.put_together` has it."""
+    if computes == "image":
+        graph.node("Tanh", [computed], output)
+        return
+    node, constant = graph.node, graph.constant
+    one, curve = constant("one", np.float32(1)), constant("curve", np.float32(CURVE))
+    t = node("Tanh", [computed], "computed.tanh")
+    near = node("Mul", [curve, image], "change.near")
+    room = node("Sub", [one, node("Mul", [near, near], "change.near.square")], "change.room")
+    above = node("Mul", [t, room], "change.above")
+    beside = node("Mul", [curve, node("Mul", [near, t], "change.near.t")], "change.beside")
+    change = node("Div", [above, node("Add", [curve, beside], "change.below")], "change")
+    node("Clip", [node("Add", [image, change], "changed"), constant("least", np.float32(-1)), one], output)
 
 
 def _float_to_stored(graph: _Graph, x: str) -> None:

@@ -106,7 +106,7 @@ class Truth:
 
     @torch.inference_mode()
     def rounded_as_on_a_gpu(self, form: Form) -> Tensor:
-        """What the float16 form gives where each branch layer's weights, input and output are rounded to float16.
+        """What the float16 form gives where each layer's weights, input and output are rounded to float16.
 
         The products are summed in float32, as tensor cores do; a CPU's own float16 convolutions are very slow.
         """
@@ -115,14 +115,14 @@ class Truth:
             return values.half().float()
 
         module = deepcopy(self.file.module)
-        x = F.relu(module.first(self.prepared))
+        for parameter in module.parameters():
+            parameter.copy_(rounded(parameter))
+        x = rounded(F.relu(module.first(rounded(self.prepared))))
         for block in module.blocks:
             assert isinstance(block, network.ResidualBlock)
-            for parameter in block.parameters():
-                parameter.copy_(rounded(parameter))
-            hidden = rounded(F.relu(block.conv1(rounded(x))))
-            x = F.relu(x + rounded(block.conv2(hidden)))
-        refined = torch.tanh(module.last(x))
+            hidden = rounded(F.relu(block.conv1(x)))
+            x = rounded(F.relu(x + rounded(block.conv2(hidden))))
+        refined = network.put_together(self.prepared, rounded(module.last(x)), module.computes)
         return from_float(refined, torch.uint8) if form.uint8 else refined
 
     def draw_worst(self, path: Path, refined: Tensor, parity: Parity) -> None:

@@ -44,8 +44,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 def convolutions(device: torch.device, deterministic: bool = False) -> Iterator[None]:
     """Where networks are trained on ``device``; elsewhere nothing changes.
 
-    Float32 convolutions on CUDA are computed in float32: by default cuDNN rounds their inputs to TF32, which for a
-    refiner that began at the identity is as wrong as float16 throughout (see `models.refiner`).
+    Float32 convolutions on CUDA are computed in float32: by default cuDNN rounds their inputs to TF32, which has as few
+    bits as float16.
 
     cuDNN times its algorithms for each shape, of which there is a handful, and takes the fastest; ``deterministic``: it
     takes one by rule that computes the same bits each time, and so do PyTorch's other operators and what

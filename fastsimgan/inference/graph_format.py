@@ -21,11 +21,10 @@ OPERATORS = frozenset(
 
 @dataclass(frozen=True)
 class Form:
-    """What a graph takes, and the numbers in which its residual branches (all but 1 % of the work) compute.
+    """What a graph takes, and the numbers in which it computes.
 
-    The first and the last layer and the sums along the skip connections are float32 in every form: a refiner that
-    began at the identity subtracts large, nearly equal features in its last layer. With these in float16 a trained one
-    was up to 36 grey levels off, where this mixture stays below half a level.
+    In float16 everything does, up to the last layer's output. In 8 bits the residual branches do, and the first and the
+    last layer (1 % of the work) and the sums along the skip connections are float32. The image is float32 in all.
     """
 
     uint8: bool
@@ -54,6 +53,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     low, high = settings.get("range", (0.0, 1.0))
     if not -math.inf < float(low) < float(high) < math.inf:
         raise ValueError(f"range must be two numbers, the second larger, got {settings['range']!r}")
+    if settings.get("computes", "image") not in ("change", "image"):  # files without it are older: "image"
+        raise ValueError(f"computes must be change or image, got {settings['computes']!r}")
     if settings["histogram"] not in ("keep", "equalise"):
         raise ValueError(f"histogram must be keep or equalise, got {settings['histogram']!r}")
 

@@ -20,6 +20,7 @@ from fastsimgan.errors import InputError
 from fastsimgan.hardware.device import keep_some_freed_memory
 from fastsimgan.inference.onnx_file import OnnxFile
 from fastsimgan.inference.torch_backend import in_cache
+from fastsimgan.models.refiner import put_together
 from fastsimgan.ops import residual_block as float_block
 from fastsimgan.ops.residual_block import residual_block
 from fastsimgan.ops.residual_block_int8 import implementations, residual_block_int8
@@ -70,6 +71,7 @@ class Int8Backend:
         self._last_block = *read.layer(f"{name}.conv1", shape), *read.layer(f"{name}.conv2", shape)
         self._last = read.layer("last", (channels, width, 1, 1))
         self._width: int = width
+        self._computes: str = settings.get("computes", "image")
         keep_some_freed_memory()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ class Int8Backend:
         for block in self._blocks:
             x = residual_block_int8(x, *block, self._impl)
         x = residual_block(x, *self._last_block, self._last_impl)
-        return torch.tanh(F.conv2d(x, *self._last))
+        return put_together(images, F.conv2d(x, *self._last), self._computes)
 
 
 # in_scale, weight1, bias1, scale1, weight2, bias2, scale2

@@ -45,7 +45,7 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3  # errors: it warns about every shape-only node that it keeps on the CPU
         if file.facts["branches"] == "fp8":  # its further fusions change what such a graph computes: 17 dB, not 41
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        # TF32 rounds as float16 does, and the layers left in float32 are those that cannot bear it.
+        # TF32 rounds as float16 does, and float32 is to be float32.
         settings = {} if device.type == "cpu" else {"device_id": str(device.index or 0), "use_tf32": "0"}
         try:
             self._session = onnxruntime.InferenceSession(file.data, options, providers=[(provider, settings)])

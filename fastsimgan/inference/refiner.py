@@ -28,6 +28,10 @@ from fastsimgan.storage.atomic import write_atomically
 
 FILE, BEST = "refiner.safetensors", "best.safetensors"
 _FORMAT = "fastsimgan.refiner/1"
+IN_FEATURES = (
+    "a refiner of a version before --computes carries the image in its features, for which float32 alone is good "
+    "enough: train it again for 16 and 8 bits"
+)
 
 
 class Refiner:
@@ -168,6 +172,7 @@ def describe(module: network.Refiner, histogram: str) -> dict[str, Any]:
         "width": module.last.in_channels,
         "blocks": len(module.blocks),
         "first_kernel": module.first.kernel_size[0],
+        "computes": module.computes,
         "histogram": histogram,
     }
 
@@ -217,8 +222,8 @@ def load_refiner(
             (runs in onnxruntime; the CPU's int8 file in kernels of our own where the processor has VNNI), or an
             ``.engine`` or ``.plan`` built from one (runs in TensorRT, on CUDA).
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
-        precision: in which PyTorch takes the residual branches' products: "float32", on CUDA also "float16", on GPUs
-            and CPUs that compute in it also "bfloat16". An exported file has its own.
+        precision: in which PyTorch computes all up to the change: "float32", on CUDA also "float16", on GPUs and CPUs
+            that compute in it also "bfloat16". An exported file has its own.
         compiled: on CUDA, run a run's refiner through `torch.compile`: for each size of batch that comes back (8 at
             most), which takes tens of seconds, or, where ``repeatable``, for those of `Refiner.warm_up` alone.
         repeatable: on CUDA, choose nothing by timing: the same batch becomes the same bytes in every process.
@@ -227,7 +232,8 @@ def load_refiner(
         trust_engine: run an engine that is not from the cache of `export --engine`, such as trtexec's.
 
     Raises:
-        InputError: not there, not a refiner of this package, or altered.
+        InputError: not there, not a refiner of this package, or altered; or one of an earlier version that only
+            float32 is good enough for.
         UnavailableError: the device, or the package that runs such a file or compiles it, is not there.
     """
     path = Path(path)
@@ -246,6 +252,8 @@ def load_refiner(
         return Refiner(*load_engine(path, library, chosen, trusted=trust_engine), chosen)
     file = read_refiner(path)
     chosen = choose_device(device)
+    if precision != "float32" and file.in_features:
+        raise InputError(f"{path}: precision must be float32, got {precision}: {IN_FEATURES}")
     backend = TorchBackend(file.module, chosen, precision, compiled=compiled, repeatable=repeatable, block=block)
     return Refiner(backend, file.settings, file.sha256, chosen)
 
@@ -269,6 +277,9 @@ class RefinerFile:
     settings: dict[str, Any]
     training: str  # JSON, the settings it was trained with
     sha256: str
+    in_features: bool
+    """Whether it carries the image as small differences of large features, as earlier versions had R begin at the
+    identity. In float16 throughout such a refiner was up to 36 grey levels off."""
 
 
 def read_refiner(path: Path) -> RefinerFile:
@@ -296,12 +307,16 @@ def read_refiner(path: Path) -> RefinerFile:
                 width=settings["width"],
                 blocks=settings["blocks"],
                 first_kernel=settings["first_kernel"],
+                computes=settings.setdefault("computes", "image"),
             )
         module.load_state_dict(tensors, assign=True)
+        training = header.get("training", "{}")
+        began_there = settings["computes"] == "image" and dict(json.loads(training)).get("identity_init") is True
+        in_features = began_there and settings["width"] >= 20 * settings["channels"]  # narrower ones began at random
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{file}: not a whole refiner: {type(error).__name__}: {reason}") from error
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{file}: weights must be finite, got NaN or Inf in {name}")
-    return RefinerFile(module, settings, header.get("training", "{}"), hashlib.sha256(data).hexdigest())
+    return RefinerFile(module, settings, training, hashlib.sha256(data).hexdigest(), in_features)

@@ -70,7 +70,7 @@ def build_engine(file: OnnxFile, trt: ModuleType, profile: Profile, *, sm: str |
         reason = parser.get_error(0).desc().splitlines()[0] if parser.num_errors else log.last()
         raise InputError(f"{printable(file.path)}: {trt.__name__} {trt.__version__} refuses it: {reason}")
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # it rounds the layers left in float32 as float16 would
+    config.clear_flag(trt.BuilderFlag.TF32)  # it rounds float32 as float16 would
     if sm is not None:
         known = getattr(getattr(trt, "ComputeCapability", None), sm.upper().replace("_", ""), None)
         if known is None:

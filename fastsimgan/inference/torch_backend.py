@@ -60,12 +60,11 @@ _KEEP_SUMS_WHOLE = {"realize_acc_reads_threshold": 64, "realize_opcount_threshol
 class TorchBackend:
     """The network itself, weights in channels_last; on CUDA a shape that comes back is replayed as a CUDA graph.
 
-    float16 (CUDA) and bfloat16 (CUDA, and CPUs that compute in it) are the same mixture as in the exported graphs: the
-    products of the residual branches in 16 bits, the first and the last layer and the sums along the skip connections
-    in float32. TF32, which PyTorch allows in convolutions by default, is off for these: it rounds as float16 does.
+    In float16 (CUDA) and bfloat16 (CUDA, and CPUs that compute in it) all is 16 bits wide up to the last layer's
+    output, and the image float32. TF32, which PyTorch allows in convolutions by default, is off: float32 means float32.
 
     Args:
-        module: R; its weights are moved, and the blocks' changed to the precision on CUDA.
+        module: R; its weights are moved, and on CUDA changed to the precision.
         device: where it runs.
         precision: "float32", "float16" or "bfloat16".
         compiled: on CUDA, `torch.compile` R for each shape that is replayed, `MOST_COMPILED` at most, or (repeatable)
@@ -73,8 +72,7 @@ class TorchBackend:
         repeatable: on CUDA, choose nothing by timing, so that a batch becomes the same bytes in every process, whatever
             came before it. Otherwise cuDNN measures its algorithms for each shape that is replayed, and the first time
             and the later ones may differ by rounding.
-        block: the implementation of `ops.residual_block`, as there. On CUDA in 16 bits the op gets float32 features and
-            16-bit weights under autocast: what goes through the skip connection is not rounded.
+        block: the implementation of `ops.residual_block`, as there.
 
     Raises:
         InputError: a precision that the device lacks, or ``compiled`` on a CPU.
@@ -103,8 +101,8 @@ class TorchBackend:
         self._module = channels_last(module, device).eval()
         if block != "auto":
             self._module.impl = block
-        for layers in self._module.blocks if precision != "float32" and device.type == "cuda" else ():
-            layers.to(DTYPES[precision])
+        if precision != "float32" and device.type == "cuda":
+            self._module.to(DTYPES[precision])
         if compiled:  # neighbouring threads write neighbouring maps: they read the first layer's taps side by side too
             first = self._module.first.weight
             first.data = first.data.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)

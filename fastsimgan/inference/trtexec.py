@@ -35,7 +35,7 @@ def command(onnx: Path, engine: Path, profile: Profile, major: int, form: Form, 
     """The command line for TensorRT 10 or 11.
 
     Precision comes from the file: 10 is told so by --stronglyTyped, 11 knows no other way and has no such flag. Neither
-    may use TF32, which rounds the layers left in float32 as float16 would.
+    may use TF32, which rounds float32 as float16 would.
     """
     if major not in (10, 11):
         raise InputError(f"TensorRT's major version must be 10 or 11, got {major}")

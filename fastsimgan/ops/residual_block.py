@@ -42,7 +42,8 @@ def residual_block(
         weight1: ``[C, C, 3, 3]``, of the first convolution; ``bias1`` ``[C]``.
         weight2: ``[C, C, 3, 3]``, of the second; ``bias2`` ``[C]``.
         impl: ``"reference"`` (plain PyTorch), ``"cpp"`` (C++ for AVX2 and AVX-512; float32 on a CPU, C a multiple of 8
-            up to 1,024), ``"amx"`` (C++ for AMX: products in bfloat16 of float32 tensors on a CPU, C a multiple of 32),
+            up to 1,024), ``"amx"`` (C++ for AMX: products in bfloat16 of float32 tensors on a CPU, also of bfloat16
+            features, whose result is float32; C a multiple of 32),
             ``"triton"`` (CUDA: products in the 16-bit type of autocast or of the features, sums in float32; features
             float32, which then go through the skip connection unrounded, or of that type; C a multiple of 16 up to
             1,024), or ``"auto"``: on a CPU "amx" under autocast to bfloat16 and "cpp" without autocast, where they can
@@ -65,7 +66,8 @@ def residual_block(
     if chosen == "triton":
         out = _triton_op(features, *layers, _products(features))[0]
     else:
-        out = (_op if chosen == "cpp" else _bfloat16_op)(features, *layers)[0]
+        # of 16-bit features, a first layer's under autocast: from there on they are float32
+        out = (_op if chosen == "cpp" else _bfloat16_op)(features.float(), *layers)[0]
     return out
 
 
@@ -122,7 +124,11 @@ def _unmet(impl: str, features: Tensor, layers: tuple[Tensor, Tensor, Tensor, Te
     if impl == "triton":
         if (reason := _triton_unmet(features, layers)) is not None:
             return reason
-    elif features.device.type != "cpu" or features.dtype != torch.float32 or layers[0].dtype != torch.float32:
+    elif (
+        features.device.type != "cpu"
+        or layers[0].dtype != torch.float32
+        or features.dtype not in ((torch.float32,) if impl == "cpp" else (torch.float32, torch.bfloat16))
+    ):
         return f"it needs float32 on a CPU, got {features.dtype} on {features.device}, weights {layers[0].dtype}"
     maps, unit = features.shape[1], _UNITS[impl]
     if maps % unit or (impl != "amx" and maps > MOST_MAPS):

@@ -32,6 +32,8 @@ class Settings:
     pixels: int = field(default=tuning.PIXELS_PER_BATCH, metadata=named("pixels in a batch", optional=True))
     compiled: bool = field(default=False, metadata=named("compiled", optional=True))
     residual_block: str = field(default=tuning.RESIDUAL_BLOCK, metadata=named("residual block", optional=True))
+    # with precision in 16 bits; versions that had float32 between R's blocks then do not say so
+    features: str = field(default="float32", metadata=named("features", optional=True))
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def open_session(job: Job) -> Session:
         pixels=choice.pixels,
         compiled=choice.compiled,
         residual_block=choice.residual_block,
+        features="float32" if job.precision == "float32" else "16 bits",
     )
     try:
         run = open_run(job.output, settings, source, is_file=to in SUFFIXES)

@@ -115,7 +115,7 @@ def _fastest_block(shape: tuple[int, int, int, int], precision: str, device: tor
 
     if precision == "float32" or INTERPRETED or residual_block.implementations()["triton"] is not None:
         return RESIDUAL_BLOCK
-    result = race(shape, DTYPES[precision], False, device)
+    result = race(shape, DTYPES[precision], False, device, features=DTYPES[precision])
     print(result, file=sys.stderr)
     return result.impl
 

@@ -43,7 +43,8 @@ def choose_residual_blocks(state: TrainingState, log: Callable[[str], None]) -> 
     if state.precision == "float32" or residual_block.implementations()["triton"] is not None:
         return
     shape = state.batch // config.accumulate, config.hidden_channels, *state.image_shape[1:]
-    result = race(shape, DTYPES[state.precision], True, device, compiled=config.compile != "off")
+    dtype = DTYPES[state.precision]
+    result = race(shape, dtype, True, device, features=dtype, compiled=config.compile != "off")
     state.refiner.impl = IMPLS[state.group.largest(IMPLS.index(result.impl) if state.group.first else 0)]
     log(str(result))
 

@@ -135,12 +135,6 @@ def _new_state(
     if config.precision != "auto" or precision != "float32":
         log(f"precision: {precision} ({reason})")
     state = TrainingState(config, batches.image_shape, device, group, precision, batches)
-    if config.identity_init and not state.starts_at_identity:
-        log(
-            f"warning: --identity-init needs --hidden-channels at least {20 * batches.image_shape[0]} for these "
-            f"images, got {config.hidden_channels}: R starts at random weights (more --hidden-channels, or "
-            "--pretrain-refiner 1000, helps)"
-        )
     return state
 
 

@@ -88,7 +88,6 @@ class TrainingState:
             --max-drift.
         best_refiner: it.
         drifted: whether an evaluation was beyond --max-drift, so that training is over.
-        starts_at_identity: whether R's first weights are the identity's.
     """
 
     def __init__(
@@ -108,9 +107,14 @@ class TrainingState:
 
         channels = image_shape[0]
         first_kernel = 7 if config.network == "hand" else 3
-        refiner = Refiner(channels, width=config.hidden_channels, blocks=config.blocks, first_kernel=first_kernel)
+        refiner = Refiner(
+            channels,
+            width=config.hidden_channels,
+            blocks=config.blocks,
+            first_kernel=first_kernel,
+            computes=config.computes,
+        )
         refiner.recompute, refiner.impl = config.recompute, config.impl
-        self.starts_at_identity = config.identity_init and refiner.identity_init_()
         self.refiner = channels_last(refiner, device)
         self.discriminator = channels_last(Discriminator(channels, kind=config.network, local=config.local), device)
         self.ema = copy.deepcopy(self.refiner).requires_grad_(False)

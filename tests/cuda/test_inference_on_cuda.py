@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refiners import trained
 
 from fastsimgan.config import TrainConfig
 from fastsimgan.errors import InputError, UnavailableError
@@ -46,11 +47,7 @@ def tensorrt_backend():
 
 def make(folder: Path, histogram: str = "keep", **shape: int) -> Path:
     """A refiner that does something, saved."""
-    torch.manual_seed(0)
-    module = network.Refiner(1, **{"width": 32, "blocks": 2, **shape})
-    module.identity_init_()
-    for block in module.blocks:
-        block.conv2.weight.data.normal_(0, 0.01)
+    module = trained(1, amount=0.1, **{"width": 32, "blocks": 2, **shape})
     path = folder / f"{histogram}.safetensors"
     save_refiner(path, module, histogram=histogram, training=TrainConfig())
     return path
@@ -148,7 +145,7 @@ def test_a_device_that_is_not_there_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
-def test_16_bits_are_the_branches_alone(precision, tmp_path, monkeypatch):
+def test_16_bits_are_what_every_convolution_sees(precision, tmp_path, monkeypatch):
     pretend = pytest.importorskip("pretend_device", reason="it asks the pretend device")
     path = make(tmp_path)
     refiner, exact = load_refiner(path, "cuda", precision=precision), load_refiner(path, "cpu")
@@ -157,7 +154,7 @@ def test_16_bits_are_the_branches_alone(precision, tmp_path, monkeypatch):
     found = refiner(images)
     kinds = [images.dtype for images, _ in pretend.CONVOLUTIONS]
     narrow = getattr(torch, precision)
-    assert kinds == [torch.float32, *[narrow] * 4, torch.float32]
+    assert kinds == [narrow] * 6
     assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in pretend.CONVOLUTIONS)
     assert 0 < np.abs(found.astype(int) - exact(images)).mean() < 0.5 and off(found, exact(images)) <= 2
 
@@ -560,7 +557,7 @@ def test_a_run_with_much_work_is_compiled_by_all_who_join_it(tmp_path, monkeypat
 
 
 def test_the_residual_blocks_implementation_is_the_runs(tmp_path, monkeypatch, small):
-    """Whoever joins takes the one that the run began with, and the op gets float32 features and 16-bit weights."""
+    """Whoever joins takes the one that the run began with, and all that the op gets has 16 bits."""
     path = make(tmp_path)
     np.save(tmp_path / "in.npy", noise(40, 8, 9))
     job = Job(path, tmp_path / "in.npy", tmp_path / "out.npy", device="cuda", precision="float16", **small)
@@ -574,7 +571,7 @@ def test_the_residual_blocks_implementation_is_the_runs(tmp_path, monkeypatch, s
 
     monkeypatch.setattr(network, "residual_block", look)
     refine(job)
-    assert seen == {("reference", torch.float32, torch.float16, torch.float16)}
+    assert seen == {("reference", torch.float16, torch.float16, torch.float16)}
     with pytest.raises(InputError, match="its residual block is reference, here it is None"):
         session.open_session(replace(job, residual_block="auto"))
 

@@ -381,7 +381,8 @@ def test_deterministic_is_for_the_run_alone(tmp_path):
 def test_the_blocks_take_what_wins_a_race_unless_runs_must_be_equal(monkeypatch):
     asked = []
 
-    def race(shape, dtype, backward, device, *, compiled):
+    def race(shape, dtype, backward, device, *, features, compiled):
+        assert features == dtype  # 16 bits between the blocks too
         asked.append((shape, dtype, backward, compiled))
         return RaceResult("blocks", "triton", {"triton": 1.0, "reference": 2.0})
 

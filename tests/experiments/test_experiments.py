@@ -135,7 +135,7 @@ def test_a_whole_hand_experiment_resumes_network_by_network(tmp_path, monkeypatc
     monkeypatch.setattr(
         hand,
         "QUICK_TRAINING",
-        {"pretrain_discriminator": 1, "batch_size": 4, "hidden_channels": 8, "identity_init": False},
+        {"pretrain_discriminator": 1, "batch_size": 4, "hidden_channels": 8, "computes": "image"},
     )
     monkeypatch.setattr(hand, "QUICK_JUDGE", {"batch_size": 4, "features": 8, "depth": 2, "stride": 2})
     out = tmp_path / "out"
@@ -198,7 +198,7 @@ def test_hands_without_proper_joints_are_refused(tmp_path, capsys, joints, messa
 
 @pytest.mark.parametrize("data", ["eyes", "hands"])
 def test_a_whole_ablation_resumes_piece_by_piece(data, flags, tmp_path, monkeypatch, capsys):
-    small = {"pretrain_discriminator": 1, "batch_size": 4, "hidden_channels": 20}
+    small = {"pretrain_discriminator": 1, "batch_size": 4, "hidden_channels": 20, "learning_rate_refiner": 0.02}
     monkeypatch.setitem(PRESETS, "gaze", small)
     monkeypatch.setattr(hand, "QUICK_SIZE", 32)
     monkeypatch.setattr(hand, "QUICK_BUILTIN", {"synthetic": 42, "real": 40, "validation": 6})

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import torch
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed ([onnx])")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed ([onnx])")
+
+from refiners import before_computes, trained  # noqa: E402
 
 from fastsimgan.config import TrainConfig  # noqa: E402
 from fastsimgan.data.equalisation import equalise  # noqa: E402
@@ -25,7 +28,6 @@ from fastsimgan.export import main  # noqa: E402
 from fastsimgan.exporting import export as exporting  # noqa: E402
 from fastsimgan.exporting import gptq, onnx_graph  # noqa: E402
 from fastsimgan.exporting.exported_files import QUANTISED  # noqa: E402
-from fastsimgan.exporting.parity import Truth  # noqa: E402
 from fastsimgan.inference import load_refiner, onnx_file, save_refiner  # noqa: E402
 from fastsimgan.inference.graph_format import Form  # noqa: E402
 from fastsimgan.inference.onnxruntime_backend import OnnxRuntimeBackend  # noqa: E402
@@ -39,10 +41,8 @@ FLOATS = ("refiner.onnx", "refiner.fp16.onnx")
 ALL = (*FLOATS, "refiner.u8.fp16.onnx", *(name for name, _ in QUANTISED.values()))
 
 
-def saved(folder: Path, histogram: str, *, identity: bool = False, **shape: int) -> Path:
-    torch.manual_seed(0)
-    module = network.Refiner(**shape)
-    assert module.identity_init_() or not identity
+def saved(folder: Path, histogram: str, **shape: Any) -> Path:
+    module = trained(**shape)
     folder.mkdir()
     save_refiner(folder / "refiner.safetensors", module, histogram=histogram, training=TrainConfig(lam=0.25))
     return folder
@@ -97,9 +97,9 @@ def test_load_refiner_takes_every_file(run: Path, exported: Path, name: str, bat
     assert refiner.backend.name.startswith("onnxruntime ")
 
 
-def test_colour_keeps_its_channels_and_the_identity_keeps_its_precision(tmp_path: Path) -> None:
+def test_colour_keeps_its_channels(tmp_path: Path) -> None:
     """Images prepared in channels_last are handed on by address; a wrong order would be another image."""
-    folder = saved(tmp_path / "rgb", "keep", identity=True, channels=3, width=60, blocks=1)
+    folder = saved(tmp_path / "rgb", "keep", channels=3, width=12, blocks=1)
     reports = exporting.export(folder, tmp_path / "out", log=lambda line: None)
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
     want = load_refiner(folder, "cpu")(images)
@@ -108,35 +108,52 @@ def test_colour_keeps_its_channels_and_the_identity_keeps_its_precision(tmp_path
     assert reports["refiner.onnx"].largest < 0.01
 
 
-def test_all_of_it_in_float16_would_not_have_agreed(tmp_path: Path) -> None:
-    """Why the ends and the skip connections stay in float32: with a last layer as steep as a trained one had."""
-    folder = saved(tmp_path / "run", "keep", identity=True, channels=1, width=20, blocks=1)
-    file = exporting.read_refiner(folder)
-    with torch.no_grad():  # two large, nearly equal features of opposite weight, as training makes them
-        file.module.first.weight[1], file.module.first.bias[1] = file.module.first.weight[0], 0.92
-        file.module.last.weight[0, 1] -= 60
-        file.module.last.weight[0, 0] += 60
-        file.module.last.bias -= 60 * 0.05
-    images = torch.from_numpy(simulate_eyes(8, 1)["images"])[:, None]
-    truth = Truth(file, images)
-    form = Form(True, "float16")
-    assert truth.compare(truth.rounded_as_on_a_gpu(form), form).broken_rule(form, 0, 0) is None
-    with torch.inference_mode():  # only the sum that enters the last layer is rounded too
-        features = torch.relu(file.module.first(truth.prepared)).half().float()
-        all_half = torch.tanh(file.module.last(file.module.blocks[0](features).half().float()))
-    parity = truth.compare(all_half, Form(False, "float16"))
-    assert parity.broken_rule(Form(False, "float16"), 0, 0) is not None
+@pytest.mark.parametrize(("channels", "width"), [(1, 32), (3, 32), (4, 7)])
+def test_a_fresh_refiner_is_the_identity_to_the_bit_in_every_form(tmp_path: Path, channels: int, width: int) -> None:
+    torch.manual_seed(0)
+    module = network.Refiner(channels, width=width, blocks=2)
+    save_refiner(tmp_path / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
+    quantise = tuple(QUANTISED)
+    exporting.export(tmp_path / "refiner.safetensors", tmp_path / "out", quantise=quantise, log=lambda line: None)
+    for stored in (np.uint8, np.uint16):
+        every = np.arange(np.iinfo(stored).max + 1, dtype=stored).reshape(1, 16, -1, 1).repeat(channels, 3)
+        for name in ALL if stored == np.uint8 else FLOATS:
+            refiner = load_refiner(tmp_path / "out" / name, "cpu")
+            assert np.array_equal(refiner(every), every), (name, refiner.backend.name)
+
+
+def test_the_papers_network_is_exported_too(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run", "equalise", channels=1, width=8, blocks=2, computes="image")
+    exporting.export(folder, tmp_path / "out", quantise=tuple(QUANTISED), min_psnr=30, log=lambda line: None)
+    images = simulate_eyes(5, 1)["images"]
+    want = load_refiner(folder, "cpu")(images)
+    for name in (*FLOATS, "refiner.u8.fp16.onnx"):
+        assert np.abs(load_refiner(tmp_path / "out" / name, "cpu")(images).astype(int) - want).max() <= 1
+    assert np.abs(want.astype(int) - images).mean() > 20  # at random weights it is no identity
+
+
+def test_a_refiner_that_carries_the_image_in_its_features_is_float32_alone(tmp_path: Path) -> None:
+    """One of a version before --computes; its header has no such setting, and says how it began."""
+    run = before_computes(tmp_path / "run", identity_init=True, width=20, blocks=2)
+    said: list[str] = []
+    reports = exporting.export(run, tmp_path / "out", log=said.append)
+    assert list(reports) == ["refiner.onnx"] and "float32 alone is good enough" in said[0]
+    assert "trtexec --onnx=refiner.onnx" in (tmp_path / "out" / "trtexec10.sh").read_text()
+    with pytest.raises(InputError, match=r"quantise must be left out here: .* train it again for 16 and 8 bits"):
+        exporting.export(run, tmp_path / "o", quantise=("int8-cpu",), log=said.append)
+    narrow = before_computes(tmp_path / "narrow", identity_init=True, width=19)  # it began at random
+    assert "refiner.u8.fp16.onnx" in exporting.export(narrow, tmp_path / "other", log=said.append)
 
 
 def test_eight_bits_hold_for_channels_of_very_different_range(tmp_path: Path) -> None:
     """Trained refiners have them; with one scale for all channels, the small ones drown in rounding."""
-    folder = saved(tmp_path / "run", "keep", identity=True, channels=1, width=24, blocks=3)
+    folder = saved(tmp_path / "run", "keep", channels=1, width=24, blocks=3)
     module = exporting.read_refiner(folder).module
     with torch.no_grad():
         for block in module.blocks:
-            torch.nn.init.kaiming_uniform_(block.conv2.weight, a=8)
-            block.conv2.weight[:20] *= 0.05  # the identity's channels, which the last layer multiplies by up to 40
+            block.conv2.weight[:20] *= 0.05
             block.conv1.bias += torch.linspace(0, 2, 24)
+        module.last.weight[:, :20] *= 10
     save_refiner(folder / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
     reports = exporting.export(
         folder, tmp_path / "out", quantise=("int8-cpu", "int8-tensorrt", "fp8"), min_psnr=10, log=lambda line: None
@@ -157,12 +174,7 @@ needs_int8 = pytest.mark.skipif(
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run of 32 maps that does something, and its export."""
     folder = tmp_path_factory.mktemp("wide")
-    run = saved(folder / "run", "equalise", identity=True, channels=1, width=32, blocks=3)
-    module = exporting.read_refiner(run).module
-    with torch.no_grad():
-        for block in module.blocks:
-            block.conv2.weight.normal_(0, 0.01)
-    save_refiner(run / "refiner.safetensors", module, histogram="equalise", training=TrainConfig())
+    run = saved(folder / "run", "equalise", channels=1, amount=0.1, width=32, blocks=3)
     lines: list[str] = []
     exporting.export(run, folder / "exported", quantise=("int8-cpu",), min_psnr=40, log=lines.append)
     assert any("in fastsimgan, int8 " in line for line in lines) == (
@@ -271,11 +283,10 @@ def test_moments_are_those_of_all_neighbourhoods(shape: tuple[int, int, int, int
 
 def test_channels_of_no_kernel_and_dead_ones(tmp_path: Path) -> None:
     """A bias alone must not overflow the units of sums that are nearly nothing."""
-    folder = saved(tmp_path / "run", "keep", identity=True, channels=1, width=32, blocks=3)
+    folder = saved(tmp_path / "run", "keep", channels=1, width=32, blocks=3)
     module = exporting.read_refiner(folder).module
     with torch.no_grad():
         for block in module.blocks:
-            block.conv2.weight.normal_(0, 0.01)
             block.conv1.weight[:8], block.conv1.bias[:8] = 0, 1
             block.conv1.weight[8:16], block.conv1.bias[8:16] = 0, -1
     save_refiner(folder / "refiner.safetensors", module, histogram="keep", training=TrainConfig())

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from refiners import trained
 
 from fastsimgan.config import TrainConfig
 from fastsimgan.inference import load_refiner, per_core, save_refiner
 from fastsimgan.inference.per_core import CoreRefiner
-from fastsimgan.models.refiner import Refiner
 from fastsimgan.refinement.job import Job
 from fastsimgan.refinement.loading import load
 from fastsimgan.refinement.run import refine
@@ -27,7 +27,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (22, 9, 11), dtype=np.uint8)
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "refiner.safetensors"
-    save_refiner(path, Refiner(1, width=8, blocks=1), histogram="keep", training=TrainConfig(histogram="keep"))
+    save_refiner(path, trained(1, width=8, blocks=1), histogram="keep", training=TrainConfig(histogram="keep"))
     return path
 
 

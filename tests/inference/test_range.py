@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from refiners import trained
 
 import fastsimgan
 from fastsimgan import export, refine, train
@@ -17,7 +17,6 @@ from fastsimgan.data.pixel_values import check_range
 from fastsimgan.data.resizing import resize
 from fastsimgan.errors import InputError
 from fastsimgan.inference import load_refiner, save_refiner
-from fastsimgan.models.refiner import Refiner as Network
 
 RANGE = (-2.0, 10.0)
 METRES = (np.random.default_rng(0).random((6, 36, 40)) * 11 - 1.5).astype(np.float32)
@@ -28,8 +27,7 @@ QUICK = (
 
 
 def saved(path: Path, span: tuple[float, float] | None) -> Path:
-    torch.manual_seed(0)
-    save_refiner(path, Network(1, width=4, blocks=1), histogram="keep", training=TrainConfig(range=span))
+    save_refiner(path, trained(1, width=4, blocks=1), histogram="keep", training=TrainConfig(range=span))
     return path
 
 

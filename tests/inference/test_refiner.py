@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from refiners import before_computes, trained
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from fastsimgan.config import TrainConfig
 from fastsimgan.data.equalisation import equalise, non_uniformity
+from fastsimgan.data.pixel_values import from_float
 from fastsimgan.data.preprocess import prepare
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.hardware.precision import cpu_has_bfloat16
@@ -18,9 +21,7 @@ from fastsimgan.models import refiner as network
 
 @pytest.fixture
 def identity(tmp_path):
-    torch.manual_seed(0)
     module = network.Refiner(1, width=20, blocks=1)
-    assert module.identity_init_()
     save_refiner(tmp_path / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
     return load_refiner(tmp_path, device="cpu")
 
@@ -34,7 +35,8 @@ def test_what_comes_back_is_of_the_same_kind(identity, dtype):
     refined = identity(images, batch_size=2)
     assert refined.shape == images.shape and refined.dtype == images.dtype
     top = 1.0 if dtype == np.float32 else float(np.iinfo(dtype).max)
-    assert np.abs(refined.astype(np.float64) - images).max() / top < 0.02  # it is the identity, nearly
+    assert np.abs(refined.astype(np.float64) - images).max() / top < 1e-6  # of whole numbers it is the identity
+    assert dtype == np.float32 or np.array_equal(refined, images)
     tensor = identity(torch.from_numpy(images)[:, None], batch_size=2)
     assert np.array_equal(tensor[:, 0].numpy(), refined)
     with_channel = identity(images[..., None], batch_size=2)
@@ -92,11 +94,7 @@ def test_prepared_images_are_channels_last_by_their_strides(channels):
 @pytest.mark.skipif(not cpu_has_bfloat16(), reason="this CPU has no bfloat16 instructions")
 @pytest.mark.parametrize("width", [20, 32])
 def test_bfloat16_on_a_cpu_is_within_two_grey_levels(tmp_path, width):
-    torch.manual_seed(0)
-    module = network.Refiner(1, width=width, blocks=3)
-    module.identity_init_()
-    for block in module.blocks:
-        block.conv2.weight.data.normal_(0, 0.01)
+    module = trained(1, amount=0.1, width=width, blocks=3)
     save_refiner(tmp_path / "refiner.safetensors", module, histogram="keep", training=TrainConfig())
     exact, rounded = (load_refiner(tmp_path, device="cpu", precision=name) for name in ("float32", "bfloat16"))
     assert rounded.backend.name == "torch bfloat16"
@@ -104,6 +102,28 @@ def test_bfloat16_on_a_cpu_is_within_two_grey_levels(tmp_path, width):
     off = np.abs(exact(images).astype(int) - rounded(images))
     assert 0 < off.mean() < 0.5 and off.max() <= 2
     assert np.abs(exact(images).astype(int) - images).mean() > 2  # R does something
+
+
+def test_files_from_before_computes_give_what_they_gave(tmp_path, monkeypatch):
+    """Their header has no such setting; the network computes the image, as the paper's does."""
+    folder = before_computes(tmp_path / "run", identity_init=True, width=24, blocks=2)
+    weights = load_file(folder / "refiner.safetensors")
+    images = np.random.default_rng(0).integers(0, 256, (3, 9, 11), dtype=np.uint8)
+
+    def layer(x, name):
+        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], padding="same")
+
+    x = F.relu(layer(prepare(torch.from_numpy(images)[:, None], "keep"), "first"))
+    for block in ("blocks.0", "blocks.1"):
+        x = F.relu(x + layer(F.relu(layer(x, f"{block}.conv1")), f"{block}.conv2"))
+    expected = from_float(torch.tanh(layer(x, "last")), torch.uint8)[:, 0].numpy()
+    found = load_refiner(folder, device="cpu", block="reference")
+    assert np.array_equal(found(images), expected) and found.settings["computes"] == "image"
+    monkeypatch.setattr(torch_backend, "cpu_has_bfloat16", lambda: True)
+    with pytest.raises(InputError, match=r"precision must be float32, got bfloat16: .* train it again for 16"):
+        load_refiner(folder, device="cpu", precision="bfloat16")
+    random = before_computes(tmp_path / "random", identity_init=False, width=24)  # the paper's presets
+    assert load_refiner(random, device="cpu", precision="bfloat16").backend.name == "torch bfloat16"
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
@@ -123,13 +143,12 @@ def test_the_batch_size_changes_no_more_than_rounding(identity):
 
 def test_equalisation_happens_inside(tmp_path):
     module = network.Refiner(1, width=20, blocks=1)
-    module.identity_init_()
     save_refiner(tmp_path / "refiner.safetensors", module, histogram="equalise", training=TrainConfig())
     dark = np.random.default_rng(0).integers(10, 60, (3, 30, 40), dtype=np.uint8)
     expected = equalise(torch.from_numpy(dark)[:, None])[:, 0].numpy()
-    assert np.abs(load_refiner(tmp_path, "cpu")(dark).astype(int) - expected).max() <= 5
+    assert np.array_equal(load_refiner(tmp_path, "cpu")(dark), expected)
     floats = load_refiner(tmp_path, "cpu")((dark / 255).astype(np.float32))
-    assert np.abs(floats * 255 - expected).max() <= 6
+    assert np.abs(floats * 255 - expected).max() <= 1  # equalised with 16 bits
 
 
 @pytest.mark.parametrize(
@@ -169,6 +188,8 @@ def broken(tmp_path, **changes):
         ({"first_kernel": 4}, "first_kernel must be odd"),
         ({"histogram": "rm -rf"}, "histogram must be keep or equalise"),
         ({"channels": None}, "not a whole refiner"),
+        ({"computes": []}, "computes must be change or image"),
+        ({"computes": "both"}, "computes must be change or image, got 'both'"),
     ],
 )
 def test_files_whose_header_lies(tmp_path, changes, message):

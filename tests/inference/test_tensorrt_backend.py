@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("onnx", reason="onnx is not installed ([onnx])")
 
+from refiners import trained
+
 from fastsimgan.data.preprocess import prepare
 from fastsimgan.errors import InputError, UnavailableError
 from fastsimgan.exporting import gptq, onnx_graph
@@ -20,7 +22,6 @@ from fastsimgan.inference import onnx_file, tensorrt_backend
 from fastsimgan.inference.graph_format import Form
 from fastsimgan.inference.refiner import Refiner, describe, load_refiner
 from fastsimgan.inference.trtexec import Profile
-from fastsimgan.models import refiner as network
 from fastsimgan.refine import main as refine_main
 
 EYES = Profile((1, 35, 55), (64, 35, 55), (512, 35, 55))
@@ -28,8 +29,7 @@ DYNAMIC = Profile((1, 17, 9), (64, 35, 55), (512, 224, 224))
 
 
 def exported(folder: Path, form: Form, histogram: str = "equalise", blocks: int = 1, first: int = 3):
-    torch.manual_seed(0)
-    module = network.Refiner(1, width=8, blocks=blocks, first_kernel=first)
+    module = trained(1, width=8, blocks=blocks, first_kernel=first)
     settings = describe(module, histogram)
     images = torch.randint(0, 256, (4, 1, 35, 55)).to(torch.uint8)
     weights = {name: tensor.numpy() for name, tensor in module.state_dict().items()}

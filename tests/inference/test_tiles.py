@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refiners import trained
 
 from fastsimgan.config import TrainConfig
 from fastsimgan.data import equalisation
@@ -15,7 +16,6 @@ from fastsimgan.errors import UnavailableError
 from fastsimgan.exporting.export import export
 from fastsimgan.hardware.precision import cpu_has_bfloat16
 from fastsimgan.inference import load_refiner, save_refiner, tiles
-from fastsimgan.models.refiner import Refiner
 
 FILES = ["refiner.safetensors", "refiner.onnx", "refiner.fp16.onnx", "refiner.u8.fp16.onnx", "refiner.u8.int8-cpu.onnx"]
 
@@ -23,9 +23,8 @@ FILES = ["refiner.safetensors", "refiner.onnx", "refiner.fp16.onnx", "refiner.u8
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("refiner")
-    torch.manual_seed(0)
     for how in ("keep", "equalise"):
-        network = Refiner(1, width=32, blocks=4)
+        network = trained(width=32, blocks=4)
         (folder / how).mkdir()
         save_refiner(folder / how / "refiner.safetensors", network, histogram=how, training=TrainConfig())
         pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -36,7 +35,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_the_margin_is_what_a_pixel_depends_on() -> None:
     for kernel, blocks in ((3, 4), (7, 2)):
-        network = Refiner(1, width=8, blocks=blocks, first_kernel=kernel)
+        network = trained(width=8, blocks=blocks, first_kernel=kernel)
         around = tiles.margin({"first_kernel": kernel, "blocks": blocks})
         images = torch.zeros(1, 1, 61, 61, requires_grad=True)
         network(images)[0, 0, 30, 30].backward()

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from refiners import trained
 from torch import Tensor
 
 from fastsimgan.errors import InputError, UnavailableError
-from fastsimgan.models.refiner import Refiner
 from fastsimgan.ops import residual_block as op
 from fastsimgan.ops.residual_block import residual_block
 
@@ -178,7 +178,7 @@ def test_compiles_to_the_same_bits() -> None:
 
 @needs_cpp
 def test_the_refiner_takes_it_and_can_be_told_not_to() -> None:
-    refiner = Refiner(1, width=16, blocks=2)
+    refiner = trained(1, width=16, blocks=2)
     images = torch.rand(2, 1, 9, 11) * 2 - 1
     ours = refiner(images)
     refiner.impl = "reference"
@@ -289,8 +289,25 @@ def test_the_fallback_of_the_bfloat16_op_is_autocast() -> None:
 
 
 @needs_amx
+def test_amx_takes_bfloat16_features_and_gives_float32_ones() -> None:
+    """What a first layer under autocast hands on."""
+    features, *layers = arguments((2, 32, 7, 9))
+    narrow = features.bfloat16().requires_grad_()
+    out = residual_block(narrow, *layers, "amx")
+    assert out.dtype == torch.float32 and torch.equal(out, residual_block(narrow.float(), *layers, "amx"))
+    (grad,) = torch.autograd.grad(out.sum(), narrow)
+    assert grad.dtype == torch.bfloat16 and bool(grad.any())
+
+
+def test_cpp_takes_no_16_bits() -> None:
+    features, *layers = arguments((1, 16, 5, 5))
+    with pytest.raises(UnavailableError, match=r"residual_block impl='cpp': (it needs float32 on a CPU|.*)"):
+        residual_block(features.bfloat16(), *layers, "cpp")
+
+
+@needs_amx
 def test_the_refiner_takes_amx_under_autocast() -> None:
-    refiner = Refiner(1, width=32, blocks=2)
+    refiner = trained(1, amount=0.1, width=32, blocks=2)
     images = torch.rand(2, 1, 9, 11) * 2 - 1
     with torch.autocast("cpu", torch.bfloat16):
         ours = refiner(images)
@@ -402,7 +419,7 @@ def test_triton_sums_in_float32_and_rounds_only_operands(maps, features, product
 @needs_triton
 @HALVES
 def test_triton_rounds_nothing_that_goes_through_the_skip_connection(products) -> None:
-    """A refiner that began at the identity carries the image as small differences of large features."""
+    """Of float32 features, whatever the products are rounded to."""
     features, *layers = (torch.zeros_like(tensor) for tensor in arguments((1, 16, 9, 9)))
     features.normal_(generator=torch.Generator().manual_seed(0))
     grad = torch.randn(features.shape, generator=torch.Generator().manual_seed(9))
@@ -512,7 +529,7 @@ def test_triton_compiles_to_the_same_bits() -> None:
 
 @needs_triton
 def test_the_refiner_can_be_told_to_take_triton() -> None:
-    refiner = Refiner(1, width=32, blocks=2).to(DEVICE)
+    refiner = trained(1, amount=0.1, width=32, blocks=2).to(DEVICE)
     images = (torch.rand(2, 1, 9, 11) * 2 - 1).to(DEVICE)
     found = {}
     with torch.autocast(DEVICE, torch.float16):

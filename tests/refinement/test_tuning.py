@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastsimgan.config import TrainConfig
+from fastsimgan.errors import InputError
 from fastsimgan.inference import save_refiner
 from fastsimgan.models.refiner import Refiner
 from fastsimgan.ops import _dispatch, residual_block, residual_block_race
@@ -93,8 +94,8 @@ def test_with_much_work_in_16_bits_a_race_names_the_residual_blocks(
 ) -> None:
     raced = []
 
-    def race(shape, dtype, backward, device):
-        raced.append((shape, dtype, backward, device))
+    def race(shape, dtype, backward, device, *, features):
+        raced.append((shape, dtype, backward, device, features))
         return RaceResult("the race", "triton", {"triton": 1.0, "reference": 2.0})
 
     monkeypatch.setattr(residual_block_race, "race", race)
@@ -102,7 +103,7 @@ def test_with_much_work_in_16_bits_a_race_names_the_residual_blocks(
     monkeypatch.setattr(residual_block, "implementations", lambda: {"triton": None})
     enough = 10**8
     assert choose("cuda:0", refiner, (enough, 35, 55), "float16").residual_block == "triton"
-    assert raced == [((544, 64, 35, 55), torch.float16, False, torch.device("cuda:0"))]
+    assert raced == [((544, 64, 35, 55), torch.float16, False, torch.device("cuda:0"), torch.float16)]
     assert "the race: triton won (triton 1 ms; reference 2 ms)" in capsys.readouterr().err
     for precision, images in [("float32", (enough, 35, 55)), ("float16", (100, 35, 55)), ("float16", None)]:
         assert choose("cuda:0", refiner, images, precision).residual_block == tuning.RESIDUAL_BLOCK
@@ -129,3 +130,16 @@ def test_on_a_cpu_a_run_is_what_it_always_was(tmp_path: Path, refiner: Path) -> 
     given = Job(refiner, tmp_path / "in.npy", tmp_path / "out.npy", device="cpu", batch_size=64)
     assert open_session(given).run.identity == run.identity
     assert refine(given).images == 70 and refine(job).images == 70
+
+
+def test_a_run_in_16_bits_of_an_earlier_version_is_not_gone_on_with(refiner: Path, tmp_path: Path) -> None:
+    """Their features were float32 between the blocks, and so were the first and the last layer: other bytes."""
+    np.save(tmp_path / "in.npy", np.zeros((70, 4, 5), np.uint8))
+    job = Job(refiner, tmp_path / "in.npy", tmp_path / "out.npy", device="cpu", precision="bfloat16")
+    run = open_session(job).run
+    assert run.identity["features"] == "16 bits" and open_session(job).run.identity == run.identity
+    record = json.loads((run.state / "run.json").read_text())
+    del record["identity"]["features"]
+    (run.state / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="its features is None, here it is 16 bits"):
+        open_session(job)

@@ -431,14 +431,14 @@ def test_renders_and_photos_of_many_sizes_train_with_no_flag(tmp_path: Path, cap
     told = capsys.readouterr().out
     # turned upright first, so that 75x100 photos are high ones
     assert "real: 5 of 5 images brought to 48 pixels' height, the synthetic ones' median (--resize-real none" in told
-    assert "hidden channels: 64, so that" in told and "starts at random" not in told
-    assert json.loads((tmp_path / "o/config.json").read_text())["hidden_channels"] == 64
+    assert "hidden" not in told and "warning" not in told
+    assert json.loads((tmp_path / "o/config.json").read_text())["hidden_channels"] == TrainConfig.hidden_channels
     assert main([*command, "--resume"]) == 0
     for change in (["--crop", "23", "23"], ["--resize-real", "none"], ["--resize-real", "0.5"]):
         assert main([*command, "--resume", *change]) == 2
         assert "must stay" in capsys.readouterr().err
     for extra, text in (
-        (["--resize-real", "none", "--hidden-channels", "20", "--dry-run"], "R starts at random weights"),
+        (["--resize-real", "none", "--hidden-channels", "20", "--dry-run"], "nothing written"),
         (["--resize-real", "0.5", "--dry-run"], "real: 5 of 5 images resized by 0.5 (--resize-real)"),
         (["--crop", "24", "26", "--dry-run"], "crop: 24x26 at random places (--crop)"),
     ):

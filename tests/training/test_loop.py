@@ -226,11 +226,15 @@ def test_bad_settings_are_one_line_exit_2_and_nothing_written(flags, message, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_refiner_too_narrow_for_the_identity_is_said(tmp_path):
-    colour = np.zeros((4, 16, 20, 3), np.uint8)
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colour_starts_at_the_identity_at_any_width(channels, tmp_path):
+    synthetic, real = images(8, 0, (16, 20, channels)), images(6, 1, (16, 20, channels))
     said: list[str] = []
-    fit(colour, colour, TrainConfig(**SMALL, out=tmp_path / "r", dry_run=True), log=said.append)
-    assert any("--identity-init needs --hidden-channels at least 60" in line and "got 20" in line for line in said)
+    config = TrainConfig(
+        **{**SMALL, "hidden_channels": 8}, out=tmp_path / "r", dry_run=True, learning_rate_refiner=1e-30
+    )
+    assert np.array_equal(fit(synthetic, real, config, log=said.append)(synthetic), synthetic)
+    assert not any("warning" in line for line in said)
 
 
 def test_a_misspelt_flag_is_answered_with_the_right_one(capsys):
@@ -255,6 +259,23 @@ def test_every_preset_is_valid():
     for name in PRESETS:
         preset(name).validate()
     assert preset("paper").batch_size == 512 and preset("paper").pretrain_refiner == 1000
+
+
+def test_the_papers_presets_have_the_papers_network_and_its_steps_of_r_alone():
+    for name, steps in (("paper", 1000), ("hand", 500)):
+        assert (preset(name).computes, preset(name).pretrain_refiner) == ("image", steps)
+    assert preset("gaze").computes == preset("quick").computes == TrainConfig().computes == "change"
+
+
+def test_config_of_a_run_begun_before_computes():
+    """The paper's presets go on; a run whose R carries the image in its features does not."""
+    older = json.loads(preset("paper").to_json())
+    del older["computes"]
+    assert TrainConfig.from_json(json.dumps(older | {"identity_init": False})) == preset("paper")
+    with pytest.raises(
+        InputError, match="config must be of a run begun by this version, .* finish it with the version"
+    ):
+        TrainConfig.from_json(json.dumps(older | {"identity_init": True}))
 
 
 def test_config_refuses_unknown_names():
