@@ -1,5 +1,5 @@
 # make test, make demo: on a fresh clone these set up .venv and run. Needs Python >= 3.11, a C++ compiler and make.
-.PHONY: help install test test-all kills labels ray demo lint types aot cuda-check bench bench-train bench-smoke gpu clean
+.PHONY: help install test test-all kills labels ray demo lint types aot cuda-check bench bench-train bench-smoke gpu docs clean
 .DEFAULT_GOAL := help
 
 # The first Python of 3.11 or later; `make BASE_PYTHON=... install` chooses another.
@@ -26,6 +26,7 @@ help:
 	@echo "make bench        all benchmarks; bench-smoke: the short ones, each once"
 	@echo "make bench-train  an iteration of training against a plain PyTorch trainer of the same networks, CPU-seconds"
 	@echo "make gpu [PART=ops]   build, GPU tests and benchmarks on a machine with a GPU; another PART: a list"
+	@echo "make docs         the pages of docs/ as a site in site/, every link checked; its tools go into .venv-docs"
 	@echo "make clean        remove what was built, and .venv"
 
 install: .venv/installed
@@ -83,5 +84,16 @@ bench-smoke: install
 gpu:
 	$(PYTHON_GPU) -m bench.gpu $(PART)
 
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --clean
+	@echo "site/index.html (its search needs a server: python3 -m http.server -d site)"
+
+# An environment of its own, so that `make install` stays as small as it is; the package is read, not imported.
+.venv-docs/installed: requirements-docs.txt
+	@test -n "$(BASE_PYTHON)" || { echo "error: Python >= 3.11 is needed, none found; give BASE_PYTHON=..."; exit 1; }
+	test -x .venv-docs/bin/python || $(BASE_PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-cuda build dist *.egg-info fastsimgan/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf .venv .venv-cuda .venv-docs site build dist *.egg-info fastsimgan/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -20,7 +20,6 @@ from PIL import Image
 import fastsimgan
 from fastsimgan import evaluate, train
 from fastsimgan.config import TrainConfig
-from fastsimgan.data.formats.image_file import read_image
 from fastsimgan.data.formats.numpy_file import ArrayImages
 from fastsimgan.data.formats.open_images import open_images
 from fastsimgan.data.pixel_values import as_images, mismatch, value_range
@@ -34,7 +33,6 @@ from fastsimgan.refinement.run import refine
 from fastsimgan.refinement.verification import verify
 
 RNG = np.random.default_rng(0)
-README = Path(__file__).resolve().parents[2] / "README.md"
 QUICK = ["--preset", "quick", "--steps", "1", "--batch-size", "4", "--pretrain-discriminator", "0", "--history", "4"]
 
 
@@ -551,37 +549,3 @@ def test_what_no_function_takes_is_one_line(model: str) -> None:
             with pytest.raises(InputError) as caught:
                 function(wrong)
             assert "\n" not in str(caught.value)
-
-
-def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = README.read_text().partition("In a notebook:")[2]
-    code = text.partition("```python\n")[2].partition("```")[0]
-    assert "fastsimgan.fit(" in code and "fastsimgan.evaluate(" in code
-    code = code.replace('TrainConfig(out="runs/mine")', 'TrainConfig(out="runs/mine", **quick)')
-    code = code.replace('load_refiner("runs/mine")', 'load_refiner("runs/mine", "cpu")').replace(
-        "true_gaze},\n)", "true_gaze},\n    seeds=1, steps=1, device='cpu',\n)"
-    )
-    assert "**quick" in code and "seeds=1" in code
-    monkeypatch.chdir(tmp_path)
-    images = photos(8)
-    quick = {
-        "steps": 2,
-        "batch_size": 4,
-        "pretrain_discriminator": 0,
-        "history": 4,
-        "device": "cpu",
-        "eval_every": 2,
-    }
-    names = {"synthetic": images, "real": images, "photos": images, "quick": quick}
-    gaze = np.zeros((8, 2))
-    (tmp_path / "example.py").write_text(code)
-    namespace = {**names, "gaze": gaze, "true_gaze": gaze, "__name__": "example"}
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("example", tmp_path / "example.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    module.__dict__.update(namespace)
-    spec.loader.exec_module(module)
-    assert module.refined.shape == images.shape and (tmp_path / "runs/mine/refiner.safetensors").exists()
-    assert read_image(tmp_path / "runs/mine/contact_sheet.png").pixels.size
