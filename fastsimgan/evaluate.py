@@ -238,10 +238,28 @@ def _sets(config: EvaluateConfig) -> tuple[Labelled, Labelled, Labelled]:
 class _Callable(ModuleType):
     """`fastsimgan.evaluate` names both this command and the function of the Python API: the module answers a call."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def __call__(
+        self, synthetic: dict[str, Any], refined: dict[str, Any], real: dict[str, Any], *, seeds: int = 5,
+        steps: int = 600, device: str = "auto",
+    ) -> dict[str, Any]:  # fmt: skip
+        """Compare two labelled sets by the networks they train, as `evaluation.comparison.evaluate`.
+
+        Args:
+            synthetic, refined, real: ``images`` (``[N, H, W]`` or ``[N, H, W, C]``) with ``pitch_yaw`` (radians) or
+                ``label`` (classes).
+            seeds: networks for each set.
+            steps: training steps of each.
+            device: "auto", "cpu", "cuda" or "cuda:1".
+
+        Returns:
+            What ``--json`` writes: ``task``, ``rows`` and ``differences``.
+
+        Raises:
+            InputError: the sets differ in task or size, or a number is out of range.
+        """
         from fastsimgan.evaluation.comparison import evaluate
 
-        return evaluate(*args, **kwargs)
+        return evaluate(synthetic, refined, real, seeds=seeds, steps=steps, device=device)
 
 
 sys.modules[__name__].__class__ = _Callable

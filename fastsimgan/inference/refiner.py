@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastsimgan.data.pixel_values import UNIT, Span, as_images, from_float, out_of_range
@@ -19,6 +20,8 @@ from fastsimgan.inference.refiner_file import IN_FEATURES, describe, read_refine
 from fastsimgan.inference.tiles import in_tiles, margin, pixels
 from fastsimgan.inference.torch_backend import TorchBackend
 from fastsimgan.models.refiner import RefinerNetwork
+
+_MODES = {1: ("L", "I;16"), 3: ("RGB",), 4: ("RGBA", "CMYK")}  # of PIL images, by number of channels
 
 
 class Refiner:
@@ -44,17 +47,28 @@ class Refiner:
         device = choose_device(str(device))  # with its index
         return cls(TorchBackend(module, device), describe(module, histogram), "", device)
 
+    def __repr__(self) -> str:
+        shape = ""
+        if "width" in self.settings:  # a foreign engine tells nothing of its network
+            shape = f", {self.settings['blocks']} blocks of {self.settings['width']} feature maps"
+        kind = {1: "grey", 3: "RGB"}.get(self.channels, f"{self.channels} channels")
+        return f"Refiner({kind}{shape}, histogram {self.settings['histogram']!r}, {self.backend.name} on {self.device})"
+
     @overload
     def __call__(self, images: np.ndarray[Any, Any], batch_size: int = 64) -> np.ndarray[Any, Any]: ...
     @overload
     def __call__(self, images: Tensor, batch_size: int = 64) -> Tensor: ...
+    @overload
+    def __call__(self, images: Image.Image, batch_size: int = 64) -> Image.Image: ...
     @torch.inference_mode()
     def __call__(self, images: Any, batch_size: int = 64) -> Any:
         """Refine images; what comes back has the same type, shape, dtype and (tensors) device.
 
         Args:
             images: an array ``[N, H, W]`` or ``[N, H, W, C]``, or a tensor ``[N, C, H, W]``; uint8, uint16, or
-                float32 in [0, 1]. Where training was told a range, float32 in that range alone.
+                float32 in [0, 1]. Where training was told a range, float32 in that range alone. Or one picture, as
+                transforms of a data set get it: a PIL image, an array ``[H, W]`` (grey) or ``[H, W, C]`` (C > 1), or a
+                tensor ``[C, H, W]``.
             batch_size: images refined at a time.
 
         Raises:
@@ -63,6 +77,14 @@ class Refiner:
         """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        if isinstance(images, Image.Image):
+            if images.mode not in (modes := _MODES.get(self.channels, ())):
+                raise InputError(
+                    f"the picture's mode must be {' or '.join(modes) or 'that of an array'}, got {images.mode}"
+                )
+            return Image.fromarray(self(np.asarray(images), 1))
+        if self._is_one(images):
+            return self(images[None], 1)[0]
         if isinstance(images, Tensor):
             if images.ndim != 4:
                 raise InputError(f"images must be a tensor [N, C, H, W], got {list(images.shape)}")
@@ -81,6 +103,12 @@ class Refiner:
             self.check_range(planes)
             target[part] = self._refine(planes.to(self.device)).to(target.device)
         return refined
+
+    def _is_one(self, images: Any) -> bool:
+        """Whether an array or a tensor is one picture. No batch has these numbers of dimensions."""
+        if isinstance(images, Tensor):
+            return images.ndim == 3
+        return isinstance(images, np.ndarray) and images.ndim == (2 if self.channels == 1 else 3)
 
     def warm_up(self, batch_size: int, height: int, width: int) -> None:
         """Run twice on black images of this size, so that no choice, compilation or capture is left for later."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from refiners import before_computes, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -157,11 +158,9 @@ def test_equalisation_happens_inside(tmp_path):
     ("images", "message"),
     [
         (np.zeros((2, 8, 8, 3), np.uint8), r"must have 1 channel\(s\), as the refiner has, got 3"),
-        (
-            np.zeros((8, 8), np.uint8),
-            r"must be \[N, H, W\] or \[N, H, W, C\], .*, got uint8 \[8, 8\]: put one image in a list",
-        ),
-        (torch.zeros(2, 8, 8), r"must be a tensor \[N, C, H, W\]"),
+        (np.zeros(8, np.uint8), r"must be \[N, H, W\] or \[N, H, W, C\], .*, got uint8 \[8\]"),
+        (torch.zeros(2, 8, 8), r"must have 1 channel\(s\), as the refiner has, got 2"),
+        (torch.zeros(1, 2, 1, 8, 8), r"must be a tensor \[N, C, H, W\]"),
         (np.zeros((2, 8, 8), np.int64), r"must be .* uint8, uint16 or float32 in \[0, 1\], got int64"),
         (np.full((2, 8, 8), -1, np.float32), r"must be in \[0, 1\], got -1 to -1"),
         (np.full((2, 8, 8), np.nan, np.float32), r"must be in \[0, 1\], got NaN"),
@@ -285,3 +284,49 @@ def test_a_header_is_not_believed_about_the_number_of_blocks(tmp_path: Path) -> 
     save_file(tensors, file, header)
     with pytest.raises(InputError, match="number of blocks is not that of the weights"):
         load_refiner(folder, device="cpu")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_picture_is_refined_as_a_batch_of_one(channels: int, tmp_path: Path) -> None:
+    save_refiner(
+        tmp_path / "refiner.safetensors", trained(channels, hidden_channels=4, blocks=1), histogram="keep",
+        training=TrainConfig(),
+    )  # fmt: skip
+    refiner = load_refiner(tmp_path, device="cpu")
+    shape = (6, 9) if channels == 1 else (6, 9, channels)
+    picture = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    (whole,) = refiner(picture[None])
+    assert not np.array_equal(whole, picture)
+    assert np.array_equal(refiner(picture), whole)
+    assert np.array_equal(np.asarray(refiner(Image.fromarray(picture))), whole)
+    planes = torch.from_numpy(np.atleast_3d(picture)).permute(2, 0, 1)
+    assert np.array_equal(refiner(planes).permute(1, 2, 0).numpy().reshape(shape), whole)
+    with pytest.raises(InputError, match="the picture's mode must be .*, got P"):
+        refiner(Image.fromarray(picture).convert("P"))
+
+
+def test_it_is_a_transform_of_a_data_set(tmp_path: Path) -> None:
+    """Also in the processes of a DataLoader."""
+    save_refiner(
+        tmp_path / "refiner.safetensors",
+        trained(1, hidden_channels=4, blocks=1),
+        histogram="keep",
+        training=TrainConfig(),
+    )
+    refiner = load_refiner(tmp_path, device="cpu")
+    pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 1, 5, 7), dtype=np.uint8))
+
+    class Set(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(pictures)
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return refiner(pictures[index])
+
+    whole = refiner(pictures)
+    for workers in (0, 2):
+        assert torch.equal(torch.cat([*torch.utils.data.DataLoader(Set(), 2, num_workers=workers)]), whole), workers
+
+
+def test_it_says_what_it_is(identity) -> None:
+    assert repr(identity) == "Refiner(grey, 1 blocks of 20 feature maps, histogram 'keep', torch float32 on cpu)"
