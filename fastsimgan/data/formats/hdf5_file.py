@@ -22,6 +22,7 @@ from fastsimgan.data.formats.hdf5_layout import (
     layout_of,
     plain,
     refuse_all_but,
+    refuse_data_elsewhere,
 )
 from fastsimgan.data.pixel_values import UNIT, Span, check_range
 from fastsimgan.errors import InputError, UnavailableError
@@ -57,6 +58,7 @@ class HDF5Images(PackedImages):
         self._file: Any = None
         with self._reading():
             file = self._open()
+            refuse_data_elsewhere(file, path)
             self.key = choose_images(file, path, key)
             self._members, shape, self.stored_dtype = layout_of(file, path, self.key)
             self.stored_shape: tuple[int, ...] = (len(self._members), *shape) if self._members else shape

@@ -13,6 +13,22 @@ from fastsimgan.errors import InputError
 from fastsimgan.storage.names import natural_key, printable
 
 
+def refuse_data_elsewhere(file: Any, path: Path) -> None:
+    """Raise InputError if a dataset of an open ``file``, whatever it is for, takes its values from another file.
+
+    A file that someone sends could have any file that the reader may read come out in the output.
+    """
+    import h5py
+
+    def check(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
+            raise InputError(
+                f"{printable(path)}: {printable(name)} must lie in the file itself, got external or virtual data"
+            )
+
+    file.visititems(check)  # follows no link to another file
+
+
 def choose_images(file: Any, path: Path, key: str | None) -> str:
     """The name of the dataset or group of images in an open ``file``. Raises InputError as `choose_key` does."""
     if key is not None:

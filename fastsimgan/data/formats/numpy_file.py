@@ -90,7 +90,7 @@ class ArrayImages(PackedImages):
     def stored_images(self, mapped: bool = False) -> np.ndarray:
         """The images as the file holds them, byte order included; floats unchecked. Raises InputError if damaged.
 
-        ``mapped``: where an ``.npz`` holds them uncompressed, map them from the disk; their checksum is then unchecked.
+        ``mapped``: where an ``.npz`` holds them uncompressed, map them from the disk.
         """
         if self._images is None:
             with self._reading():
