@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,9 +80,12 @@ def read_image(path: Path, upright: bool = False, key: str | None = None, span: 
 def read_bytes(path: Path) -> bytes:
     """An image file's bytes. Raises InputError if it cannot be read or is longer than any image should be."""
     with refusing(path):
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
         try:
-            size = os.fstat(file).st_size
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError("must be a regular file, got a folder, pipe, socket or device")
+            size = status.st_size
             if size > MAX_FILE_BYTES:
                 raise InputError(f"must have at most {MAX_FILE_BYTES} bytes, got {size}")
             data = os.read(file, size + 1)

@@ -20,6 +20,7 @@ from fastsimgan.errors import InputError
 from fastsimgan.hardware.memory import allocate
 from fastsimgan.hardware.threads import in_threads
 from fastsimgan.storage.names import printable
+from fastsimgan.storage.regular_file import read_regular
 
 SHOWN = 10  # bad files named in `describe`
 
@@ -216,7 +217,7 @@ class FolderImages:
         found = Labels(names)
         for other in self.others:
             if is_label_file(str(other)):
-                found.take(str(other), (self.path / other).read_bytes())
+                found.take(str(other), read_regular(self.path / other))
         return found.arrays()
 
     def _good(self) -> list[Header]:

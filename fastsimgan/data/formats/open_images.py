@@ -15,6 +15,7 @@ from fastsimgan.data.pixel_values import UNIT, Span
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
 from fastsimgan.storage.names import printable
+from fastsimgan.storage.regular_file import require_regular
 
 #: All offer ``path``, ``describe()``, ``load()``, ``load_set()``, ``left_out`` and ``labels()``; all but shards, which
 #: would have to be read first, ``len()``, ``shape`` (channels, height, width), ``dtype`` and ``bit_depth``. Where a
@@ -46,6 +47,7 @@ def open_images(path: str | Path, reading: Reading | None = None) -> ImageSource
 
 def open_arrays(path: Path, key: str | None = None, span: Span = UNIT) -> ArrayImages | HDF5Images:
     """A packed file, of whichever kind it is. Raises InputError if it breaks a rule."""
+    require_regular(path)
     return HDF5Images(path, key, span=span) if is_hdf5(path) else ArrayImages(path, key, span)
 
 

@@ -30,6 +30,7 @@ from fastsimgan.errors import InputError
 from fastsimgan.hardware.memory import allocate
 from fastsimgan.hardware.threads import AHEAD, in_threads, thread_count
 from fastsimgan.storage.names import natural_key, printable
+from fastsimgan.storage.regular_file import read_regular, require_regular
 
 BUFFER = 1 << 20  # bytes read of a shard at a time
 HELD = 1 << 26  # bytes of images, at most, that are looked at before a run
@@ -151,7 +152,7 @@ class ShardImages:
         if self.path.is_dir():
             for path in sorted(self.path.iterdir()):
                 if path.is_file() and is_label_file(path.name):
-                    found.take(path.name, path.read_bytes())
+                    found.take(path.name, read_regular(path))
         return found.arrays()
 
 
@@ -323,6 +324,7 @@ def _is_image(name: str, images: str | None) -> bool:
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], tarfile.TarFile]]:
     """A shard's file, unpacked, and the tar in it; whatever is wrong while they are open is an InputError."""
     try:
+        require_regular(path)
         with path.open("rb", buffering=BUFFER) as file:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
