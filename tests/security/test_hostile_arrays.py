@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from builders import Identity
 
-from fastsimgan.data.formats.open_images import open_images
+from fastsimgan.data.formats.open_images import open_arrays, open_images
 from fastsimgan.errors import InputError
 from fastsimgan.refinement.job import Job
 from fastsimgan.refinement.run import refine
@@ -72,3 +72,14 @@ def test_a_damaged_npz_is_never_refined(packed, model: Path, tmp_path: Path) -> 
             assert np.array_equal(out["images"], images), place
             assert np.array_equal(out["gaze"], gaze), place
     assert refused > 25
+
+
+def test_hdf5_key_through_a_link_is_refused(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["group/images"] = IMAGES
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file["images"] = IMAGES
+        file["link"] = h5py.ExternalLink("other.h5", "/group")
+    with pytest.raises(InputError, match="got a link"):
+        open_arrays(tmp_path / "in.h5", "link/images")

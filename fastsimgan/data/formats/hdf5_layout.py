@@ -34,7 +34,9 @@ def choose_images(file: Any, path: Path, key: str | None) -> str:
     if key is not None:
         if file.get(key) is None:
             choose_key(path, dict.fromkeys(file, ((), np.dtype("u1"))), key)
-        if file.get(key, getlink=True).__class__.__name__ != "HardLink":
+        parts = key.strip("/").split("/")
+        steps = ["/".join(parts[: end + 1]) for end in range(len(parts))]  # any step may lead into another file
+        if any(file.get(step, getlink=True).__class__.__name__ != "HardLink" for step in steps):
             raise InputError(f"{printable(path)}: {printable(key)} must lie in the file itself, got a link")
         return key.strip("/")
     held: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
