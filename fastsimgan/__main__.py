@@ -1,8 +1,10 @@
 """`python -m fastsimgan` lists the commands."""
 
+import difflib
 import sys
 
 from fastsimgan import cli
+from fastsimgan.errors import InputError
 
 COMMANDS = {
     "data": "`data import`: UnityEyes and MPIIGaze as they lie on the disk into packed arrays",
@@ -18,7 +20,12 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Print the list."""
+    """Print the list. Raises InputError if the first argument is neither a command nor a flag."""
+    name = next(iter(sys.argv[1:]), "--help")
+    if not name.startswith("-") and name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        way_out = f"did you mean {nearest[0]}?" if nearest else "python -m fastsimgan lists them"
+        raise InputError(f"command must be one of {', '.join(COMMANDS)}, got {name!r}: {way_out}")
     print("python -m fastsimgan.COMMAND --help\n")
     for name, what in COMMANDS.items():
         print(f"  {name:<12}{what}")
