@@ -12,6 +12,11 @@ from typing import Annotated, Any, Literal
 from fastsimgan import cli
 from fastsimgan.errors import InputError
 
+#: What a resumed run may change and stay the same run: where it lies and runs, and when it looks and saves.
+FREE_ON_RESUME = frozenset(
+    {"out", "resume", "dry_run", "device", "eval_every", "checkpoint_every", "keep", "data", "profile"}
+)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -157,6 +162,12 @@ class TrainConfig:
     def to_json(self) -> str:
         """The settings as JSON, one key a line."""
         return _json(dataclasses.asdict(self))
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings, as JSON has them, that a resumed run may not change: all but `FREE_ON_RESUME`, and the images'
+        paths, since the images themselves are compared."""
+        values: dict[str, Any] = json.loads(self.to_json())
+        return {name: value for name, value in values.items() if name not in FREE_ON_RESUME | {"synthetic", "real"}}
 
     def to_header(self) -> str:
         """As `to_json`, for the header of a refiner's file."""

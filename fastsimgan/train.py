@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsimgan import cli
-from fastsimgan.config import PRESETS, TrainConfig, preset
+from fastsimgan.config import FREE_ON_RESUME, PRESETS, TrainConfig, preset
 from fastsimgan.errors import BAD_SHARE, SKIP, InputError
 
 PROG = "python -m fastsimgan.train"
@@ -18,9 +18,6 @@ DESCRIPTION = """Train a SimGAN refiner: a network that makes synthetic images l
 Give --synthetic and --real (folders of images, .npz, .npy or HDF5 files, .tar shards), or neither for the built-in
 procedural eyes. What comes out, in --out: refiner.safetensors, contact_sheet.png, metrics.jsonl, config.json,
 checkpoints/ and pictures/."""
-
-#: What a resumed run may change without ceasing to be the same run.
-_FREE_ON_RESUME = {"out", "resume", "dry_run", "device", "eval_every", "checkpoint_every", "keep", "data", "profile"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +210,7 @@ def _check_unchanged(config: TrainConfig) -> None:
     saved = _saved(config.out)
     for field in dataclasses.fields(TrainConfig):
         before, now = getattr(saved, field.name), getattr(config, field.name)
-        if field.name not in _FREE_ON_RESUME and before != now:
+        if field.name not in FREE_ON_RESUME and before != now:
             flag = "lambda" if field.name == "lam" else field.name.replace("_", "-")
             raise InputError(f"--{flag} must stay {before} when resuming {config.out}, got {now}")
 

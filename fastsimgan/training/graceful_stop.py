@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that the training loop answers between two steps, or SIGTERM before one ends."""
+"""SIGTERM, SIGHUP and Ctrl-C as a request that training answers between two steps, or before one ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ PATIENCE = 2.0
 
 
 class StopRequest:
-    """While entered, SIGTERM and the first SIGINT only set ``signal``; a second SIGINT interrupts at once.
+    """While entered, SIGTERM, SIGHUP (unless it is ignored, as under nohup) and the first SIGINT only set ``signal``.
+
+    A second SIGINT interrupts at once.
 
     Elsewhere than in the main thread, where Python allows no handlers, it does nothing.
     """
@@ -38,7 +40,8 @@ class StopRequest:
             os.set_blocking(self._pipe[1], False)
             self._pipe_before = signal.set_wakeup_fd(self._pipe[1])
             threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True).start()
-            self._before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
+            wanted = {signal.SIGTERM, signal.SIGINT} | ({signal.SIGHUP} - _ignored())
+            self._before = {number: signal.signal(number, self._take) for number in wanted}
         return self
 
     def __exit__(
@@ -74,7 +77,7 @@ class StopRequest:
 
     def _watch(self, pipe: int) -> None:
         while number := os.read(pipe, 1):
-            if number[0] == signal.SIGTERM:
+            if number[0] in self._before and number[0] != signal.SIGINT:
                 wait = PATIENCE
                 while not self._over.wait(wait):
                     with self._lock:
@@ -86,3 +89,8 @@ class StopRequest:
                             os._exit(128 + number[0])
                     wait = 0.1  # between two steps
         os.close(pipe)
+
+
+def _ignored() -> set[int]:
+    """Signals that whoever started this process wants ignored."""
+    return {number for number in (signal.SIGHUP,) if signal.getsignal(number) == signal.SIG_IGN}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ def _fit(
 
     # Start or go on, train, end.
     run = RunDirectory(config, state, log)
-    with StopRequest() as stop:
+    with StopRequest() as stop, closing(run):
         run.open()
         alone = group.size == 1  # several stop together, after a step: one that left would keep the others waiting
         with stop.ending_within((lambda: "before the first step; --resume goes on") if alone else None):

@@ -16,6 +16,7 @@ from fastsimgan.inference.refiner_file import BEST, FILE, save_refiner
 from fastsimgan.models.refiner import RefinerNetwork
 from fastsimgan.storage.atomic import remove_unfinished, write_atomically, writing
 from fastsimgan.storage.checkpoint import STOPPED, list_checkpoints, newest_checkpoint, remove_old, save_checkpoint
+from fastsimgan.storage.lock import FolderLock
 from fastsimgan.training.metrics_log import MetricsLog
 from fastsimgan.training.state import PHASES, Facts, StateDict, TrainingState
 
@@ -54,6 +55,7 @@ class RunDirectory:
         self.path: Path = config.out
         self.writes = state.group.first
         self._metrics = MetricsLog(self.path / "metrics.jsonl")
+        self._lock = FolderLock()
         self._newest = ""  # name of the checkpoint that was written or loaded last, without `STOPPED`
 
     # -- made, or gone on with ---------------------------------------------------------------------------------------
@@ -73,12 +75,19 @@ class RunDirectory:
         final = self.path
         with writing(final) as self.path:
             (self.path / "pictures").mkdir(parents=True)
+            self._lock.take(self.path, self._log)
             self._write_config()
             self.save()
         self.path = final
 
+    def close(self) -> None:
+        """Let another process go on with the run."""
+        self._lock.release()
+
     def _go_on(self) -> None:
         if self.writes:
+            if self.path.is_dir():  # else it is said what is missing
+                self._lock.take(self.path, self._log)
             for folder in (self.path, self.path / "pictures", self.path / "checkpoints"):
                 remove_unfinished(folder)
         crop = self._state.batches.crop
@@ -109,11 +118,22 @@ class RunDirectory:
                 raise InputError(f"--{name} must be the images that {path} was trained on (sha256 differs)")
         if (here := state.group.size) != facts.ranks:
             raise InputError(f"{path} must go on with the {facts.ranks} processes it was made by, got {here}")
+        self._check_settings(path, facts.settings)
         state.load_state_dict(StateDict(tensors, facts))
         if self.writes:
             self._metrics.cut(state.done)
         self._newest = path.name.removesuffix(STOPPED)
         return path
+
+    def _check_settings(self, checkpoint: Path, before: dict[str, object]) -> None:
+        """Raise InputError if a setting that decides about training is not what a checkpoint was written with."""
+        now = self._config.decisive()
+        for name, value in before.items():  # none in checkpoints of earlier versions
+            if name in now and now[name] != value:
+                raise InputError(
+                    f"{self.path / 'config.json'}: {name} must stay {value!r}, as when {checkpoint} was written, "
+                    f"got {now[name]!r}: put it back, or train anew with another --out"
+                )
 
     def _write_config(self) -> None:
         write_atomically(self.path / "config.json", self._config.to_json().encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,8 @@ class Facts:
     """SHA-256 of each set of images."""
     best: dict[str, float] | None
     drifted: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+    """`TrainConfig.decisive`: an edited ``config.json`` is found by it."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,7 @@ class TrainingState:
             data=self._batches.hashes if self._batches else {},
             best=self.best,
             drifted=self.drifted,
+            settings=self.config.decisive(),
         )
         return StateDict(tensors, facts)
 

@@ -26,7 +26,7 @@ from fastsimgan.data.pixel_values import as_images, mismatch, value_range
 from fastsimgan.data.reading import Reading
 from fastsimgan.errors import InputError
 from fastsimgan.evaluation.task_network import Labelled, number_classes, unseen_classes
-from fastsimgan.inference import load_refiner, save_refiner
+from fastsimgan.inference import Refiner, load_refiner, save_refiner
 from fastsimgan.models.refiner import RefinerNetwork
 from fastsimgan.refinement.job import Job
 from fastsimgan.refinement.run import refine
@@ -544,8 +544,11 @@ def test_every_public_function_takes_images_in_any_form(form: str, model: str, t
 
 
 def test_what_no_function_takes_is_one_line(model: str) -> None:
-    for wrong in (photos(1)[0], photos(2).astype(np.int64), [photos(1)[0], photos(1)[0][:3]], "photos", [["a"]], None):
+    one = photos(1)[0]
+    for wrong in (one, photos(2).astype(np.int64), [one, one[:3]], "photos", [["a"]], None):
         for function in (as_images, load_refiner(model, "cpu"), lambda images: fastsimgan.fit(images, images)):
+            if wrong is one and isinstance(function, Refiner):
+                continue  # it takes one picture
             with pytest.raises(InputError) as caught:
                 function(wrong)
             assert "\n" not in str(caught.value)
