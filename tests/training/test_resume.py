@@ -115,7 +115,7 @@ def test_a_stop_right_after_a_checkpoint_does_not_write_it_again(pair, tmp_path,
     fit(*pair, dataclasses.replace(CONFIG, steps=2), log=quiet)
     path = Path("run/checkpoints/step-00000002")
     before = path.stat().st_ino
-    config = dataclasses.replace(CONFIG, resume=True)
+    config = dataclasses.replace(CONFIG, steps=2, resume=True)
     batches = open_batches(*pair, config, torch.device("cpu"), quiet)
     state = TrainingState(config, batches.image_shape, torch.device("cpu"), batches=batches)
     run = RunDirectory(config, state, quiet)
