@@ -9,6 +9,7 @@ batch that `refine` chooses; the share of the time that the device was busy, and
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -307,8 +308,8 @@ def scale(count: int, entries: int) -> None:
         run = open_session(job).run  # then give it the records of a much larger folder, all but one block of them done
         number = -(-entries // unit_parts.SAMPLES_PER_UNIT)
         state = run.state
-        facts = json.loads((state / "listing.json").read_bytes())
-        offsets = [0]
+        listing = json.loads((state / "listing.json").read_bytes())
+        offsets, digest = [0], hashlib.sha256()
         with (state / "listing.jsonl").open("wb") as file:
             for block in range(number):
                 names = range(
@@ -316,8 +317,13 @@ def scale(count: int, entries: int) -> None:
                 )
                 data = b"".join(b'["folder/%09d.png", "folder/%09d.json"]\n' % (i, i) for i in names)
                 file.write(data)
+                digest.update(data)
                 offsets.append(offsets[-1] + len(data))
-        (state / "listing.json").write_text(json.dumps(facts | {"offsets": offsets, "images": entries}))
+        listing |= {"offsets": offsets, "images": entries, "sha256": digest.hexdigest()}
+        (state / "listing.json").write_text(json.dumps(listing))
+        record = json.loads((state / "run.json").read_bytes())
+        record["identity"]["listing sha256"] = digest.hexdigest()
+        (state / "run.json").write_text(json.dumps(record))
         for block in range(number - 1):
             lines = (
                 ManifestLine(f"folder/{block:04d}{i:05d}.png", sha256="0" * 64, source_sha256="0" * 64)
@@ -327,7 +333,7 @@ def scale(count: int, entries: int) -> None:
         size = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
         del run
         begin = time.perf_counter()
-        run = open_session(job).run
+        run = open_session(job, joins=True).run  # the files are not there, and whoever joins does not look at each
         left = set(range(run.work_units)) - run.committed()
         listed = time.perf_counter() - begin
         totals = run.totals()

@@ -81,6 +81,8 @@ def refine(config: RefineConfig) -> int:
     for name in ("refiner", "input", "output"):
         if getattr(config, name) is None:
             raise InputError(f"{name} must be given: --{name} PATH")
+    if config.workers < 1:
+        raise InputError(f"workers must be at least 1, got {config.workers}")
     if config.address is not None and config.engine != "ray":
         raise InputError(f"address must be given with --engine ray only, got {config.address}")
 

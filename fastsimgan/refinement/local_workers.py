@@ -92,7 +92,7 @@ def _worker_main(job: Job, loader: Loader, worker: int, workers: int, connection
 
     threading.Thread(target=follow, daemon=True).start()
     try:
-        work(open_session(job), loader, worker, workers, lambda part: connection.send(("progress", part)))
+        work(open_session(job, joins=True), loader, worker, workers, lambda part: connection.send(("progress", part)))
         connection.send(("done", None))
     except (InputError, UnavailableError) as error:
         connection.send(("error", (type(error), str(error))))

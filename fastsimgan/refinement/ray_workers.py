@@ -128,7 +128,7 @@ def _task(job: Job, loader: Loader, worker: int, together: int) -> dict[int, Pro
     def keep(part: Progress) -> None:
         last[worker] = replace(part, images=0, work_units=0)
 
-    work(open_session(job), loader, worker, together, keep)
+    work(open_session(job, joins=True), loader, worker, together, keep)
     return last
 
 

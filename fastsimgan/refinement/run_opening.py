@@ -166,7 +166,7 @@ def _compare(where: Path, identity: dict[str, Any], record: dict[str, Any], keys
     if record.get("format") != FORMAT:
         raise InputError(f"{printable(where)}: format must be {FORMAT!r}, got {record.get('format')!r}")
     theirs = record["identity"]
-    for key in sorted(keys):
+    for key in sorted(keys, key=lambda key: (key == "features", key)):  # they follow from the precision
         if identity.get(key) != theirs.get(key):
             raise InputError(
                 f"{printable(where)}: is another run's output: its {key} is {printable(str(theirs.get(key)))}, "

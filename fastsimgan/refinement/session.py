@@ -59,8 +59,12 @@ class Session:
     sink: Sink
 
 
-def open_session(job: Job) -> Session:
+def open_session(job: Job, *, joins: bool = False) -> Session:
     """Open a job's run: new, to be gone on with, or complete.
+
+    Args:
+        job: what to do.
+        joins: whether another process of this start has looked already whether the input's files are as they were.
 
     Raises:
         InputError: as `check` and `open_run` do.
@@ -92,7 +96,10 @@ def open_session(job: Job) -> Session:
     except InputError:
         if (begun := as_begun(asked)) in (asked, job):
             raise
-        return open_session(begun)  # another worker, which takes other batches by itself, began the run meanwhile
+        # another worker, which takes other batches by itself, began the run meanwhile
+        return open_session(begun, joins=joins)
+    if source.began_before and not joins:
+        source.refuse_changes(run.state)
     return Session(asked, job, choice, settings, run, source, open_sink(run, source, to, link=job.link))
 
 

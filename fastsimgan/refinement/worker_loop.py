@@ -85,8 +85,9 @@ def _publish(session: Session) -> None:
             return
         totals = run.totals()
         if not totals.counts.images:
-            _, reason = next(run.failures())
+            _, reason = next(run.failures(), ("", "none was found"))
             raise InputError(
                 f"{session.source.identity.path}: at least one image must be readable, got 0: {printable(reason)}"
             )
+        session.source.refuse_changes(run.state)
         run.publish(replace(totals, labels=session.sink.finish()))

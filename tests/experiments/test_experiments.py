@@ -47,7 +47,9 @@ def flags(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_whole_experiment_resumes_and_refuses_other_data(flags, capsys, monkeypatch):
-    monkeypatch.setitem(PRESETS, "gaze", {"pretrain_discriminator": 1, "batch_size": 4, "hidden_channels": 20})
+    small = {"pretrain_discriminator": 1, "batch_size": 4, "hidden_channels": 20}
+    # a rate at which few steps show
+    monkeypatch.setitem(PRESETS, "gaze", small | {"learning_rate_refiner": 0.02, "warm_up": 0})
     monkeypatch.setattr(gaze, "REFINERS", 2)
     folder, given = flags
     out = folder / "out"

@@ -28,6 +28,7 @@ class Source(Protocol):
     array_file: ArrayFile | None = None  # where images go from array to array, all of one size
     encoded: bool = True  # images are decoded from files
     linkable: bool = False  # labels are files that hard links can be made to
+    began_before: bool = False  # the run had begun, and this source has kept a listing since
     in_shards: bool = False  # a file's name in a tree begins with that of the shard that it is out of
 
     @property
@@ -47,6 +48,14 @@ class Source(Protocol):
 
         Raises:
             InputError: if this is no longer what it was.
+        """
+        return None
+
+    def refuse_changes(self, state: Path) -> None:
+        """Look at each file again, where no identity tells of its size and time.
+
+        Raises:
+            InputError: naming the first that is no longer as it was at the run's start.
         """
         return None
 

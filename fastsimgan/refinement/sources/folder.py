@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from fastsimgan.data.formats.image_file import decode_image, lost_of, read_header, read_image
@@ -22,6 +24,7 @@ from fastsimgan.refinement.records import from_json, named, to_json
 from fastsimgan.refinement.sources import unit_parts
 from fastsimgan.refinement.sources.base import Source, refuse_unread
 from fastsimgan.refinement.sources.unit_parts import Part, Sample, SourceIdentity, absolute
+from fastsimgan.storage.checksum import hash_file
 from fastsimgan.storage.names import printable
 
 LOOKED_AT = 100  # images whose headers `describe` reads
@@ -36,11 +39,13 @@ class FolderIdentity(SourceIdentity):
     key: str | None = field(metadata=named("array"))
     samples_per_unit: int = field(metadata=named("units in a block"))
     listing_sha256: str = field(metadata=named("listing sha256"))
+    facts_sha256: str = field(metadata=named("files' sizes and times, sha256"))
 
 
 @dataclass(frozen=True)
 class Listing:
-    """``listing.json``: of ``listing.jsonl``, which has one line a sample, ``[image or null, other files...]``."""
+    """``listing.json``: of ``listing.jsonl``, which has one line a sample, ``[image or null, other files...]``, and of
+    ``listing.facts``, which has the size and time (ns) of each of these files, two int64."""
 
     formats: list[str]  # suffixes of images
     images: int
@@ -48,6 +53,7 @@ class Listing:
     sha256: str
     offsets: list[int]  # of each work unit's first line, and the end
     folders: list[tuple[str, int]]  # with their times in ns
+    facts_sha256: str
     unread: str = ""  # what `describe` says of pictures that are not read
 
 
@@ -55,7 +61,8 @@ class FolderSource(Source):
     """A folder of images with sidecars and any other files.
 
     The listing is made once, at the run's start, and kept with its records: a run refines what was there then. A run
-    that goes on compares the directories' times, and lists anew only if one has changed.
+    that goes on compares the directories' times, and lists anew only if one has changed; `refuse_changes` compares each
+    file's size and time.
 
     Args:
         path: the folder.
@@ -120,6 +127,10 @@ class FolderSource(Source):
             listing = from_json(Listing, json.loads((state / "listing.json").read_bytes()))
         except (OSError, ValueError) as error:
             raise InputError(f"{printable(state)}: the listing of the input cannot be read: {error}") from error
+        for name, sha256 in (("listing.jsonl", listing.sha256), ("listing.facts", listing.facts_sha256)):
+            if (found := hash_file(state / name)) != sha256:
+                raise InputError(f"{printable(state / name)}: must have SHA-256 {sha256}, as we wrote, got {found}")
+        self.began_before = True
         if any(_mtime(self.path / folder) != mtime for folder, mtime in listing.folders):
             again = self._list(None, Census(), listing.formats)
             if again.sha256 != listing.sha256:
@@ -128,6 +139,25 @@ class FolderSource(Source):
                     f"{listing.others} others), got {again.images} images, {again.others} others, or other names"
                 )
         self._take(state, listing)
+
+    def refuse_changes(self, state: Path) -> None:
+        """Look at each file again.
+
+        Raises:
+            InputError: naming the first whose size or time is not that of the run's start.
+        """
+        with (state / "listing.jsonl").open("rb") as lines, (state / "listing.facts").open("rb") as facts:
+            for line in lines:
+                names = [name for name in json.loads(line) if name is not None]
+                known = array("q", facts.read(16 * len(names)))
+                for at, name in enumerate(names):
+                    size, time = _facts(self.path, name)
+                    if known[2 * at : 2 * at + 2] != array("q", (size, time)):
+                        was, now = ("gone" if bytes_ < 0 else f"{bytes_} bytes" for bytes_ in (known[2 * at], size))
+                        raise InputError(
+                            f"{printable(self.path / name)}: must be as at the run's start, but was changed since "
+                            f"({was} then, {now} now): start anew with another --output"
+                        )
 
     def samples(self, work_unit: int) -> Iterator[Sample]:
         """One unit's samples. Nothing is read yet."""
@@ -172,18 +202,23 @@ class FolderSource(Source):
         )
 
     def _list(self, target: Path | None, census: Census, formats: Iterable[str]) -> Listing:
-        digest = hashlib.sha256()
+        digest, facts_digest = hashlib.sha256(), hashlib.sha256()
         folders: list[tuple[str, int]] = []
         offsets, size, images, others = [0], 0, 0, 0
         file = None if target is None else target.open("wb")
+        facts = None if target is None else target.with_suffix(".facts").open("wb")
         try:
             visited = lambda folder, mtime: folders.append((folder, mtime))  # noqa: E731
             samples = list_units(self.path, self.glob, visited, links=self.links, formats=set(formats))
             while chunk := list(islice(samples, unit_parts.SAMPLES_PER_UNIT)):
                 data = b"".join(_line(sample) for sample in chunk)
                 digest.update(data)
-                if file is not None:
+                if file is not None and facts is not None:
                     file.write(data)
+                    names = (name for sample in chunk for name in (sample.image, *sample.others) if name is not None)
+                    numbers = array("q", chain.from_iterable(_facts(self.path, name) for name in names)).tobytes()
+                    facts.write(numbers)
+                    facts_digest.update(numbers)
                 size += len(data)
                 offsets.append(size)
                 images += sum(sample.image is not None for sample in chunk)
@@ -194,15 +229,24 @@ class FolderSource(Source):
                     else:
                         census.alone(sample.others[0])
         finally:
-            if file is not None:
-                file.close()
-        return Listing(sorted(formats), images, others, digest.hexdigest(), offsets, folders)
+            for opened in (file, facts):
+                if opened is not None:
+                    opened.close()
+        sha256, facts_sha256 = digest.hexdigest(), facts_digest.hexdigest()
+        return Listing(sorted(formats), images, others, sha256, offsets, folders, facts_sha256)
 
     def _take(self, state: Path, listing: Listing) -> None:
         self._file = (state / "listing.jsonl").absolute()
         self._listing = listing
         self.identity = FolderIdentity(
-            self.identity.path, self.kind, self.glob, self.links, self.key, unit_parts.SAMPLES_PER_UNIT, listing.sha256
+            self.identity.path,
+            self.kind,
+            self.glob,
+            self.links,
+            self.key,
+            unit_parts.SAMPLES_PER_UNIT,
+            listing.sha256,
+            listing.facts_sha256,
         )
 
 
@@ -215,6 +259,15 @@ def _lost_text(lost: Counter[str], looked: str) -> str:
 
 def _line(sample: Unit) -> bytes:
     return json.dumps([sample.image, *sample.others]).encode("ascii") + b"\n"
+
+
+def _facts(folder: Path, name: str) -> tuple[int, int]:
+    """Size and time (ns) of a file, or what a link leads to; negative where it is gone."""
+    try:
+        status = os.stat(f"{folder}/{name}")
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def _mtime(path: Path) -> int | None:
