@@ -48,11 +48,11 @@ class Messages:
         return logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO
 
 
-def flag(name: str) -> Any:
-    """For ``Annotated``: the setting's flag is ``--name``, whatever the field is called."""
+def flag(name: str | None = None, *, also: Sequence[str] = ()) -> Any:
+    """For ``Annotated``: the setting's flag is ``--name``, whatever the field is called; and each of ``also``."""
     import tyro
 
-    return tyro.conf.arg(name=name)
+    return tyro.conf.arg(name=name, aliases=tuple(f"--{other}" for other in also) or None)
 
 
 def positional() -> Any:

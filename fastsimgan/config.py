@@ -81,8 +81,8 @@ class TrainConfig:
 
     network: Literal["gaze", "hand"] = "gaze"
     """Architecture of D, and of R's first layer (§3.1 or §3.2)."""
-    hidden_channels: int = 32
-    """Feature maps in R. The paper has 64; 32 take a quarter of the time."""
+    hidden_channels: Annotated[int, cli.flag(also=("width",))] = 32
+    """Feature maps in R. The paper has 64; 32 take a quarter of the time. (--width: as scripts of before call it.)"""
     blocks: int = 4
     """Residual blocks in R."""
     computes: Literal["change", "image"] = "change"
@@ -121,7 +121,7 @@ class TrainConfig:
     profile: int = 0
     """Iterations to profile: after ten ordinary ones, a table of where the time goes is printed and profile.txt and
     trace.json.gz are written to --out. 0: none."""
-    eval_every: int = 250
+    eval_every: Annotated[int, cli.flag(also=("picture-every",))] = 250
     """Iterations between contact sheets, lines of progress in a log, and looks at how real the refined images are (KID)
     and how far labels drifted; the best look is kept as best.safetensors."""
     max_drift: float = 0.0

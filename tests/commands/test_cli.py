@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastsimgan import cli
+from fastsimgan.config import TrainConfig
 from fastsimgan.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,3 +118,15 @@ def test_a_reader_that_has_gone_ends_a_command_in_silence(command: str) -> None:
             text=True,
         )
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_scripts_of_before_find_their_flags(tmp_path: Path) -> None:
+    """`--width` and `--picture-every` are other spellings of flags that were renamed."""
+    given = []
+
+    def command(config: TrainConfig) -> None:
+        given.append((config.hidden_channels, config.eval_every))
+
+    for flags in (["--width", "40", "--picture-every", "7"], ["--hidden-channels", "40", "--eval-every", "7"]):
+        assert cli.run(command, TrainConfig, prog="train", description="", argv=flags) == 0
+    assert given == [(40, 7), (40, 7)]
