@@ -71,7 +71,7 @@ def decode_jpeg(data: bytes, header: Header) -> np.ndarray | None:
 
 def encode_pixels(pixels: np.ndarray, format: str, compression: str) -> bytes:
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
-    if cv2 is not None and format != "TIFF" and channels != 2:
+    if cv2 is not None and format in ("PNG", "JPEG") and channels != 2:
         if channels > 1:  # OpenCV's colours are BGR
             pixels = pixels[..., [2, 1, 0, 3]] if channels == 4 else pixels[..., ::-1]
         suffix, parameters = _cv2_parameters(format)
